@@ -1,0 +1,252 @@
+"""Every option, named once. `l4 serve`, `launch_server`, YAML files, `LLM(**)` and docs/options.md are generated from this one table.
+
+A field's own name is its option (`context_length` → `--context-length`); aliases are SGLang's and vLLM's spellings. Config is parsed once,
+frozen, and never patched: derived values live elsewhere (kv.planner, model.config).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from l4core.errors import ConfigError, NotBuiltError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What the table says of one field. unit: of the value.  not_built: the value (other than the default) is refused with this text."""
+
+    help: str
+    group: str
+    aliases: tuple[str, ...] = ()
+    unit: str = ""
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    not_built: str = ""
+    metavar: str = ""
+
+
+def _opt(default: T, help: str, group: str, **kw: Any) -> T:
+    made: T = field(default=default, metadata={"option": Option(help=help, group=group, **kw)})
+    return made
+
+
+MODEL, ATTENTION, MEMORY, SCHEDULING, SPECULATION, PARALLEL, SAMPLING, SERVER = (
+    "Model",
+    "Attention",
+    "Memory",
+    "Scheduling",
+    "Speculative decoding",
+    "Parallelism",
+    "Sampling",
+    "Server",
+)
+LATER = "is not built yet in this version of L4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What the engine needs to know. Raises ConfigError for a value out of range and NotBuiltError for what does not exist yet."""
+
+    model: str = _opt("", "checkpoint folder or hub id", MODEL, aliases=("model_path",), metavar="DIR|ID")
+    revision: str | None = _opt(None, "branch, tag or commit of a hub id", MODEL)
+    download_dir: str | None = _opt(None, "where hub files are kept (default: HF_HOME)", MODEL, metavar="DIR")
+    served_model_name: str | None = _opt(None, "name clients use (default: the model as given)", MODEL)
+    dtype: str = _opt(
+        "auto",
+        "compute dtype; auto = the checkpoint's (float32 where a CPU has no bfloat16)",
+        MODEL,
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = _opt("auto", "torch device; auto = an accelerator if there is one", MODEL, metavar="DEVICE")
+    load_format: str = _opt(
+        "auto",
+        "auto = safetensors; dummy = seeded random weights, no files but config.json",
+        MODEL,
+        choices=("auto", "safetensors", "dummy"),
+    )
+    quantization: str | None = _opt(None, "weight quantisation", MODEL, not_built=f"--quantization {LATER}")
+    trust_remote_code: bool = _opt(False, "accepted for compatibility; code from a checkpoint is never executed", MODEL)
+    enable_multimodal: bool = _opt(False, "image input", MODEL, not_built=f"--enable-multimodal {LATER} (text works)")
+    context_length: int | None = _opt(
+        None,
+        "largest prompt + answer (default: the checkpoint's, or what memory holds if less)",
+        MODEL,
+        aliases=("max_model_len",),
+        unit="tokens",
+        minimum=1,
+    )
+    attention_backend: str | None = _opt(
+        None, "backend by name (default: chosen by `l4 backends`)", ATTENTION, metavar="NAME"
+    )
+    attention_option: tuple[str, ...] = _opt(
+        (), "key=value for the chosen backend; may be repeated", ATTENTION, metavar="KEY=VALUE"
+    )
+    page_size: int | None = _opt(
+        None,
+        "KV page; any divisor of the model's attention chunk (default: the backend's preference, 64)",
+        ATTENTION,
+        aliases=("block_size",),
+        unit="tokens",
+        minimum=1,
+    )
+    kv_cache_dtype: str = _opt(
+        "auto", "KV dtype; auto = the compute dtype", MEMORY, choices=("auto", "float32", "bfloat16", "float16")
+    )
+    mem_fraction_static: float | None = _opt(
+        None,
+        "weights + KV at most this share of device memory",
+        MEMORY,
+        aliases=("gpu_memory_utilization",),
+        minimum=0.01,
+        maximum=1.0,
+    )
+    max_total_tokens: int | None = _opt(None, "cap on KV tokens of the global layers", MEMORY, unit="tokens", minimum=1)
+    swa_full_tokens_ratio: float | None = _opt(
+        None,
+        "cap on local KV as a share of global KV",
+        MEMORY,
+        minimum=0.0,
+        maximum=1.0,
+        not_built=f"--swa-full-tokens-ratio {LATER}; leave it out, the pools are sized from what requests need",
+    )
+    disable_radix_cache: bool = _opt(
+        False, "no prefix cache (there is none yet, so this changes nothing; start-up says so)", MEMORY
+    )
+    disable_cuda_graph: bool = _opt(
+        False,
+        "no graph capture (there is none yet, so this changes nothing; start-up says so)",
+        SCHEDULING,
+        aliases=("enforce_eager",),
+    )
+    max_running_requests: int = _opt(256, "sequences in one step", SCHEDULING, aliases=("max_num_seqs",), minimum=1)
+    chunked_prefill_size: int = _opt(
+        8192,
+        "tokens computed in one step, decodes first",
+        SCHEDULING,
+        aliases=("max_num_batched_tokens",),
+        unit="tokens",
+        minimum=1,
+    )
+    tp: int = _opt(1, "tensor-parallel ranks", PARALLEL, aliases=("tp_size", "tensor_parallel_size"), minimum=1)
+    speculative_algorithm: str | None = _opt(
+        None, "EAGLE3 or a drafter's name", SPECULATION, not_built=f"--speculative-algorithm {LATER}"
+    )
+    speculative_draft_model_path: str | None = _opt(
+        None, "draft checkpoint", SPECULATION, not_built=f"--speculative-draft-model-path {LATER}"
+    )
+    speculative_num_steps: int | None = _opt(
+        None, "draft steps", SPECULATION, not_built=f"--speculative-num-steps {LATER}"
+    )
+    speculative_eagle_topk: int | None = _opt(
+        None, "branches per draft step", SPECULATION, not_built=f"--speculative-eagle-topk {LATER}"
+    )
+    speculative_num_draft_tokens: int | None = _opt(
+        None, "draft tokens verified per step", SPECULATION, not_built=f"--speculative-num-draft-tokens {LATER}"
+    )
+    random_seed: int = _opt(0, "seeds requests without a seed, and dummy weights", SAMPLING, aliases=("seed",))
+    sampler: str = _opt("default", "sampler of requests that name none", SAMPLING, metavar="NAME")
+    sampling_defaults: str = _opt(
+        "model",
+        "defaults of requests: the checkpoint's generation_config.json, or OpenAI's (temperature 1)",
+        SAMPLING,
+        choices=("model", "openai"),
+    )
+    chat_template: str | None = _opt(
+        None, "entry name (llama-4) or .jinja file (default: the checkpoint's own)", SAMPLING, metavar="NAME|FILE"
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.tp > 1:
+            raise NotBuiltError(f"--tp {self.tp}: tensor parallelism {LATER}", fix="--tp 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What the HTTP server needs to know beside the engine."""
+
+    host: str = _opt("127.0.0.1", "address to listen on; loopback unless you say otherwise", SERVER)
+    port: int = _opt(30000, "port; 0 = any free one", SERVER, minimum=0, maximum=65535)
+    api_key: str | None = _opt(
+        None, "required as `Authorization: Bearer KEY` on every route but health and ready (env: L4_API_KEY)", SERVER
+    )
+    log_level: str = _opt("info", "how much to log", SERVER, choices=("debug", "info", "warning", "error"))
+    max_queued_requests: int = _opt(1024, "sequences waiting or running before 429 + Retry-After", SERVER, minimum=1)
+    max_body_bytes: int = _opt(8 << 20, "largest request body before 413", SERVER, unit="bytes", minimum=1024)
+    drain_seconds: float = _opt(
+        30.0, "after SIGTERM, time for running requests to finish", SERVER, unit="seconds", minimum=0
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def options(cls: type[Any]) -> Iterator[tuple[str, Any, Option]]:
+    """(field name, type, Option) of every row of a config class, in order."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        yield f.name, hints[f.name], f.metadata["option"]
+
+
+def field_of(name: str) -> tuple[type[Any], str]:
+    """Config class and field that `name` (a field or an alias, with - or _) stands for. ConfigError names the nearest one otherwise."""
+    wanted = name.replace("-", "_")
+    known: dict[str, tuple[type[Any], str]] = {}
+    for cls in (EngineConfig, ServerConfig):
+        for own, _, option in options(cls):
+            for spelling in (own, *option.aliases):
+                known[spelling] = (cls, own)
+    if wanted in known:
+        return known[wanted]
+    near = difflib.get_close_matches(wanted, known, n=1)
+    raise ConfigError(
+        f"unknown option {name!r}", fix=f"did you mean {near[0]!r}?" if near else "l4 serve --help lists all options"
+    )
+
+
+def from_mapping(values: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig]:
+    """Both configs from one flat mapping of names or aliases (YAML, keyword arguments). Naming one option twice is an error."""
+    split: dict[type[Any], dict[str, Any]] = {EngineConfig: {}, ServerConfig: {}}
+    for name, value in values.items():
+        cls, own = field_of(name)
+        if own in split[cls]:
+            raise ConfigError(f"option {own!r} is given twice (once as {name!r})", fix="keep one of the spellings")
+        split[cls][own] = tuple(value) if isinstance(value, list) else value
+    return EngineConfig(**split[EngineConfig]), ServerConfig(**split[ServerConfig])
+
+
+def allowed_types(hint: Any) -> tuple[type[Any], ...]:
+    """Plain types a field accepts: `int | None` → (int, NoneType)."""
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return tuple(typing.get_origin(p) or p for p in parts)
+
+
+def _check(config: Any) -> None:
+    for name, hint, option in options(type(config)):
+        value = getattr(config, name)
+        allowed = allowed_types(hint)
+        exact = type(value) in allowed or (isinstance(value, int) and float in allowed and not isinstance(value, bool))
+        if not exact:
+            wanted = " or ".join("nothing" if t is type(None) else t.__name__ for t in allowed)
+            raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); wanted {wanted}")
+        if option.not_built and value != type(config).__dataclass_fields__[name].default:
+            raise NotBuiltError(option.not_built)
+        if value is None:
+            continue
+        if option.choices and value not in option.choices:
+            raise ConfigError(f"{name} is {value!r}; wanted one of {', '.join(option.choices)}")
+        if option.minimum is not None and not value >= option.minimum:
+            raise ConfigError(
+                f"{name} is {value!r}; wanted at least {option.minimum}{' ' + option.unit if option.unit else ''}"
+            )
+        if option.maximum is not None and not value <= option.maximum:
+            raise ConfigError(f"{name} is {value!r}; wanted at most {option.maximum}")

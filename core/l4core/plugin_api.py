@@ -1,0 +1,356 @@
+"""Everything a plugin imports: `hookimpl`, frozen records, verdicts, base classes and `PLUGIN_API`.
+
+Importing this file imports neither torch nor numpy (a test checks it). Records are frozen; a new field always has a default, so a
+plugin written for API N keeps working on a core that serves N and N+1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import pluggy
+
+from l4core.errors import BackendUnavailable
+from l4core.platform import Platform
+from l4core.request import SamplingParams
+
+if TYPE_CHECKING:
+    import logging
+
+    import torch
+
+PLUGIN_API = 1
+"""The contract's version. Core serves PLUGIN_API and PLUGIN_API − 1; an entry states the one it was written for in `api`."""
+
+PROJECT = "l4core"
+"""pluggy's project name and the entry-point group."""
+
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+__all__ = [
+    "PLUGIN_API",
+    "PROJECT",
+    "AttentionBackend",
+    "AttentionBackendEntry",
+    "AttentionContext",
+    "AttentionMetadata",
+    "AttentionRequirements",
+    "BackendUnavailable",
+    "ChatTemplate",
+    "ChatTemplateEntry",
+    "ChunkInfo",
+    "Drafter",
+    "DrafterEntry",
+    "Image",
+    "KVView",
+    "Piece",
+    "Plan",
+    "Platform",
+    "Sampler",
+    "SamplerEntry",
+    "SamplerRow",
+    "SamplingParams",
+    "Special",
+    "Text",
+    "Tier",
+    "ToolCallDelta",
+    "ToolParser",
+    "TreeMask",
+    "Unusable",
+    "Usable",
+    "hookimpl",
+]
+
+# ---------------------------------------------------------------- attention: selection
+
+
+class Tier(IntEnum):
+    """How good a backend is on a platform. The highest usable tier wins, then the name; a tie is logged."""
+
+    REFERENCE = 0  # right, slow, never chosen while anything else is usable
+    PORTABLE = 10  # right everywhere, no tuning for this hardware
+    TUNED = 20  # kernels tuned for this family of devices
+    NATIVE = 30  # the vendor's own kernels on the hardware they are made for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRequirements:
+    """What this model, on this rank, under these flags, needs. dtypes are torch's names ("bfloat16", "float8_e4m3fn").
+
+    num_q_heads, num_kv_heads: per rank.  page_size: tokens, None = the backend may choose.  chunk_size: tokens, None when no layer is
+    chunked.  max_num_seqs: rows of a block table after splitting into virtual batches.  max_num_tokens: query tokens of one step.
+    num_draft_tokens: verified per sequence and step (0 = no speculation).
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    q_dtype: str
+    kv_dtype: str
+    page_size: int | None = None
+    chunk_size: int | None = None
+    max_num_seqs: int = 1
+    max_num_tokens: int = 1
+    num_draft_tokens: int = 0
+    needs_tree: bool = False
+    needs_graph: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usable:
+    """Verdict: the backend can do all that was required. page_sizes: None = any.  page_stride: "free" = the distance between pages may be
+    anything; "dense" = pages must lie back to back.  native_chunk: wants `AttentionMetadata.chunk` instead of virtual batches."""
+
+    tier: Tier
+    page_sizes: tuple[int, ...] | None = None
+    preferred_page_size: int = 64
+    page_stride: Literal["free", "dense"] = "free"
+    graph: bool = False
+    tree_mask: bool = False
+    native_chunk: bool = False
+    empty_rows: bool = True
+    provider: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unusable:
+    """Verdict: it cannot, and why. reason: what was found and what was wanted.  fix: a command or flag, may be empty."""
+
+    reason: str
+    fix: str = ""
+
+
+Verdict: TypeAlias = Usable | Unusable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionBackendEntry:
+    """What `l4_attention_backends` returns. probe: pure function of plain data (no torch import, opens no device).
+    create: "package.module:function", imported only when chosen; called with an AttentionContext; returns an AttentionBackend or
+    raises BackendUnavailable.  options: names that `--attention-option` may set, with one line of help each."""
+
+    name: str
+    api: int
+    probe: Callable[[Platform, AttentionRequirements], Verdict]
+    create: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- attention: running
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionContext:
+    """Handed to `create`. device: torch device string.  options: what the user set with `--attention-option key=value`."""
+
+    requirements: AttentionRequirements
+    platform: Platform
+    device: str
+    page_size: int
+    options: Mapping[str, str]
+    logger: logging.Logger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkInfo:
+    """Only for backends with `native_chunk`: token at absolute position p attends to [p // size * size, p]."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeMask:
+    """Tree verification: node i of a sequence sees the prefix and the nodes whose bit is set. ancestors: int64 [num_tokens] bitmaps."""
+
+    ancestors: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionMetadata:
+    """One batch of one phase for one KV group, as a backend sees it. Tensors are int32 on the device; B = num_seqs rows.
+
+    cu_seqlens_q [B+1]: query rows of sequence b are [cu[b], cu[b+1]).  seq_lens [B]: keys of sequence b, its new tokens included (already
+    written).  block_table [B, W]: page of key j is block_table[b, j // page_size].  Masking is causal, bottom-right aligned: query row i of n
+    sees keys 0 … seq_len − n + i.  max_seqlen_q, max_seqlen_k: host bounds (static under graphs).  phase: "decode" = one query row per
+    sequence (a row may be empty: seq_len 0), "prefill" = any, "verify" = at most num_draft_tokens+1 rows each.
+    """
+
+    cu_seqlens_q: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    num_seqs: int
+    phase: Literal["decode", "prefill", "verify"]
+    tree: TreeMask | None = None
+    chunk: ChunkInfo | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVView:
+    """One layer's keys and values. k, v: [num_pages, page_size, num_kv_heads, head_dim], last stride 1, page stride free (or dense if asked).
+    k_scale, v_scale: float32 scalars that multiply stored fp8 values, None = 1."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+
+Plan: TypeAlias = object
+"""Whatever a backend's `plan` returns; core only hands it back to `attend`."""
+
+
+class AttentionBackend(ABC):
+    """Attention over paged KV. Reads KV only; core alone writes it. Knows nothing of chunks unless it declared `native_chunk`.
+
+    `scale` of the scores is head_dim ** −0.5. Two live backends in one process must not share state.
+    """
+
+    @abstractmethod
+    def plan(self, meta: AttentionMetadata) -> Plan:
+        """Prepare one step of one KV group; called once per step, group and phase, used by every layer of the group. Device work only, no host
+        sync; runs inside graph capture when `graph` was declared. Keeps nothing on self: plan n+1 may be made before attend n."""
+
+    @abstractmethod
+    def attend(self, q: torch.Tensor, kv: KVView, plan: Plan, out: torch.Tensor) -> None:
+        """q, out: [num_tokens, num_q_heads, head_dim]; q may be a strided slice. Writes every row of `out` that a sequence owns."""
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerRow:
+    """One row of logits. parsed: what this sampler's `parse` returned.  Token ids are the request's own; position is that of the token
+    being drawn (= number of tokens before it)."""
+
+    params: SamplingParams
+    parsed: object
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    position: int
+
+
+class Sampler(ABC):
+    """A change of logits. The draw itself (Gumbel-max with counter-based noise) stays in core, so that speculation never changes a token."""
+
+    @abstractmethod
+    def parse(self, params: SamplingParams) -> object:
+        """Check the request once (its own arguments are `params.sampler_args`). ValueError → HTTP 400 with its text."""
+
+    @abstractmethod
+    def transform(self, logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
+        """logits: float32 [len(rows), vocab_size], not yet divided by the temperature; may be changed in place and returned. Row i must not
+        depend on other rows; −inf forbids a token; at least one token must stay finite in each row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerEntry:
+    """create: "package.module:function" → called with no argument, returns a Sampler. Chosen by `--sampler NAME` or the request field `sampler`."""
+
+    name: str
+    api: int
+    create: str
+
+
+# ---------------------------------------------------------------- chat templates
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Ordinary text: never becomes a special token, whatever it spells."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """One special token by its exact text, such as `<|eot|>`; unknown to the tokenizer = an error."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """The image of content part `index`, in order of appearance."""
+
+    index: int
+
+
+Piece: TypeAlias = Text | Special | Image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCallDelta:
+    """index: which call.  name: set once, when known.  arguments: more JSON text."""
+
+    index: int
+    name: str | None = None
+    arguments: str = ""
+
+
+class ToolParser(ABC):
+    """Splits generated text into content and tool calls, as it streams."""
+
+    @abstractmethod
+    def feed(self, text: str) -> list[str | ToolCallDelta]:
+        """More generated text in, content strings and call deltas out."""
+
+    @abstractmethod
+    def finish(self) -> list[str | ToolCallDelta]:
+        """The text ended; whatever was held back."""
+
+
+class ChatTemplate(ABC):
+    """Turns messages into pieces. Stateless."""
+
+    @abstractmethod
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] = (),
+        add_generation_prompt: bool = True,
+    ) -> list[Piece]:
+        """messages: OpenAI's shape (role, content as a string or a list of parts). ValueError → HTTP 400 with its text."""
+
+    def tool_parser(self) -> ToolParser | None:
+        """A new parser for one answer, None when this template has no tool calls."""
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplateEntry:
+    """create: "package.module:function" → called with no argument, returns a ChatTemplate. Chosen by `--chat-template NAME`.
+    stop_tokens: special tokens that end an answer beside the checkpoint's own eos ids."""
+
+    name: str
+    api: int
+    create: str
+    stop_tokens: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- drafters
+
+
+class Drafter(ABC):
+    """Proposes tokens that the target then verifies. Whatever it proposes, the emitted tokens are the target's own."""
+
+    @abstractmethod
+    def propose(self, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
+        """→ token_ids [B, K], parents [B, K] (index of the parent node, −1 = the last committed token)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrafterEntry:
+    """create: "package.module:function". Chosen by `--speculative-algorithm NAME` (speculation itself is not built yet)."""
+
+    name: str
+    api: int
+    create: str
