@@ -64,7 +64,7 @@ class EngineConfig:
         "auto",
         "compute dtype; auto = the checkpoint's (float32 where a CPU has no bfloat16)",
         MODEL,
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", "float32", "bfloat16", "float16", "float64"),
     )
     device: str = _opt("auto", "torch device; auto = an accelerator if there is one", MODEL, metavar="DEVICE")
     load_format: str = _opt(

@@ -79,6 +79,18 @@ def detect(device: str = "auto") -> Platform:
     )
 
 
+def free_memory(platform: Platform) -> int:
+    """Bytes that can still be allocated on the device now."""
+    if platform.device_type == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    import torch
+
+    free, _ = torch.accelerator.get_memory_info()
+    return int(free)
+
+
 def _cpu_platform(torch_version: str) -> Platform:
     import psutil
 

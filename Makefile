@@ -1,0 +1,58 @@
+# make demo       serve the small trained checkpoint and ask it two questions (ONCE=1: exit after the answers)
+# make test       the suite, under 10 minutes on 2 cores         make test-all   the same with full counts
+# make check      style, types, import order, documents          make docs       write the generated pages
+# make bench      the CPU speed table of the README
+#
+# Each makes .venv first. On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches the small build of torch.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TESTS ?= tests
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-all check docs bench clean
+
+demo: $(VENV)/.test
+	$(BIN)/python -m l4core.demo.run $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
+
+test: $(VENV)/.test
+	$(PYTEST) $(TESTS)
+
+test-all: $(VENV)/.test
+	L4_FULL=1 $(PYTEST) $(TESTS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/docs
+
+docs: $(VENV)/.test
+	$(BIN)/python -m l4core.cli.options_page > docs/options.md
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.cpu_speed
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11"; echo "fix: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.torch
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.test
+	$(PIP) --editable '.[dev]'
+	@touch $@

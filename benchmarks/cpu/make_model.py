@@ -1,0 +1,23 @@
+"""Writes the 129 M-parameter Llama 4 of the CPU table: hidden 512, 8 layers, 8 experts, chunk 256.
+
+python benchmarks/cpu/make_model.py OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from l4core.testing.checkpoints import make_bench_checkpoint
+from l4core.testing.tokenizers import make_byte_tokenizer
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    tokenizer = out.with_name(out.name + "-tokenizer")
+    make_byte_tokenizer(tokenizer)
+    make_bench_checkpoint(out, tokenizer=tokenizer)
+
+
+if __name__ == "__main__":
+    main()

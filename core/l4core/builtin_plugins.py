@@ -1,0 +1,81 @@
+"""The built-ins, through the door every plugin uses. Imports no torch: probes read plain data, and `create` names what to import later."""
+
+from __future__ import annotations
+
+from l4core.plugin_api import (
+    PLUGIN_API,
+    AttentionBackendEntry,
+    AttentionRequirements,
+    ChatTemplateEntry,
+    Platform,
+    SamplerEntry,
+    Tier,
+    Unusable,
+    Usable,
+    hookimpl,
+)
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+@hookimpl
+def l4_attention_backends() -> list[AttentionBackendEntry]:
+    return [
+        AttentionBackendEntry(
+            name="reference", api=PLUGIN_API, probe=probe_reference, create="l4core.attention.reference:create"
+        ),
+        AttentionBackendEntry(name="sdpa", api=PLUGIN_API, probe=probe_sdpa, create="l4core.attention.sdpa:create"),
+    ]
+
+
+@hookimpl
+def l4_samplers() -> list[SamplerEntry]:
+    return [SamplerEntry(name="default", api=PLUGIN_API, create="l4core.sampling.default:create")]
+
+
+@hookimpl
+def l4_chat_templates() -> list[ChatTemplateEntry]:
+    return [
+        ChatTemplateEntry(
+            name="llama-4",
+            api=PLUGIN_API,
+            create="l4core.chat.llama4:create",
+            stop_tokens=("<|eot|>", "<|eom|>", "<|end_of_text|>"),
+        )
+    ]
+
+
+def probe_reference(platform: Platform, requirements: AttentionRequirements) -> Usable | Unusable:
+    """Any device torch knows, any page size, float64 too: the oracle that the others are checked against."""
+    refused = _refuse(requirements, (*FLOATS, "float64"))
+    return refused or Usable(
+        tier=Tier.REFERENCE, provider=f"torch {platform.torch_version}", note="plain torch in float64, for comparison"
+    )
+
+
+def probe_sdpa(platform: Platform, requirements: AttentionRequirements) -> Usable | Unusable:
+    """Any device torch knows. PORTABLE everywhere, so a backend with kernels tuned for an accelerator wins there."""
+    refused = _refuse(requirements, FLOATS)
+    return refused or Usable(tier=Tier.PORTABLE, provider=f"torch {platform.torch_version}")
+
+
+def _refuse(req: AttentionRequirements, dtypes: tuple[str, ...]) -> Unusable | None:
+    """What the two torch backends cannot do; None when nothing of it is asked."""
+    wanted = ", ".join(dtypes)
+    if req.q_dtype not in dtypes:
+        return Unusable(reason=f"queries are {req.q_dtype}; wanted one of {wanted}", fix="--dtype bfloat16")
+    if req.kv_dtype not in dtypes:
+        return Unusable(reason=f"KV is {req.kv_dtype}; wanted one of {wanted}", fix="--kv-cache-dtype auto")
+    if req.num_q_heads % req.num_kv_heads:
+        return Unusable(
+            reason=f"{req.num_q_heads} query heads on {req.num_kv_heads} KV heads; wanted a whole number of query heads per KV head"
+        )
+    if req.needs_tree:
+        return Unusable(
+            reason="a tree mask is asked for; torch's attention takes none here", fix="--speculative-eagle-topk 1"
+        )
+    if req.needs_graph:
+        return Unusable(
+            reason="graph capture is asked for; this backend reads lengths on the host", fix="--disable-cuda-graph"
+        )
+    return None

@@ -1,0 +1,58 @@
+"""A byte-level BPE with Llama 4's special tokens, made on the spot: for tests, and for `--load-format dummy` where no tokenizer is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+BOS = "<|begin_of_text|>"
+SPECIAL_TOKENS = (
+    BOS,
+    "<|end_of_text|>",
+    "<|header_start|>",
+    "<|header_end|>",
+    "<|eom|>",
+    "<|eot|>",
+    "<|image_start|>",
+    "<|image_end|>",
+    "<|tile_x_separator|>",
+    "<|tile_y_separator|>",
+    "<|image|>",
+    "<|patch|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|finetune_right_pad|>",
+)
+NUM_BYTES = 256
+SMALLEST_VOCABULARY = NUM_BYTES + len(SPECIAL_TOKENS)
+
+
+def build_byte_tokenizer(vocab_size: int, corpus: Iterable[str] = ()) -> Tokenizer:
+    """Exactly `vocab_size` ids: 256 bytes, merges learnt from `corpus`, reserved special tokens where it gives too few, SPECIAL_TOKENS last.
+
+    Ordinary encoding puts <|begin_of_text|> first, as Llama 4's does. ValueError when vocab_size < SMALLEST_VOCABULARY.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(f"vocab_size is {vocab_size}; wanted at least {SMALLEST_VOCABULARY}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    num_ordinary = vocab_size - len(SPECIAL_TOKENS)
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_ordinary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    missing = num_ordinary - tokenizer.get_vocab_size()
+    add_specials(tokenizer, [*(f"<|reserved_special_token_{i}|>" for i in range(missing)), *SPECIAL_TOKENS])
+    return tokenizer
+
+
+def add_specials(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
+    """Append special tokens (BOS among them) and make ordinary encoding begin with BOS."""
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS}:0 $A:0 {BOS}:1 $B:1",
+        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
+    )

@@ -1,0 +1,88 @@
+"""Whether a request may start: refused for ever, or not now. Torch-free, pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from l4core.engine.sequence import RankedQueue, SequenceState
+from l4core.engine.stops import StopRule
+from l4core.kv.manager import KVManager
+from l4core.request import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """max_running: block-table rows.  max_tokens_per_step: tokens computed in one step, decodes first.  chunk_size: attention chunk in tokens,
+    None = no layer is chunked.  max_context: prompt + output of one request. Raises ValueError for a value below 1."""
+
+    max_running: int
+    max_tokens_per_step: int
+    chunk_size: int | None
+    max_context: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_tokens_per_step", "max_context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted at least 1")
+
+
+def refusal(request: Request, stops: StopRule, limits: SchedulerLimits, kv: KVManager) -> str:
+    """Why this request can never finish, with the numbers; "" when it can."""
+    prompt, total = len(request.prompt_token_ids), request.max_total_tokens
+    if not prompt:
+        return "the prompt has 0 tokens; wanted at least 1"
+    if total > limits.max_context:
+        return f"the request may grow to {total} tokens; the context holds {limits.max_context} (--context-length)"
+    if stops.max_output < 1:
+        return f"the prompt has {prompt} tokens and the request may have {total} in all; wanted room for at least 1 new token"
+    needed = prompt + stops.max_output
+    if not kv.could_finish_alone(needed):
+        return (
+            f"{prompt} prompt tokens and up to {stops.max_output} new ones are {needed} tokens, more than KV memory holds for one request "
+            f"({kv.largest_alone()}); lower max_tokens, or give the engine more memory (--mem-fraction-static, --max-total-tokens)"
+        )
+    return ""
+
+
+def lacking(seq: SequenceState, kv: KVManager) -> Sequence[int]:
+    """Pages per group kept free for `seq` when another is admitted: those of its known tokens, and one page of tokens to come.
+
+    Why known tokens: a half-computed prompt that cannot go on is the first to be evicted, and its work is lost again and again. Why one page
+    more: the older ones' next page would otherwise come from the newcomer at once. More would leave memory idle, as most answers end early.
+    """
+    if seq.is_decode:
+        return (1,) * len(kv.groups)
+    end = max(seq.num_computed, min(seq.num_tokens + kv.page_size, seq.last_slot))
+    return kv.needed_pages(seq.tables, seq.num_computed, end)
+
+
+def victims_for(
+    seq: SequenceState, running: RankedQueue, limits: SchedulerLimits, kv: KVManager
+) -> list[SequenceState] | None:
+    """Which running sequences of strictly lower priority must go, worst first, so that `seq` can start: [] = none, None = it has to wait."""
+    lower = [other for other in reversed(running) if other.request.priority < seq.request.priority]
+    if len(running) >= limits.max_running and not lower:
+        return None
+    wanted = lacking(seq, kv)
+    if not lower and any(free < count for free, count in zip(kv.num_free, wanted, strict=True)):
+        return None
+    spare = tuple(free - own - kept for free, own, kept in zip(kv.num_free, wanted, _kept(running, kv), strict=True))
+    for count in range(len(lower) + 1):
+        if min(spare) >= 0 and len(running) - count < limits.max_running:
+            return lower[:count]
+        if count < len(lower):
+            other = lower[count]
+            spare = _total((spare, kv.held_pages(other.tables), lacking(other, kv)))
+    return None
+
+
+def _kept(running: RankedQueue, kv: KVManager) -> Sequence[int]:
+    """What all running sequences lack, in sum."""
+    num_decodes = sum(seq.is_decode for seq in running)
+    prefills = [lacking(seq, kv) for seq in running if not seq.is_decode]
+    return _total([(num_decodes,) * len(kv.groups), *prefills])
+
+
+def _total(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*rows, strict=True)))

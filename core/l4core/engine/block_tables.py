@@ -1,0 +1,44 @@
+"""Block tables that outlive a step: one row per running request and KV group, kept on the host, sent to the device for the rows of a step.
+
+A local group's row is a ring of two chunks: page index p stands in column p % (2·C/P), so a 10M-token request needs no more columns than a short one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from l4core.engine.batch import ScheduledSequence
+from l4core.kv.blocks import KVGroup
+from l4core.kv.tables import ring_columns
+
+
+class BlockTables:
+    """int32 [max_running, W] per group; W = pages of the largest context, or of two chunks."""
+
+    def __init__(self, groups: Sequence[KVGroup], *, page_size: int, max_running: int, max_context: int, device: torch.device) -> None:
+        self._device = device
+        self.width: Mapping[str, int] = {g.name: ring_columns(g, page_size, max_context) for g in groups}
+        self._host = {name: np.zeros((max_running, width), dtype=np.int32) for name, width in self.width.items()}
+
+    def write(self, sequences: Sequence[ScheduledSequence]) -> None:
+        """Enter the pages that are new since each sequence was last scheduled."""
+        for seq in sequences:
+            for name, new in seq.new_pages.items():
+                if not new.pages:
+                    continue
+                row, width = self._host[name][seq.row], self.width[name]
+                begin = new.first_index % width
+                end = begin + len(new.pages)
+                if end <= width:
+                    row[begin:end] = new.pages
+                else:
+                    row[np.arange(begin, end) % width] = new.pages
+
+    def rows(self, name: str, rows: np.ndarray, num_columns: int) -> torch.Tensor:
+        """→ int32 [len(rows), min(num_columns, W)] on the device."""
+        columns = min(num_columns, self.width[name])
+        return torch.from_numpy(self._host[name][rows, :columns]).to(self._device, non_blocking=True)
+

@@ -1,0 +1,232 @@
+"""From a config to a running engine: resolve, read, choose, load, size, wire. Every choice it makes is a line of the start-up report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from l4core.attention.select import Selected, select_backend
+from l4core.config import EngineConfig
+from l4core.engine.engine import Engine
+from l4core.engine.memory_budget import kv_budget
+from l4core.engine.runner import Runner
+from l4core.engine.scheduler import Scheduler, SchedulerLimits
+from l4core.errors import ConfigError
+from l4core.kv.manager import KVManager
+from l4core.kv.memory import KVMemory
+from l4core.kv.planner import KVPlan, plan_kv
+from l4core.model.config import ModelConfig
+from l4core.model.llama4 import Llama4
+from l4core.model.repository import resolve_model
+from l4core.model.weights import fill_dummy, load_weights
+from l4core.platform import Platform, detect
+from l4core.plugin_api import AttentionRequirements, Sampler
+from l4core.plugin_manager import Plugins, create_object, load_plugins
+from l4core.sampling.pipeline import SamplingPipeline
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """An engine and what its user should know. report: lines of the start-up block, in order."""
+
+    engine: Engine
+    report: tuple[str, ...]
+    model_config: ModelConfig
+    folder: Path
+    plugins: Plugins
+    context_length: int
+
+
+def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
+    """Raises ConfigError, CheckpointError, CapacityError, BackendUnavailable or PluginError; each names its fix."""
+    began = time.perf_counter()
+    folder = resolve_model(config)
+    model_config = ModelConfig.from_folder(folder)
+    platform = detect(config.device)
+    device = torch.device(platform.device_type if config.device == "auto" else config.device)
+    dtype = choose_dtype(config.dtype, model_config.dtype, platform)
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else _torch_dtype(config.kv_cache_dtype)
+    plugins = load_plugins()
+    selected = _select(config, model_config, platform, plugins, dtype, kv_dtype)
+    model, weight_bytes = _load_model(config, model_config, folder, device, dtype, progress)
+    plan = _plan(config, model_config, platform, selected.page_size, kv_dtype, weight_bytes)
+    engine = _wire(config, model_config, model, plan, selected, plugins, device, kv_dtype)
+    report = _report(config, model_config, platform, selected, plan, dtype, kv_dtype, weight_bytes, time.perf_counter() - began)
+    return BuiltEngine(
+        engine=engine, report=report, model_config=model_config, folder=folder, plugins=plugins, context_length=plan.max_context
+    )
+
+
+def choose_dtype(asked: str, checkpoint: str, platform: Platform) -> torch.dtype:
+    """auto: the checkpoint's dtype, but float32 on a CPU without bfloat16 instructions, where emulation is slower than twice the bytes."""
+    if asked != "auto":
+        return _torch_dtype(asked)
+    if platform.device_type == "cpu" and checkpoint != "float32" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return _torch_dtype(checkpoint)
+
+
+def requirements(
+    config: EngineConfig, model: ModelConfig, *, q_dtype: torch.dtype, kv_dtype: torch.dtype
+) -> AttentionRequirements:
+    """What this model under these flags asks of an attention backend, on one rank."""
+    return AttentionRequirements(
+        num_q_heads=model.num_q_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        q_dtype=dtype_name(q_dtype),
+        kv_dtype=dtype_name(kv_dtype),
+        page_size=config.page_size,
+        chunk_size=model.attention_chunk_size if any(model.chunked_layers) else None,
+        max_num_seqs=config.max_running_requests,
+        max_num_tokens=max(config.chunked_prefill_size, config.max_running_requests),
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 → "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _select(
+    config: EngineConfig, model: ModelConfig, platform: Platform, plugins: Plugins, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> Selected:
+    device = platform.device_type if config.device == "auto" else config.device
+    return select_backend(
+        plugins,
+        platform,
+        requirements(config, model, q_dtype=dtype, kv_dtype=kv_dtype),
+        named=config.attention_backend,
+        options=parse_attention_options(config.attention_option),
+        device=device,
+    )
+
+
+def parse_attention_options(items: tuple[str, ...]) -> Mapping[str, str]:
+    """("a=1", "b=2") → {"a": "1", "b": "2"}. ConfigError for anything else."""
+    options: dict[str, str] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--attention-option is {item!r}; wanted key=value")
+        if key in options:
+            raise ConfigError(f"--attention-option names {key!r} twice")
+        options[key] = value
+    return options
+
+
+def _load_model(
+    config: EngineConfig, model_config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool
+) -> tuple[Llama4, int]:
+    """→ (model with its weights on the device, bytes they take)."""
+    with torch.device("meta"):
+        model = Llama4(model_config).to(dtype)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    parameters = dict(model.named_parameters())
+    if config.load_format == "dummy":
+        fill_dummy(parameters, config.random_seed)
+    else:
+        load_weights(parameters, folder, model_config, progress=progress)
+    return model, sum(p.numel() * p.element_size() for p in parameters.values())
+
+
+def _plan(
+    config: EngineConfig, model: ModelConfig, platform: Platform, page_size: int, kv_dtype: torch.dtype, weight_bytes: int
+) -> KVPlan:
+    return plan_kv(
+        model.kv_groups(),
+        page_size=page_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        bytes_per_element=kv_dtype.itemsize,
+        budget_bytes=kv_budget(platform, weight_bytes, config.mem_fraction_static),
+        context_length=config.context_length,
+        model_limit=model.max_position_embeddings,
+        max_running=config.max_running_requests,
+        max_total_tokens=config.max_total_tokens,
+    )
+
+
+def _wire(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    model: Llama4,
+    plan: KVPlan,
+    selected: Selected,
+    plugins: Plugins,
+    device: torch.device,
+    kv_dtype: torch.dtype,
+) -> Engine:
+    groups = model_config.kv_groups()
+    memory = KVMemory(
+        groups, plan, num_kv_heads=model_config.num_kv_heads, head_dim=model_config.head_dim, dtype=kv_dtype, device=device
+    )
+    samplers = {
+        provided.entry.name: create_object(provided, Sampler)  # type: ignore[type-abstract]
+        for provided in plugins.samplers
+    }
+    if config.sampler not in samplers:
+        raise ConfigError(f"--sampler {config.sampler!r} is unknown; there are {', '.join(sorted(samplers))}", fix="l4 plugins")
+    runner = Runner(
+        model,
+        memory,
+        selected.backend,
+        SamplingPipeline(samplers, vocab_size=model_config.vocab_size),
+        groups=groups,
+        page_size=plan.page_size,
+        max_running=config.max_running_requests,
+        max_context=plan.max_context,
+        device=device,
+    )
+    limits = SchedulerLimits(
+        max_running=config.max_running_requests,
+        max_tokens_per_step=config.chunked_prefill_size,
+        chunk_size=model_config.attention_chunk_size if any(model_config.chunked_layers) else None,
+        max_context=plan.max_context,
+    )
+    return Engine(Scheduler(limits, KVManager(groups, plan.page_size, plan.num_pages)), runner)
+
+
+def _report(
+    config: EngineConfig,
+    model: ModelConfig,
+    platform: Platform,
+    selected: Selected,
+    plan: KVPlan,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    weight_bytes: int,
+    seconds: float,
+) -> tuple[str, ...]:
+    """The start-up block, one fact a line: label padded to 16, then the value."""
+    experts = f", {model.num_experts} experts in {sum(model.moe_layers)}" if any(model.moe_layers) else ""
+    tokens = ", ".join(f"{name} {pages * plan.page_size:,}" for name, pages in plan.num_pages.items())
+    device = f"{platform.device_type} · {platform.device_name or platform.arch}" + (f" · {platform.runtime}" if platform.runtime else "")
+    lines = [
+        ("model", f"{config.model} · {model.architecture} · {model.num_layers} layers{experts} · {weight_bytes / 1e9:.2f} GB"),
+        ("device", device),
+        ("dtype", f"{dtype_name(dtype)} · KV {dtype_name(kv_dtype)}"),
+        ("attention", selected.describe()),
+        ("page size", f"{plan.page_size} tokens"),
+        ("KV tokens", f"{tokens} · {plan.bytes_total / 1e9:.2f} GB"),
+        ("largest context", f"{plan.max_context:,} tokens"),
+        ("prefix cache", "off (not built yet)" + (" · --disable-radix-cache changes nothing" if config.disable_radix_cache else "")),
+        ("graphs", "off (not built yet)" + (" · --disable-cuda-graph changes nothing" if config.disable_cuda_graph else "")),
+        ("loaded in", f"{seconds:.1f} s"),
+    ]
+    if config.trust_remote_code:
+        lines.append(("trust", "--trust-remote-code is accepted; code from a checkpoint is never executed"))
+    return tuple(f"{label:<16}{value}" for label, value in lines)

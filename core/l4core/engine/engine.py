@@ -1,0 +1,59 @@
+"""The engine. Read `step` first: it is the whole story, and every other file is one of its words."""
+
+from __future__ import annotations
+
+from l4core.engine.batch import Inbox, StepTokens
+from l4core.engine.runner import Runner
+from l4core.engine.scheduler import Scheduler
+from l4core.errors import RequestError
+from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput
+
+EMPTY = Inbox()
+
+
+class Engine:
+    """Generates token ids from token ids. Knows nothing of text, HTTP or time; two engines may live in one process."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self._parsed: dict[str, object] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do without new requests."""
+        return self.scheduler.has_work
+
+    def step(self, inbox: Inbox = EMPTY) -> StepOutput:
+        """Take in what came, compute one batch, hand out what it brought. One call is one forward pass (or none, when idle)."""
+        refused = self._drain(inbox)
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return self._deliver(self.scheduler.commit(StepTokens()), refused)
+        forward = self.runner.build(batch)
+        hidden = self.runner.execute(forward)
+        tokens = self.runner.draw(batch, forward, hidden, self._parsed)
+        return self._deliver(self.scheduler.commit(tokens), refused)
+
+    def check(self, request: Request) -> object:
+        """What the request's sampler makes of its parameters. Raises RequestError (400)."""
+        return self.runner.pipeline.check(request.params)
+
+    def _drain(self, inbox: Inbox) -> list[SequenceUpdate]:
+        refused = []
+        for request in inbox.requests:
+            try:
+                self._parsed[request.request_id] = self.check(request)
+            except RequestError as error:
+                refused.append(SequenceUpdate(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=str(error)))
+                continue
+            self.scheduler.add(request)
+        for request_id in inbox.aborts:
+            self.scheduler.abort(request_id)
+        return refused
+
+    def _deliver(self, output: StepOutput, refused: list[SequenceUpdate]) -> StepOutput:
+        for update in output.updates:
+            if update.finish_reason is not None:
+                self._parsed.pop(update.request_id, None)
+        return StepOutput(updates=[*refused, *output.updates], stats=output.stats) if refused else output

@@ -1,0 +1,131 @@
+"""What the HTTP server and the engine process say to each other, and how it is framed: 4 bytes of length, then msgpack. Never pickle.
+
+server → engine: `Start` once, then `Submit`.  engine → server: `Log`, then `Ready` or `Failed`, then `Stepped` and `Refused`, `Failed` at the end.
+A closed socket means: the other side is gone.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Sequence
+from typing import TypeAlias, TypeVar
+
+import msgspec
+
+from l4core import errors
+from l4core.config import EngineConfig
+from l4core.engine.batch import Inbox
+from l4core.errors import EngineDeadError, L4Error
+from l4core.request import StepOutput
+
+HEADER = struct.Struct("<I")
+MAX_FRAME_BYTES = (1 << 31) - 1
+
+
+class Start(msgspec.Struct, tag="start", frozen=True):
+    """First frame of all. log_level: Python's number."""
+
+    config: EngineConfig
+    log_level: int
+
+
+class Submit(msgspec.Struct, tag="submit", frozen=True):
+    """New requests and aborts; the engine takes them in before its next step."""
+
+    inbox: Inbox
+
+
+class Log(msgspec.Struct, tag="log", frozen=True):
+    """A log record of the engine process, to be printed by the server's own logging."""
+
+    level: int
+    name: str
+    text: str
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True):
+    """The model is loaded. report: lines of the start-up block.  folder: the checkpoint, resolved.  context_length: tokens."""
+
+    report: Sequence[str]
+    folder: str
+    context_length: int
+
+
+class Stepped(msgspec.Struct, tag="stepped", frozen=True):
+    """One step was made."""
+
+    output: StepOutput
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True):
+    """The engine would not take a request (a RequestError, by its parts); nothing of it was computed."""
+
+    request_id: str
+    message: str
+    status: int
+    param: str | None = None
+    code: str | None = None
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """The engine process ends. kind: the error's class.  trace: a traceback when the error is not one that L4 raises on purpose."""
+
+    kind: str
+    message: str
+    fix: str = ""
+    trace: str = ""
+
+    def error(self) -> L4Error:
+        """The error to raise on the server's side, of the class it had over there."""
+        known = getattr(errors, self.kind, None)
+        if self.trace or not (isinstance(known, type) and issubclass(known, L4Error)):
+            return EngineDeadError(f"the engine process failed: {self.message}\n{self.trace}".rstrip(), fix=self.fix)
+        return known(self.message, fix=self.fix) if known is not errors.RequestError else L4Error(self.message)
+
+
+ToEngine: TypeAlias = Start | Submit
+ToServer: TypeAlias = Log | Ready | Stepped | Refused | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_to_server: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
+T = TypeVar("T")
+
+
+def frame(message: ToEngine | ToServer) -> bytes:
+    """Length and payload, ready to write. Raises OverflowError for an integer beyond 64 bits, L4Error for more than 2 GiB."""
+    payload = _encoder.encode(message)
+    if len(payload) > MAX_FRAME_BYTES:
+        raise L4Error(f"a message between server and engine has {len(payload):,} bytes; at most {MAX_FRAME_BYTES:,}")
+    return HEADER.pack(len(payload)) + payload
+
+
+def decode_for_engine(payload: bytes | bytearray) -> ToEngine:
+    """A payload the server sent. Raises msgspec.ValidationError."""
+    return _to_engine.decode(payload)
+
+
+def decode_for_server(payload: bytes | bytearray) -> ToServer:
+    """A payload the engine sent. Raises msgspec.ValidationError."""
+    return _to_server.decode(payload)
+
+
+def read_frame(sock: socket.socket) -> bytearray | None:
+    """Blocks for one payload; None when the other side closed."""
+    header = _read_exactly(sock, HEADER.size)
+    return None if header is None else _read_exactly(sock, HEADER.unpack(header)[0])
+
+
+def _read_exactly(sock: socket.socket, size: int) -> bytearray | None:
+    buffer = bytearray(size)
+    view, filled = memoryview(buffer), 0
+    while filled < size:
+        try:
+            count = sock.recv_into(view[filled:])
+        except ConnectionResetError:
+            return None
+        if count == 0:
+            return None
+        filled += count
+    return buffer

@@ -1,0 +1,188 @@
+"""Turns a scheduled batch into device tensors, runs the model on them, and draws tokens. Knows nothing of queues, text or HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+import torch
+
+from l4core.attention.chunked import single_chunk_metadata
+from l4core.engine.batch import DrawnToken, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.engine.block_tables import BlockTables
+from l4core.engine.stops import forbidden_token_ids
+from l4core.kv.blocks import KVGroup
+from l4core.kv.memory import KVMemory
+from l4core.model.batch import AttentionSegment, ForwardBatch
+from l4core.model.llama4 import Llama4
+from l4core.plugin_api import AttentionBackend, AttentionMetadata
+from l4core.request import TokenLogprobs
+from l4core.sampling.logprobs import prompt_logprobs
+from l4core.sampling.pipeline import DrawRow, SamplingPipeline
+
+LOGPROB_ROWS = 256
+"""Prompt rows whose logits are held at once: 256 × 202,048 float32 = 207 MB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """Where everything of a batch lies, on the host: sequence b owns token rows [cu[b], cu[b+1])."""
+
+    rows: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    cu: np.ndarray
+    num_decodes: int
+
+
+class Runner:
+    """One model on one device. `build` → `execute` → `draw` is a step; nothing of a step is kept on self but the block tables."""
+
+    def __init__(
+        self,
+        model: Llama4,
+        memory: KVMemory,
+        backend: AttentionBackend,
+        pipeline: SamplingPipeline,
+        *,
+        groups: Sequence[KVGroup],
+        page_size: int,
+        max_running: int,
+        max_context: int,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.memory = memory
+        self.backend = backend
+        self.pipeline = pipeline
+        self._groups = groups
+        self._page_size = page_size
+        self._device = device
+        self._tables = BlockTables(groups, page_size=page_size, max_running=max_running, max_context=max_context, device=device)
+
+    def build(self, batch: ScheduledBatch) -> ForwardBatch:
+        """Host lists → device tensors, slots of the new tokens, and one attention plan per phase and KV group."""
+        self._tables.write(batch.sequences)
+        layout = _lay_out(batch)
+        lengths, starts, cu = layout.lengths, layout.starts, layout.cu
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        positions = self._send(np.arange(cu[-1]) + (starts - cu[:-1])[owner])
+        token_ids = np.fromiter(chain.from_iterable(s.token_ids for s in batch.sequences), dtype=np.int64, count=int(cu[-1]))
+        tables = self._step_tables(layout)
+        draws = np.fromiter((s.draws for s in batch.sequences), dtype=bool, count=len(lengths))
+        return ForwardBatch(
+            token_ids=self._send(token_ids),
+            positions=positions,
+            slot_mapping={g.name: _slots(tables[g.name], self._send(owner), positions, self._page_size) for g in self._groups},
+            segments=self._segments(layout, tables),
+            logits_rows=self._send(cu[1:][draws] - 1),
+        )
+
+    @torch.inference_mode()
+    def execute(self, forward: ForwardBatch) -> torch.Tensor:
+        """→ hidden states [T, hidden_size] after the final norm."""
+        return self.model(forward, self.memory, self.backend)
+
+    @torch.inference_mode()
+    def draw(self, batch: ScheduledBatch, forward: ForwardBatch, hidden: torch.Tensor, parsed: Mapping[str, object]) -> StepTokens:
+        """Draw one token for every sequence whose piece ended its known tokens. parsed: request id → what its sampler parsed."""
+        drawing = [s for s in batch.sequences if s.draws]
+        draws = iter(())
+        if drawing:
+            logits = self.model.logits(hidden.index_select(0, forward.logits_rows))
+            draws = iter(self.pipeline.sample(logits, [_draw_row(s, parsed[s.request.request_id]) for s in drawing]))
+        drawn, begin = [], 0
+        for seq in batch.sequences:
+            end = begin + len(seq.token_ids)
+            result = next(draws) if seq.draws else None
+            drawn.append(
+                DrawnToken(
+                    request_id=seq.request.request_id,
+                    token_id=None if result is None or result.error else result.token_id,
+                    logprobs=None if result is None else result.logprobs,
+                    prompt_logprobs=self._prompt_logprobs(seq, hidden[begin:end]),
+                    error="" if result is None else result.error,
+                )
+            )
+            begin = end
+        return StepTokens(drawn=drawn)
+
+    def _segments(self, layout: _Layout, tables: Mapping[str, torch.Tensor]) -> list[AttentionSegment]:
+        """Decodes and prefill pieces are separate calls: backends have a kernel for each, and a decode row never waits for a mask."""
+        split, last = layout.num_decodes, len(layout.lengths)
+        return [self._segment(layout, tables, a, b) for a, b in ((0, split), (split, last)) if b > a]
+
+    def _segment(self, layout: _Layout, tables: Mapping[str, torch.Tensor], first: int, last: int) -> AttentionSegment:
+        begin, end = int(layout.cu[first]), int(layout.cu[last])
+        seq_lens = (layout.starts + layout.lengths)[first:last]
+        meta = AttentionMetadata(
+            cu_seqlens_q=self._send((layout.cu[first : last + 1] - begin).astype(np.int32)),
+            seq_lens=self._send(seq_lens.astype(np.int32)),
+            block_table=next(iter(tables.values()))[first:last],
+            max_seqlen_q=int(layout.lengths[first:last].max()),
+            max_seqlen_k=int(seq_lens.max()),
+            num_seqs=last - first,
+            phase="decode" if first < layout.num_decodes else "prefill",
+        )
+        plans = {g.name: self.backend.plan(self._group_metadata(meta, g, tables[g.name][first:last])) for g in self._groups}
+        return AttentionSegment(begin=begin, end=end, plans=plans)
+
+    def _group_metadata(self, meta: AttentionMetadata, group: KVGroup, table: torch.Tensor) -> AttentionMetadata:
+        if group.chunk_size is None:
+            return replace(meta, block_table=table)
+        return single_chunk_metadata(meta, table, group.chunk_size, self._page_size)
+
+    def _step_tables(self, layout: _Layout) -> dict[str, torch.Tensor]:
+        longest = int((layout.starts + layout.lengths).max())
+        pages = -(-longest // self._page_size)
+        return {
+            g.name: self._tables.rows(g.name, layout.rows, pages if g.chunk_size is None else self._tables.width[g.name])
+            for g in self._groups
+        }
+
+    def _prompt_logprobs(self, seq: ScheduledSequence, hidden: torch.Tensor) -> list[TokenLogprobs | None]:
+        """Entry for prompt token i comes from row i − 1; the first token has none."""
+        top = seq.request.params.prompt_logprobs
+        prompt = seq.request.prompt_token_ids
+        if top is None or seq.start >= len(prompt):
+            return []
+        targets = list(prompt[seq.start + 1 : seq.start + len(seq.token_ids) + 1])
+        entries: list[TokenLogprobs | None] = [None] if seq.start == 0 else []
+        for a in range(0, len(targets), LOGPROB_ROWS):
+            wanted = torch.tensor(targets[a : a + LOGPROB_ROWS], device=hidden.device)
+            entries += prompt_logprobs(self.model.logits(hidden[a : a + len(wanted)]), wanted, top)
+        return entries
+
+    def _send(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _lay_out(batch: ScheduledBatch) -> _Layout:
+    sequences, num = batch.sequences, len(batch.sequences)
+    lengths = np.fromiter((len(s.token_ids) for s in sequences), dtype=np.int64, count=num)
+    return _Layout(
+        rows=np.fromiter((s.row for s in sequences), dtype=np.int64, count=num),
+        starts=np.fromiter((s.start for s in sequences), dtype=np.int64, count=num),
+        lengths=lengths,
+        cu=np.concatenate(([0], np.cumsum(lengths))),
+        num_decodes=batch.num_decodes,
+    )
+
+
+def _slots(table: torch.Tensor, owner: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Slot of each new token: page · page_size + offset. table: int32 [B, W], a ring where W is smaller than the context."""
+    page = table[owner, positions // page_size % table.shape[1]].long()
+    return page * page_size + positions % page_size
+
+
+def _draw_row(seq: ScheduledSequence, parsed: object) -> DrawRow:
+    return DrawRow(
+        params=seq.request.params,
+        parsed=parsed,
+        prompt_token_ids=seq.request.prompt_token_ids,
+        output_token_ids=seq.output_token_ids,
+        position=seq.start + len(seq.token_ids),
+        forbidden=forbidden_token_ids(seq.request, len(seq.output_token_ids)),
+    )

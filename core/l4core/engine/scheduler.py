@@ -1,0 +1,276 @@
+"""Which tokens the next step computes, and what becomes of those it drew. Torch-free, deterministic, reads no clock.
+
+Requests are served in rank order: higher priority first, then arrival. A request may take pages only from one of worse rank, so the first of
+all always moves, ends after finitely many steps, and leaves its place to the second: every admitted request ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from l4core.engine.admission import SchedulerLimits, refusal, victims_for
+from l4core.engine.batch import DrawnToken, NewPages, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.engine.sequence import NO_ROW, RankedQueue, SequenceState
+from l4core.engine.stops import StopRule
+from l4core.errors import RequestError
+from l4core.kv.manager import NOTHING, KVManager
+from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput, StepStats
+
+__all__ = ["Scheduler", "SchedulerLimits"]
+
+NO_PAGES: Mapping[str, NewPages] = {}
+
+
+class Scheduler:
+    """add/abort as messages come, then schedule → (execute) → commit, once a step. `commit` also ends a step that had nothing to execute."""
+
+    def __init__(self, limits: SchedulerLimits, kv: KVManager) -> None:
+        if limits.chunk_size != kv.chunk_size:
+            raise ValueError(f"the limits say chunks of {limits.chunk_size} tokens, the KV groups {kv.chunk_size}")
+        self.limits = limits
+        self.kv = kv
+        self._waiting, self._running = RankedQueue(), RankedQueue()
+        self._live: dict[str, SequenceState] = {}
+        self._rows = list(range(limits.max_running - 1, -1, -1))
+        self._in_flight: list[SequenceState] = []
+        self._updates: list[SequenceUpdate] = []
+        self._evicted: list[SequenceState] = []
+        self._num_arrived = self._step = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute or report anything."""
+        return bool(self._live or self._updates or self._in_flight)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; one that could never finish is answered by an ERROR update at the next commit. RequestError: its id is in use."""
+        if request.request_id in self._live:
+            raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
+        stops = StopRule.of(request)
+        error = refusal(request, stops, self.limits, self.kv)
+        if error:
+            self._report_end(request, FinishReason.ERROR, error)
+            return
+        self._num_arrived += 1
+        prompt_len = len(request.prompt_token_ids)
+        seq = SequenceState(
+            request=request,
+            rank=(-request.priority, self._num_arrived),
+            stops=stops,
+            tables=self.kv.new_tables(),
+            prompt_len=prompt_len,
+            num_tokens=prompt_len,
+        )
+        self._live[request.request_id] = seq
+        self._waiting.add(seq)
+
+    def abort(self, request_id: str) -> None:
+        """Forget the request and free its pages now, wherever it is; an ABORT update follows. Unknown (or ended) ids are no error."""
+        seq = self._live.get(request_id)
+        if seq is not None:
+            self._end(seq)
+            self._report_end(seq.request, FinishReason.ABORT)
+
+    def schedule(self) -> ScheduledBatch | None:
+        """The next step's work with its KV slots reserved, or None when there is none. Raises RuntimeError before the last one is committed."""
+        if self._in_flight:
+            raise RuntimeError("schedule() was called before the batch in flight was committed")
+        decodes, prefills = self._split()
+        chosen, budget = self._schedule_decodes(decodes)
+        budget = self._schedule_prefills(prefills, chosen, budget)
+        self._admit(chosen, budget)
+        if not chosen:
+            return None
+        self._step += 1
+        self._in_flight = [seq for seq in chosen if seq.entry is not None] if self._evicted else chosen
+        return ScheduledBatch(
+            step=self._step, sequences=[seq.entry for seq in self._in_flight if seq.entry is not None]
+        )
+
+    def commit(self, tokens: StepTokens) -> StepOutput:
+        """Take in what the batch in flight drew (nothing, if there was none) → updates of all requests it changed, and the gauges.
+
+        Raises ValueError when `tokens` are not those of the batch in flight.
+        """
+        if len(tokens.drawn) != len(self._in_flight):
+            raise ValueError(f"{len(tokens.drawn)} draws came for {len(self._in_flight)} scheduled sequences")
+        updates, self._updates = self._updates, []
+        num_prefill = num_decode = 0
+        for seq, drawn in zip(self._in_flight, tokens.drawn, strict=True):
+            entry, seq.entry = seq.entry, None
+            assert entry is not None
+            if entry.is_decode:
+                num_decode += 1
+            else:
+                num_prefill += len(entry.token_ids)
+            if not seq.finished and (update := self._take_in(seq, entry, drawn)) is not None:
+                updates.append(update)
+        self._in_flight = []
+        return StepOutput(updates=updates, stats=self._stats(num_prefill, num_decode))
+
+    # --- one step's choice -------------------------------------------------------------------------------------------------------------
+
+    def _split(self) -> tuple[list[SequenceState], list[SequenceState]]:
+        """Running sequences that have only their last token left to compute, and the others; each best first."""
+        decodes: list[SequenceState] = []
+        prefills: list[SequenceState] = []
+        for seq in self._running:
+            (decodes if seq.is_decode else prefills).append(seq)
+        return decodes, prefills
+
+    def _schedule_decodes(self, decodes: list[SequenceState]) -> tuple[list[SequenceState], int]:
+        """→ (those in the batch, tokens still allowed)."""
+        chosen: list[SequenceState] = []
+        for seq in decodes[: self.limits.max_tokens_per_step]:
+            if seq.row == NO_ROW:  # evicted by a better one a moment ago
+                continue
+            new_pages = NO_PAGES if seq.num_tokens <= seq.tables.capacity else self._make_room(seq, seq.num_tokens)
+            if new_pages is None:
+                continue
+            seq.entry = ScheduledSequence(
+                request=seq.request,
+                row=seq.row,
+                start=seq.num_computed,
+                token_ids=seq.output_token_ids[-1:],
+                new_pages=new_pages,
+                draws=True,
+                is_decode=True,
+                output_token_ids=seq.output_token_ids,
+            )
+            chosen.append(seq)
+        return chosen, self.limits.max_tokens_per_step - len(chosen)
+
+    def _schedule_prefills(self, prefills: list[SequenceState], chosen: list[SequenceState], budget: int) -> int:
+        """The next piece of every running prompt, best first, until tokens or pages run out → the tokens still allowed."""
+        for seq in prefills:
+            if seq.row == NO_ROW:
+                continue
+            used = self._schedule_piece(seq, budget) if budget else 0
+            if not used:  # worse ones must not take the pages it waits for
+                break
+            chosen.append(seq)
+            budget -= used
+        return budget
+
+    def _schedule_piece(self, seq: SequenceState, budget: int) -> int:
+        """A piece of at most `budget` tokens that ends at a chunk border at the latest → its length, 0 = no pages for it now."""
+        start = seq.num_computed
+        end = min(seq.num_tokens, start + budget)
+        if self.limits.chunk_size is not None:
+            end = min(end, (start // self.limits.chunk_size + 1) * self.limits.chunk_size)
+        new_pages = self._make_room(seq, end)
+        if new_pages is None:
+            return 0
+        seq.entry = ScheduledSequence(
+            request=seq.request,
+            row=seq.row,
+            start=start,
+            token_ids=seq.token_ids(start, end),
+            new_pages=new_pages,
+            draws=end == seq.num_tokens,
+            is_decode=False,
+            output_token_ids=seq.output_token_ids,
+        )
+        return end - start
+
+    def _admit(self, chosen: list[SequenceState], budget: int) -> None:
+        """Start waiting requests in rank order while tokens, rows and pages last; none overtakes one of better rank."""
+        while budget and self._waiting:
+            seq = self._waiting.first
+            victims = None if seq in self._evicted else victims_for(seq, self._running, self.limits, self.kv)
+            if victims is None:
+                return
+            for victim in victims:
+                self._preempt(victim)
+            self._waiting.remove(seq)
+            seq.row = self._rows.pop()
+            self._running.add(seq)
+            used = self._schedule_piece(seq, budget)
+            assert used, "admission left no room for the first piece"
+            chosen.append(seq)
+            budget -= used
+
+    def _make_room(self, seq: SequenceState, upto_len: int) -> Mapping[str, NewPages] | None:
+        """Slots for the first `upto_len` tokens, taken from worse-ranked sequences if need be; None = it must sit this step out.
+
+        Sitting out keeps its pages: it is evicted only when a better one needs them. What is already in this step's batch is left alone, since
+        it will end and give its pages back without any work lost, unless its priority is lower.
+        """
+        while (new := self.kv.reserve(seq.tables, upto_len)) is None:
+            victim = self._running.last
+            if victim is seq or (victim.entry is not None and victim.request.priority == seq.request.priority):
+                return None
+            self._preempt(victim)
+        if new is NOTHING:
+            return NO_PAGES
+        return {name: NewPages(first_index=first, pages=pages) for name, (first, pages) in new.items()}
+
+    # --- what becomes of a sequence ----------------------------------------------------------------------------------------------------
+
+    def _preempt(self, seq: SequenceState) -> None:
+        """Back to its place in the queue. It keeps its output; prompt and output are computed again, and its next token is the same."""
+        self._leave_row(seq)
+        seq.num_computed, seq.is_decode, seq.entry = 0, False, None
+        self._waiting.add(seq)
+        self._evicted.append(seq)
+
+    def _end(self, seq: SequenceState) -> None:
+        if seq.row == NO_ROW:
+            self._waiting.remove(seq)
+        else:
+            self._leave_row(seq)
+        seq.finished = True
+        del self._live[seq.request.request_id]
+
+    def _leave_row(self, seq: SequenceState) -> None:
+        self._running.remove(seq)
+        self.kv.release(seq.tables)
+        self._rows.append(seq.row)
+        seq.row = NO_ROW
+
+    def _take_in(self, seq: SequenceState, entry: ScheduledSequence, drawn: DrawnToken) -> SequenceUpdate | None:
+        request_id = seq.request.request_id
+        if drawn.request_id != request_id:
+            raise ValueError(f"a draw for {drawn.request_id!r} came where {request_id!r} was scheduled")
+        if drawn.error:
+            self._end(seq)
+            return SequenceUpdate(request_id=request_id, finish_reason=FinishReason.ERROR, error=drawn.error)
+        seq.num_computed = length = entry.start + len(entry.token_ids)
+        if length >= seq.tables.next_drop:
+            self.kv.commit(seq.tables, length)
+        prompt_logprobs = seq.new_prompt_logprobs(entry.start, drawn.prompt_logprobs) if drawn.prompt_logprobs else ()
+        token_id = drawn.token_id
+        if (token_id is not None) is not entry.draws:
+            raise ValueError(
+                f"{request_id}: token {token_id} was drawn; the piece {'ends' if entry.draws else 'does not end'} its known tokens"
+            )
+        if token_id is None:
+            return SequenceUpdate(request_id=request_id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
+        stop_token_id, reason = None, seq.append(token_id)
+        if reason is not None:
+            self._end(seq)
+            stop_token_id = token_id if reason is FinishReason.STOP else None
+        return SequenceUpdate(
+            request_id=request_id,
+            new_token_ids=(token_id,),
+            logprobs=() if drawn.logprobs is None else (drawn.logprobs,),
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+        )
+
+    def _report_end(self, request: Request, reason: FinishReason, error: str = "") -> None:
+        self._updates.append(SequenceUpdate(request_id=request.request_id, finish_reason=reason, error=error))
+
+    def _stats(self, num_prefill: int, num_decode: int) -> StepStats:
+        """num_preemptions and the token counts are this step's; the rest are gauges after it."""
+        evicted, self._evicted = self._evicted, []
+        return StepStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_preemptions=len(evicted),
+            num_prefill_tokens=num_prefill,
+            num_decode_tokens=num_decode,
+            pages_used=self.kv.pages_used,
+            pages_total=self.kv.pages_total,
+        )

@@ -1,0 +1,116 @@
+"""A request's state while the engine works on it, and the order in which requests are served. Torch-free."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from l4core.engine.batch import ScheduledSequence
+from l4core.engine.stops import StopRule
+from l4core.kv.tables import PageTables
+from l4core.request import FinishReason, Request, TokenLogprobs
+
+NO_ROW = -1
+_rank = attrgetter("rank")
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class SequenceState:
+    """Owned by the scheduler, from `add` to the end. Token i of the sequence is prompt[i], then output_token_ids[i − prompt_len].
+
+    rank: (−priority, arrival number), smaller is served first.  num_tokens: prompt + output.  num_computed: tokens whose KV is in the pages.
+    row: block-table row, NO_ROW while waiting.  is_decode: only the token drawn last is left to compute.  entry: its part of the batch in flight.
+    num_prompt_logprobs: prompt positions whose logprobs were handed out.
+    """
+
+    request: Request
+    rank: tuple[int, int]
+    stops: StopRule
+    tables: PageTables
+    prompt_len: int
+    num_tokens: int
+    num_computed: int = 0
+    row: int = NO_ROW
+    is_decode: bool = False
+    output_token_ids: list[int] = field(default_factory=list)
+    entry: ScheduledSequence | None = None
+    finished: bool = False
+    num_prompt_logprobs: int = 0
+
+    @property
+    def last_slot(self) -> int:
+        """Slots it can ever need: nothing is computed after the last output token."""
+        return self.prompt_len + self.stops.max_output - 1
+
+    def token_ids(self, begin: int, end: int) -> Sequence[int]:
+        """Tokens [begin, end) of the sequence; O(end − begin)."""
+        prompt, split = self.request.prompt_token_ids, self.prompt_len
+        if end <= split:
+            return prompt[begin:end]
+        outputs = self.output_token_ids[max(0, begin - split) : end - split]
+        return outputs if begin >= split else [*prompt[begin:], *outputs]
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take in the drawn token → why the sequence ends with it, None = it goes on."""
+        self.output_token_ids.append(token_id)
+        self.num_tokens += 1
+        self.is_decode = True
+        stops, num_output = self.stops, self.num_tokens - self.prompt_len
+        if token_id in stops.end_ids and num_output > stops.min_output:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if num_output >= stops.max_output else None
+
+    def new_prompt_logprobs(
+        self, start: int, entries: Sequence[TokenLogprobs | None]
+    ) -> Sequence[TokenLogprobs | None]:
+        """Those of a piece's entries that were not handed out yet; marks them handed out.
+
+        A piece that starts at token `start` brings positions start + 1, …, and position 0 (None: no predecessor) too if it is the first. After
+        a preemption the prompt is computed again, perhaps cut elsewhere.
+        """
+        first = start + 1 if start else 0
+        known, end = self.num_prompt_logprobs, min(first + len(entries), self.prompt_len)
+        if first > known:
+            raise ValueError(f"{self.request.request_id}: prompt logprobs came from position {first}; wanted {known}")
+        self.num_prompt_logprobs = max(known, end)
+        return entries[known - first : end - first]
+
+
+class RankedQueue:
+    """Sequences in rank order, best first. Adding and removing take O(log n) comparisons."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self) -> None:
+        self._items: list[SequenceState] = []
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[SequenceState]:
+        return iter(self._items)
+
+    def __reversed__(self) -> Iterator[SequenceState]:
+        return reversed(self._items)
+
+    @property
+    def first(self) -> SequenceState:
+        """The best; IndexError when empty."""
+        return self._items[0]
+
+    @property
+    def last(self) -> SequenceState:
+        """The worst: lowest priority, and the youngest of those. IndexError when empty."""
+        return self._items[-1]
+
+    def add(self, seq: SequenceState) -> None:
+        """Put it at its place."""
+        insort(self._items, seq, key=_rank)
+
+    def remove(self, seq: SequenceState) -> None:
+        """Take it out; it must be in."""
+        index = bisect_left(self._items, seq.rank, key=_rank)
+        assert self._items[index] is seq
+        del self._items[index]

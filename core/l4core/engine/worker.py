@@ -1,0 +1,222 @@
+"""The engine process: builds an engine, then steps it for as long as the server is there. Started by server/process.py; knows no HTTP, no text.
+
+`python -m l4core.engine.worker --fd N`: N is one end of a socket pair (no name in the file system, nobody else can connect).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import logging
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+from l4core.config import EngineConfig
+from l4core.engine.batch import Inbox
+from l4core.engine.messages import (
+    Failed,
+    Log,
+    Ready,
+    Refused,
+    Start,
+    Stepped,
+    Submit,
+    ToServer,
+    decode_for_engine,
+    frame,
+    read_frame,
+)
+from l4core.errors import L4Error, RequestError
+from l4core.request import Request, StepOutput
+
+ORPHAN_GRACE_SECONDS = 5.0
+BUILD_ENGINE = "l4core.engine.build:build_engine"
+
+
+class SteppedEngine(Protocol):
+    """What the loop asks of an engine; `engine.engine.Engine` is one."""
+
+    @property
+    def has_work(self) -> bool: ...
+    def check(self, request: Request) -> object: ...
+    def step(self, inbox: Inbox) -> StepOutput: ...
+
+
+class Built(Protocol):
+    """What the loop asks of `build_engine`'s result."""
+
+    @property
+    def engine(self) -> SteppedEngine: ...
+    @property
+    def report(self) -> Sequence[str]: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def context_length(self) -> int: ...
+
+
+class Mailbox:
+    """Frames from the server, read by a thread so that long prompts are parsed while a step runs."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._frames: queue.SimpleQueue[Submit | Exception | None] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        threading.Thread(target=self._read, name="mailbox", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            while (payload := read_frame(self._sock)) is not None:
+                message = decode_for_engine(payload)
+                if isinstance(message, Submit):
+                    self._frames.put(message)
+        except Exception as error:  # noqa: BLE001  (handed to the loop, which ends the process with it)
+            self._frames.put(error)
+            return
+        self._frames.put(None)
+        time.sleep(
+            ORPHAN_GRACE_SECONDS
+        )  # the loop ends by itself unless it is in the middle of loading weights or a very long step
+        os._exit(0)
+
+    def collect(self, *, wait: bool) -> Inbox | None:
+        """All that came since the last call, in order; None when the server is gone. wait: sleep until something comes."""
+        requests: list[Request] = []
+        aborts: list[str] = []
+        block = wait
+        while True:
+            try:
+                message = self._frames.get(block=block)
+            except queue.Empty:
+                return Inbox(requests=requests, aborts=aborts)
+            if message is None:
+                return None
+            if isinstance(message, Exception):
+                raise message
+            requests += message.inbox.requests
+            aborts += message.inbox.aborts
+            block = False
+
+
+class ForwardLogs(logging.Handler):
+    """Sends log records to the server, so that there is one log, in one format."""
+
+    def __init__(self, send: Callable[[ToServer], None]) -> None:
+        super().__init__()
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # the server is gone; the mailbox ends the process
+            self._send(Log(level=record.levelno, name=record.name, text=self.format(record)))
+
+
+def run(engine: SteppedEngine, mailbox: Mailbox, send: Callable[[ToServer], None]) -> None:
+    """Step until the server is gone. Sleeps while there is nothing to do."""
+    while (inbox := mailbox.collect(wait=not engine.has_work)) is not None:
+        output = engine.step(_without_refused(engine, inbox, send))
+        send(Stepped(output=output))
+
+
+def _without_refused(engine: SteppedEngine, inbox: Inbox, send: Callable[[ToServer], None]) -> Inbox:
+    """Requests whose parameters the engine cannot take (a sampler's own arguments, say) go back with a status; the others go on."""
+    accepted = []
+    for request in inbox.requests:
+        try:
+            engine.check(request)
+        except RequestError as e:
+            send(Refused(request_id=request.request_id, message=str(e), status=e.status, param=e.param, code=e.code))
+        else:
+            accepted.append(request)
+    return Inbox(requests=accepted, aborts=inbox.aborts)
+
+
+def serve(sock: socket.socket, factory: Callable[[EngineConfig], Built] | str) -> int:
+    """The life of the process → its exit status. factory: builds the engine, or "package.module:function" that does."""
+    lock = threading.Lock()
+
+    def send(message: ToServer) -> None:
+        data = frame(message)
+        with lock:
+            sock.sendall(data)
+
+    ready = False
+    try:
+        start = _first(read_frame(sock))
+        if start is None:
+            return 0
+        _forward_logs(send, start.log_level)
+        mailbox = Mailbox(sock)
+        mailbox.start()
+        built = (_import(factory) if isinstance(factory, str) else factory)(start.config)
+        gc.collect()
+        gc.freeze()  # what the model is made of lives as long as the process: later collections skip it
+        ready = True
+        send(Ready(report=list(built.report), folder=str(built.folder), context_length=built.context_length))
+        run(built.engine, mailbox, send)
+    except (BrokenPipeError, ConnectionResetError):
+        return 0  # the server is gone
+    except Exception as error:  # noqa: BLE001  (the last words of the process, told to the server)
+        with contextlib.suppress(OSError):
+            send(_last_words(error, explained=isinstance(error, L4Error) and not ready))
+        return 1
+    return 0
+
+
+def _first(payload: bytearray | None) -> Start | None:
+    if payload is None:
+        return None
+    message = decode_for_engine(payload)
+    if not isinstance(message, Start):
+        raise L4Error(f"the first frame is {type(message).__name__}; wanted Start")
+    return message
+
+
+def _last_words(error: Exception, *, explained: bool) -> Failed:
+    """explained: the error is a sentence for the user; otherwise the traceback goes along."""
+    trace = "" if explained else "".join(traceback.format_exception(error))
+    if isinstance(error, L4Error):
+        return Failed(kind=type(error).__name__, message=error.message, fix=error.fix, trace=trace)
+    return Failed(kind=type(error).__name__, message=f"{type(error).__name__}: {error}", trace=trace)
+
+
+def _forward_logs(send: Callable[[ToServer], None], level: int) -> None:
+    root = logging.getLogger()
+    root.handlers = [ForwardLogs(send)]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("l4core").setLevel(level)
+
+
+def _import(path: str) -> Callable[[EngineConfig], Built]:
+    module, _, name = path.partition(":")
+    return cast(Callable[[EngineConfig], Built], getattr(importlib.import_module(module), name))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the process. --factory: another builder of the engine (tests speak to a small one)."""
+    parser = argparse.ArgumentParser(prog="l4core.engine.worker")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--factory", default=BUILD_ENGINE)
+    args = parser.parse_args(argv)
+    for sig in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # Ctrl-C and service managers signal the whole group; the server decides when this ends
+        signal.signal(sig, signal.SIG_IGN)
+    sock = socket.socket(fileno=args.fd)
+    sock.set_inheritable(False)
+    return serve(sock, args.factory)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,50 @@
+"""One request's block tables: which page holds page index i = position // page_size, per KV group. Torch-free.
+
+A global table keeps every page of the request. A local table keeps the chunks that may still be read: one between steps, two at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from l4core.kv.blocks import KVGroup
+
+NEVER = 1 << 62
+"""A length no request reaches."""
+
+
+def ring_columns(group: KVGroup, page_size: int, max_context: int) -> int:
+    """Columns of the group's persistent block table: page index i stands in column i % ring_columns.
+
+    Local: two chunks, since no more are ever live.  Global: the largest context, so that i % ring_columns = i.
+    """
+    if group.chunk_size is None:
+        return -(-max_context // page_size)
+    return 2 * group.chunk_size // page_size
+
+
+@dataclass(slots=True, kw_only=True)
+class PageTable:
+    """Pages of page indices first_index, first_index + 1, … of one group."""
+
+    first_index: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def end_index(self) -> int:
+        """The page index after the last one held."""
+        return self.first_index + len(self.pages)
+
+
+@dataclass(slots=True, kw_only=True)
+class PageTables:
+    """One table per KV group, in the groups' order.
+
+    capacity: tokens whose slots are reserved in every group.  next_drop: committed length at which the local table next gives pages back.
+    Both are kept here so that a decode step in the middle of a page costs two comparisons.
+    """
+
+    tables: Sequence[PageTable]
+    capacity: int = 0
+    next_drop: int = NEVER

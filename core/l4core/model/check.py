@@ -1,0 +1,144 @@
+"""`l4 check MODEL`: is this folder a whole Llama 4 checkpoint that L4 can serve? Answered from config.json and shard headers, in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from l4core.errors import CheckpointError, NotBuiltError
+from l4core.model.config import ModelConfig
+from l4core.model.layout_quant import with_folder_scheme
+from l4core.model.safetensors_index import FolderIndex, Problem, read_folder
+from l4core.model.weight_plan import WeightPlan, plan_weights
+
+TOKENIZER = "tokenizer.json"
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+MAX_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    """problems: everything found wrong.  not_built: why a whole checkpoint cannot be served by this version, None when it can.
+
+    bytes_per_rank: the parameters of one of `tp` ranks, in the checkpoint's dtypes; file_bytes: all shards read.
+    mapped: tensors that have their place; vision, tied: tensors known and skipped.
+    """
+
+    folder: str
+    architecture: str | None = None
+    dtype: str | None = None
+    quantisation: str | None = None
+    tp: int = 1
+    shards: int = 0
+    file_bytes: int = 0
+    mapped: int = 0
+    vision: int = 0
+    tied: int = 0
+    bytes_per_rank: int = 0
+    has_tokenizer: bool = False
+    has_chat_template: bool = False
+    problems: tuple[Problem, ...] = ()
+    not_built: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True iff this version of L4 can serve the folder."""
+        return not self.problems and self.not_built is None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data: every field, and `ok`."""
+        return {"ok": self.ok, **asdict(self)}
+
+    def text(self) -> str:
+        """The report for a person: facts, problems by name (the first 20), verdict."""
+        return "\n".join([*self._facts(), *self._named_problems(), self._verdict()])
+
+    def _facts(self) -> Iterator[str]:
+        yield f"{self.folder}"
+        if self.architecture is None:
+            return
+        yield f"  model      {self.architecture}, {self.dtype}, quantisation: {self.quantisation or 'none'}"
+        yield f"  shards     {self.shards}, {self.file_bytes / 1e9:.2f} GB"
+        skipped = f", {self.vision} vision tensors skipped (image input is not built yet)" if self.vision else ""
+        skipped += f", {self.tied} skipped (head tied to the embedding)" if self.tied else ""
+        yield f"  tensors    {self.mapped} mapped{skipped}"
+        yield f"  memory     {self.bytes_per_rank / 1e9:.2f} GB of weights on each of {self.tp} rank(s)"
+        template = "own" if self.has_chat_template else "none (llama-4 is used)"
+        yield f"  tokenizer  {'yes' if self.has_tokenizer else 'missing'}, chat template: {template}"
+
+    def _named_problems(self) -> Iterator[str]:
+        for problem in self.problems[:MAX_SHOWN]:
+            yield f"  {problem.kind:<12} {problem.text}"
+        if len(self.problems) > MAX_SHOWN:
+            yield f"  and {len(self.problems) - MAX_SHOWN} more (--json lists all)"
+
+    def _verdict(self) -> str:
+        if self.problems:
+            return f"verdict: not servable, {len(self.problems)} problem(s)"
+        if self.not_built is not None:
+            return f"verdict: whole, but not servable yet: {self.not_built}"
+        return "verdict: servable"
+
+
+def check_folder(folder: Path, *, tp: int = 1) -> CheckReport:
+    """Checks a checkpoint folder for `tp` ranks. Never raises for what is wrong with the folder: the report names it.
+
+    Raises ConfigError when `tp` ranks cannot share the model evenly.
+    """
+    try:
+        config = with_folder_scheme(ModelConfig.from_folder(folder), folder)
+    except CheckpointError as error:
+        return CheckReport(folder=str(folder), tp=tp, problems=(_problem("config", "config.json", error),))
+    facts: dict[str, Any] = {
+        "folder": str(folder),
+        "architecture": config.architecture,
+        "dtype": config.dtype,
+        "tp": tp,
+        "has_tokenizer": (folder / TOKENIZER).is_file(),
+        "has_chat_template": _has_template(folder),
+    }
+    problems = [] if facts["has_tokenizer"] else [_no_tokenizer(folder)]
+    try:
+        index = read_folder(folder)
+    except CheckpointError as error:
+        return CheckReport(**facts, problems=(*problems, _problem("shard", str(folder), error)))
+    try:
+        plan = plan_weights(index.tensors, config, rank=0, world=tp)
+    except CheckpointError as error:
+        return CheckReport(**facts, problems=(*problems, *index.problems, _problem("config", "config.json", error)))
+    except NotBuiltError as error:
+        return CheckReport(**facts, problems=tuple(problems), not_built=str(error))
+    return CheckReport(**facts, **_weights(index, plan, problems))
+
+
+def _weights(index: FolderIndex, plan: WeightPlan, problems: list[Problem]) -> dict[str, Any]:
+    not_built = f"running {plan.scheme} weights is not built yet in this version of L4" if plan.scheme else None
+    return {
+        "quantisation": plan.scheme,
+        "shards": len(index.shards),
+        "file_bytes": index.file_bytes,
+        "mapped": len(plan.used),
+        "vision": len(plan.vision),
+        "tied": len(plan.tied),
+        "bytes_per_rank": plan.num_bytes,
+        "problems": (*problems, *index.problems, *plan.problems),
+        "not_built": not_built,
+    }
+
+
+def _has_template(folder: Path) -> bool:
+    own = any((folder / name).is_file() for name in TEMPLATES)
+    config = folder / "tokenizer_config.json"
+    return own or (config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace"))
+
+
+def _no_tokenizer(folder: Path) -> Problem:
+    return Problem(
+        kind="tokenizer", name=TOKENIZER, text=f"{TOKENIZER} is missing from {folder}: copy it from the original model"
+    )
+
+
+def _problem(kind: str, name: str, error: CheckpointError) -> Problem:
+    return Problem(kind=kind, name=name, text=str(error))

@@ -1,0 +1,54 @@
+"""The parts every layer is made of. Parameters are created empty, without gradient, in torch's default dtype and on its default device."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from l4core.ops.linear import linear
+from l4core.ops.norm import rms_norm
+from l4core.ops.silu_mul import silu_mul
+
+
+def parameter(*shape: int, transposed: bool = False) -> nn.Parameter:
+    """An empty parameter. transposed: the last two dimensions change places in the shape that is seen, not in memory."""
+    data = torch.empty(shape)
+    return nn.Parameter(data.transpose(-1, -2) if transposed else data, requires_grad=False)
+
+
+class Linear(nn.Module):
+    """y = x · weightᵀ, weight [out, in], no bias."""
+
+    def __init__(self, num_out: int, num_in: int) -> None:
+        super().__init__()
+        self.weight = parameter(num_out, num_in)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] → [T, out]; the result may be a transposed view."""
+        return linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = parameter(size)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)): a dense layer's MLP and the shared expert."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(2 * intermediate_size, hidden_size)  # gate rows first
+        self.down = Linear(hidden_size, intermediate_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, H] → [T, H]."""
+        out: torch.Tensor = self.down(silu_mul(self.gate_up(x)))
+        return out

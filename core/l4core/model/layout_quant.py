@@ -1,0 +1,124 @@
+"""Quantised checkpoints: which schemes are mapped, and the scale parameters that go with the weights of layout.py. Torch-free.
+
+Mapped are compressed-tensors FP8 (Meta's Maverick FP8: one tensor an expert, a scale per output channel) and ModelOpt FP8 (NVIDIA's: fused
+experts, one scale and one input scale a tensor). Which modules are quantised is read off the scales present, not off the config's
+ignore list: a scale without FP8 weights, FP8 weights without a scale, or a scale of another shape is a named problem.
+Scale parameters are called like their weight with the checkpoint's ending: `…attn.qkv.weight_scale`, `…experts.gate_up_input_scale`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from l4core.errors import CheckpointError, NotBuiltError
+from l4core.model.config import ModelConfig
+from l4core.model.layout import Parameter, Part
+from l4core.model.safetensors_index import StoredTensor
+
+WEIGHT_SCALE, INPUT_SCALE = "weight_scale", "input_scale"
+KV_SCALES = ("k_scale", "v_scale")
+
+
+def scheme_of(quantization: Mapping[str, Any] | None) -> str | None:
+    """Name of the scheme in a quantization_config (or the content of hf_quant_config.json), None for plain weights.
+
+    Raises NotBuiltError naming the scheme when its layout is not mapped.
+    """
+    if not quantization:
+        return None
+    inner = quantization.get("quantization", quantization)
+    method = quantization.get("quant_method") or (quantization.get("producer") or {}).get("name") or "unnamed"
+    if method == "modelopt" and inner.get("quant_algo") == "FP8":
+        return "ModelOpt FP8"
+    groups = list((quantization.get("config_groups") or {}).values())
+    weights = [group.get("weights") or {} for group in groups]
+    if method == "compressed-tensors" and weights and all(_is_fp8(w) for w in weights):
+        return "compressed-tensors FP8"
+    details = [inner.get("quant_algo"), quantization.get("format"), quantization.get("bits")]
+    details += [f"{w.get('num_bits')}-bit {w.get('type')}, {w.get('strategy')}" for w in weights]
+    shown = "; ".join(str(detail) for detail in details if detail)
+    raise NotBuiltError(
+        f"the weights are quantised with {method}{f' ({shown})' if shown else ''}, a layout this version of L4 does not know",
+        fix="serve the bfloat16 checkpoint of this model",
+    )
+
+
+def with_folder_scheme(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The config with the quantisation that older ModelOpt exports write into hf_quant_config.json instead of config.json."""
+    path = folder / "hf_quant_config.json"
+    if config.quantization_config is not None or not path.is_file():
+        return config
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}; wanted an object")
+    return dataclasses.replace(config, quantization_config=found)
+
+
+def _is_fp8(weights: Mapping[str, Any]) -> bool:
+    return (
+        weights.get("num_bits") == 8
+        and weights.get("type") == "float"
+        and weights.get("strategy") in ("channel", "tensor")
+    )
+
+
+def scales(parameter: Parameter, stored: Mapping[str, StoredTensor]) -> list[Parameter]:
+    """The scale parameters of one weight: none when its module is not quantised. stored: by checkpoint name without prefix."""
+    parts = list({part.source: part for part in parameter.parts}.values())
+    made = []
+    for kind in (WEIGHT_SCALE, INPUT_SCALE):
+        found = next((stored[name] for part in parts if (name := scale_name(part.source, kind)) in stored), None)
+        if found is not None:
+            per_tensor = kind == INPUT_SCALE or found.shape in ((), (1,))
+            make = _per_tensor if per_tensor else _per_channel
+            made.append(make(parameter, parts, kind))
+    return made
+
+
+def scale_name(source: str, kind: str) -> str:
+    """`….q_proj.weight` → `….q_proj.weight_scale`; the fused `….gate_up_proj` → `….gate_up_proj_weight_scale`."""
+    return f"{source.removesuffix('weight')}{kind}" if source.endswith(".weight") else f"{source}_{kind}"
+
+
+def kv_scales(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Iterator[Parameter]:
+    """`layers.N.attn.{k,v}_scale` [1] of checkpoints that scale the KV cache, under either of the names in use."""
+    for layer in range(config.num_layers):
+        for scale in KV_SCALES:
+            for name in (f"{scale[0]}_proj.{scale}", scale):
+                source = f"layers.{layer}.self_attn.{name}"
+                if source in stored:
+                    part = Part(source=source, shape=(1,))
+                    yield Parameter(name=f"layers.{layer}.attn.{scale}", shape=(1,), parts=(part,))
+
+
+def _per_tensor(parameter: Parameter, parts: list[Part], kind: str) -> Parameter:
+    """One float a checkpoint tensor: [parts], or [experts, parts of an expert]."""
+    made = tuple(Part(source=scale_name(p.source, kind), shape=(1,), expert=p.expert) for p in parts)
+    if parts[0].expert is None:
+        return Parameter(name=scale_name(parameter.name, kind), shape=(len(parts),), parts=made)
+    experts = parameter.shape[0]
+    return Parameter(name=scale_name(parameter.name, kind), shape=(experts, len(parts) // experts), parts=made, stack=1)
+
+
+def _per_channel(parameter: Parameter, parts: list[Part], kind: str) -> Parameter:
+    """One float an output row: [rows, 1] stacked like the weight's rows, or [experts, rows, 1]; cut over ranks where the rows are."""
+    made = tuple(
+        dataclasses.replace(
+            part,
+            source=scale_name(part.source, kind),
+            shape=(part.shape[0], 1),
+            split=part.split if part.split == 0 else None,
+            transpose=False,
+        )
+        for part in parts
+    )
+    rows = sum(part.shape[0] for part in parts if part.expert == parts[0].expert)
+    lead = () if parts[0].expert is None else (parameter.shape[0],)
+    return Parameter(name=scale_name(parameter.name, kind), shape=(*lead, rows, 1), parts=made, stack=len(lead))

@@ -1,0 +1,123 @@
+"""MODEL as a user writes it, a folder or a hub id, becomes a folder on disk.
+
+A hub id is fetched by huggingface_hub, which reads HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT itself. Only weights in safetensors,
+JSON, chat templates and tokenizer files of the top folder are fetched: never pickled weights, never code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from l4core.config import EngineConfig
+from l4core.errors import CheckpointError, ConfigError
+
+WEIGHTS = ("*.safetensors",)
+TEXT_FILES = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
+NEVER = ("*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.gguf")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve_model(config: EngineConfig) -> Path:
+    """Folder of config.model. A hub id is downloaded, or taken from the cache, at config.revision into config.download_dir.
+
+    Raises CheckpointError with the command that helps: no such folder, no such model or revision, access to be asked for, offline and
+    not cached. Raises ConfigError for a revision of a local folder.
+    """
+    path = Path(config.model).expanduser()
+    if config.model and path.exists():
+        return _local(path, config)
+    if not HUB_ID.fullmatch(config.model) or config.model.split("/")[0] in (".", ".."):
+        raise CheckpointError(
+            f"MODEL {config.model!r} is no folder on this machine, and no hub id (owner/name) either",
+            fix="check the path, or give a hub id such as meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        )
+    return _download(config)
+
+
+def _local(path: Path, config: EngineConfig) -> Path:
+    if not path.is_dir():
+        raise CheckpointError(
+            f"MODEL {config.model!r} is a file; wanted the folder with config.json and *.safetensors",
+            fix=f"give its folder: {path.parent}",
+        )
+    if config.revision is not None:
+        raise ConfigError(
+            f"--revision {config.revision} names a revision of a hub id, but MODEL {config.model!r} is a folder here",
+            fix="leave --revision out, or rename the folder so that the hub id is meant",
+        )
+    return path
+
+
+def _download(config: EngineConfig) -> Path:
+    # Imported here: it reads its environment at import, and a local folder must not need it.
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    wanted = TEXT_FILES if config.load_format == "dummy" else WEIGHTS + TEXT_FILES
+    try:
+        folder = hub.snapshot_download(
+            config.model,
+            revision=config.revision,
+            cache_dir=config.download_dir,
+            allow_patterns=list(wanted),
+            ignore_patterns=list(NEVER),
+        )
+    except errors.GatedRepoError as error:
+        raise _gated(config.model) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"the hub has {config.model}, but not its revision {config.revision!r}",
+            fix="leave --revision out for the newest, or give a branch, tag or commit of that model",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the hub has no model {config.model}, or it is private and you are not logged in",
+            fix=f"check the spelling of {config.model}; for a private model: hf auth login (or set HF_TOKEN)",
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise _not_cached(config, offline=hub.constants.HF_HUB_OFFLINE, error=error) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise _gated(config.model) from error
+        raise CheckpointError(
+            f"the hub answered {status} while {config.model} was fetched", fix="try again later"
+        ) from error
+    except (OSError, errors.HTTPError) as error:
+        raise CheckpointError(
+            f"{config.model} could not be fetched: {type(error).__name__}: {error}",
+            fix="check the network and the free space of the cache (--download-dir, HF_HOME), then start again: what is there is kept",
+        ) from error
+    return Path(folder)
+
+
+def _gated(model: str) -> CheckpointError:
+    return CheckpointError(
+        f"{model} is gated: its licence must be accepted by the account whose token is used"
+        + ("" if os.environ.get("HF_TOKEN") else " (HF_TOKEN is not set)"),
+        fix=f"open the hub page of {model}, accept the licence, then: hf auth login (or set HF_TOKEN)",
+    )
+
+
+def _not_cached(config: EngineConfig, *, offline: bool, error: Exception) -> CheckpointError:
+    where = f"in {config.download_dir}" if config.download_dir else "in the cache (HF_HOME)"
+    version = f" at revision {config.revision}" if config.revision else ""
+    folder = f" --cache-dir {config.download_dir}" if config.download_dir else ""
+    revision = f" --revision {config.revision}" if config.revision else ""
+    fetch = f"hf download {config.model}{revision}{folder}"
+    if offline:
+        return CheckpointError(
+            f"{config.model}{version} is not complete {where}, and HF_HUB_OFFLINE forbids to fetch it",
+            fix=f"unset HF_HUB_OFFLINE, or on a machine with a network: {fetch}",
+        )
+    return CheckpointError(
+        f"{config.model}{version} is not complete {where}, and the hub cannot be reached ({_reason(error)})",
+        fix=f"check the network (and HF_ENDPOINT, if you set it), then: {fetch}",
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Name of the network error underneath; its text may hold addresses and is left out."""
+    return type(error.__cause__ or error).__name__

@@ -1,0 +1,217 @@
+"""From a list of stored tensors to the exact copies one rank makes. Torch-free, so a 400B checkpoint is planned in a second.
+
+A plan says for every parameter its shape, its dtype and the regions that fill it; what is wrong is listed, never guessed around.
+Vision tensors are known and skipped (image input is not built yet); a head stored beside a tied embedding is skipped too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from l4core.errors import CheckpointError
+from l4core.model.boxes import Shape
+from l4core.model.config import ModelConfig
+from l4core.model.layout import Parameter, parameters
+from l4core.model.layout_quant import kv_scales, scale_name, scales, scheme_of
+from l4core.model.safetensors_index import ITEM_SIZES, Problem, StoredTensor
+from l4core.model.slicing import Region, check_world, rank_shape, regions
+
+VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
+TEXT_PREFIXES = ("language_model.model.", "model.")
+HEAD_NAMES = {"language_model.lm_head.": "lm_head.", "lm_head.": "lm_head."}
+
+PLAIN, FP8, SCALE = ("BF16", "F16", "F32"), ("F8_E4M3",), ("F32", "BF16", "F16")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One parameter of a rank. dtype: torch's name, as stored (the loader converts plain weights).  regions: sources by their full names."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    regions: tuple[Region, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZES[STORED_AS[self.dtype]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightPlan:
+    """scheme: quantisation, None = plain.  used, vision, tied: full checkpoint names.  problems: empty iff every tensor has its place."""
+
+    rank: int
+    world: int
+    scheme: str | None
+    targets: tuple[Target, ...]
+    used: frozenset[str]
+    vision: tuple[str, ...]
+    tied: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """What the rank's parameters take in the checkpoint's dtypes."""
+        return sum(target.num_bytes for target in self.targets)
+
+
+def plan_weights(
+    stored: Mapping[str, StoredTensor], config: ModelConfig, *, rank: int = 0, world: int = 1
+) -> WeightPlan:
+    """Plans one rank's copies. stored: every tensor of the checkpoint by its full name.
+
+    Raises CheckpointError for a dtype that none computes in, ConfigError when `world` ranks cannot share the model, NotBuiltError for a
+    quantisation whose layout is not known.
+    """
+    check_world(config, world)
+    if config.dtype not in COMPUTE_DTYPES:
+        raise CheckpointError(f"config.json: dtype is {config.dtype!r}; wanted {' or '.join(COMPUTE_DTYPES)}")
+    scheme = scheme_of(config.quantization_config)
+    names = _Names(stored)
+    planner = _Planner(config, names, rank, world, quantised=scheme is not None)
+    for parameter in parameters(config, names.text):
+        planner.add_weight(parameter)
+    if scheme is not None:
+        for parameter in kv_scales(config, names.text):
+            planner.add(parameter, "float32", SCALE)
+        planner.require_scales(scheme)
+    tied = tuple(name for name in names.tied(config) if name not in planner.used)
+    unknown = sorted(set(stored) - planner.used - set(names.vision) - set(tied) - names.doubled)
+    problems = [*names.problems, *planner.problems, *(_unknown(name, scheme) for name in unknown)]
+    return WeightPlan(
+        rank=rank,
+        world=world,
+        scheme=scheme,
+        targets=tuple(planner.targets),
+        used=frozenset(planner.used),
+        vision=tuple(names.vision),
+        tied=tied,
+        problems=tuple(problems),
+    )
+
+
+class _Names:
+    """Stored names sorted by what they are: text (by the name without prefix), vision, and one name under both prefixes."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self.text: dict[str, StoredTensor] = {}
+        self.vision: list[str] = []
+        self.doubled: set[str] = set()
+        self.problems: list[Problem] = []
+        for name, tensor in stored.items():
+            short = short_name(name)
+            if name.startswith(VISION_PREFIXES):
+                self.vision.append(name)
+            elif short in self.text:
+                self.doubled.add(name)
+                other = self.text[short].name
+                self.problems.append(
+                    Problem(kind="duplicate", name=name, text=f"{name} and {other} are the same weight, stored twice")
+                )
+            elif short is not None:
+                self.text[short] = tensor
+
+    def tied(self, config: ModelConfig) -> Iterable[str]:
+        if config.tie_word_embeddings and "lm_head.weight" in self.text:
+            yield self.text["lm_head.weight"].name
+
+
+def short_name(name: str) -> str | None:
+    """A text tensor's name without its prefix, None for any other tensor."""
+    for prefix in TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    for prefix, short in HEAD_NAMES.items():
+        if name.startswith(prefix):
+            return short + name.removeprefix(prefix)
+    return None
+
+
+class _Planner:
+    """Collects targets and problems of one rank."""
+
+    def __init__(self, config: ModelConfig, names: _Names, rank: int, world: int, *, quantised: bool) -> None:
+        self.config, self.stored, self.rank, self.world, self.quantised = config, names.text, rank, world, quantised
+        self.prefixes = _prefixes_in_use(names.text)
+        self.targets: list[Target] = []
+        self.used: set[str] = set()
+        self.problems: list[Problem] = []
+        self.num_scaled = 0
+
+    def add_weight(self, parameter: Parameter) -> None:
+        extra = scales(parameter, self.stored) if self.quantised else []
+        is_fp8 = self.quantised and any(self._dtype(part.source) in FP8 for part in parameter.parts)
+        if is_fp8 and not any(scale.name.endswith("weight_scale") for scale in extra):
+            weight = parameter.parts[0].source
+            name = self._full(scale_name(weight, "weight_scale"))
+            self._fail("missing", name, f"{name} is missing: {self._full(weight)} is FP8 and has no scale")
+        if extra:
+            self.num_scaled += 1
+        if extra or is_fp8:
+            self.add(parameter, "float8_e4m3fn", FP8)
+        else:
+            self.add(parameter, self.config.dtype, PLAIN)
+        for scale in extra:
+            self.add(scale, "float32", SCALE)
+
+    def add(self, parameter: Parameter, dtype: str, accepted: tuple[str, ...]) -> None:
+        for part in {part.source: part for part in parameter.parts}.values():
+            self._check(part.source, part.shape, accepted)
+        here = tuple(
+            Region(
+                source=self.stored[region.source].name,
+                source_box=region.source_box,
+                target_box=region.target_box,
+                transpose=region.transpose,
+            )
+            for region in regions(parameter, self.rank, self.world)
+            if region.source in self.stored
+        )
+        shape = rank_shape(parameter, self.rank, self.world)
+        self.targets.append(Target(name=parameter.name, shape=shape, dtype=dtype, regions=here))
+
+    def require_scales(self, scheme: str) -> None:
+        if not self.num_scaled and not self.problems:
+            self._fail(
+                "quantisation", "config.json", f"config.json says {scheme}, but no tensor of the checkpoint has a scale"
+            )
+
+    def _check(self, source: str, shape: Shape, accepted: tuple[str, ...]) -> None:
+        tensor = self.stored.get(source)
+        if tensor is None:
+            name = self._full(source)
+            self._fail("missing", name, f"{name} is missing; wanted {list(shape)}")
+            return
+        self.used.add(tensor.name)
+        if tensor.shape != shape and not (shape == (1,) and tensor.shape == ()):
+            self._fail("shape", tensor.name, f"{tensor.name} is {list(tensor.shape)}; wanted {list(shape)}")
+        if tensor.dtype not in accepted:
+            wanted = " or ".join(accepted)
+            self._fail("dtype", tensor.name, f"{tensor.name} is {tensor.dtype}; wanted {wanted}")
+
+    def _fail(self, kind: str, name: str, text: str) -> None:
+        self.problems.append(Problem(kind=kind, name=name, text=text))
+
+    def _dtype(self, source: str) -> str | None:
+        tensor = self.stored.get(source)
+        return tensor.dtype if tensor is not None else None
+
+    def _full(self, source: str) -> str:
+        head = source.startswith("lm_head.")
+        return f"{self.prefixes[1] if head else self.prefixes[0]}{source}"
+
+
+def _prefixes_in_use(text: Mapping[str, StoredTensor]) -> tuple[str, str]:
+    """(prefix of layers, prefix of the head) as this checkpoint writes them, so that a missing name is spelled like its neighbours."""
+    wrapped = any(tensor.name.startswith("language_model.") for tensor in text.values())
+    return ("language_model.model.", "language_model.") if wrapped else ("model.", "")
+
+
+def _unknown(name: str, scheme: str | None) -> Problem:
+    hint = "" if scheme or not name.endswith("scale") else " (a scale, but config.json has no quantization_config)"
+    return Problem(kind="unknown", name=name, text=f"{name} is no weight of this model{hint}")

@@ -1,0 +1,209 @@
+"""Weights from safetensors shards straight into the model's parameters, or seeded random ones.
+
+Each region of the plan is mapped from its file in pieces of at most 32 MB and copied into place, dtype conversion and transposition
+included; a piece's pages leave the process with its mapping. So a load takes no memory but the parameters and a few pieces, and under
+tensor parallelism a rank touches only the pages it needs. Files are never unpickled and no code of a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from l4core.errors import CheckpointError, NotBuiltError
+from l4core.model.boxes import Box, extent, pieces, span, strides, tiles, volume
+from l4core.model.config import ModelConfig
+from l4core.model.layout_quant import scheme_of, with_folder_scheme
+from l4core.model.safetensors_index import ITEM_SIZES, FolderIndex, Problem, StoredTensor, read_folder
+from l4core.model.slicing import Region
+from l4core.model.weight_plan import WeightPlan, plan_weights
+
+PIECE_BYTES = 32 << 20
+NUM_WORKERS = min(4, os.cpu_count() or 1)
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DUMMY_STD = 0.02
+DUMMY_PIECE = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """num_tensors: checkpoint tensors read.  bytes_read: from the shards, by this rank.  num_vision, num_tied: tensors known and skipped."""
+
+    num_tensors: int
+    bytes_read: int
+    num_vision: int
+    num_tied: int
+
+    def text(self) -> str:
+        """One line for the start-up block."""
+        line = f"{self.num_tensors} tensors, {self.bytes_read / 1e9:.2f} GB read"
+        if self.num_vision:
+            line += f"; {self.num_vision} vision tensors skipped (image input is not built yet)"
+        return line + (f"; {self.num_tied} skipped (the head is tied to the embedding)" if self.num_tied else "")
+
+
+def load_weights(
+    model_params: Mapping[str, torch.Tensor],
+    folder: Path,
+    config: ModelConfig,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = True,
+) -> LoadReport:
+    """Fills every parameter of the model from the shards in `folder`. progress: a bar in bytes on stderr.
+
+    model_params: by our names, this rank's shapes, any device and any of float32, bfloat16, float16 (values are converted).
+    Raises CheckpointError naming the tensor or shard at fault, NotBuiltError for quantised weights; then no parameter was written.
+    """
+    scheme = scheme_of(with_folder_scheme(config, folder).quantization_config)
+    if scheme is not None:
+        raise NotBuiltError(
+            f"{folder} holds {scheme} weights: running quantised weights is not built yet in this version of L4",
+            fix="serve the bfloat16 checkpoint of this model",
+        )
+    index = read_folder(folder)
+    plan = plan_weights(index.tensors, config, rank=rank, world=world)
+    raise_problems(folder, [*index.problems, *plan.problems])
+    _check_params(plan, model_params)
+    bytes_read = _copy_all(plan, index, model_params, progress=progress)
+    return LoadReport(
+        num_tensors=len(plan.used), bytes_read=bytes_read, num_vision=len(plan.vision), num_tied=len(plan.tied)
+    )
+
+
+def raise_problems(folder: Path, problems: Sequence[Problem]) -> None:
+    """One CheckpointError that names the first few problems, none when there are none."""
+    if problems:
+        shown = "\n  ".join(problem.text for problem in problems[:5])
+        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"the weights in {folder} do not fit the model:\n  {shown}{more}", fix=f"l4 check {folder} lists everything"
+        )
+
+
+def _check_params(plan: WeightPlan, model_params: Mapping[str, torch.Tensor]) -> None:
+    """The plan and the model agree, and the plan writes every element of every parameter exactly once."""
+    planned = {target.name: target for target in plan.targets}
+    for name in sorted(planned.keys() ^ model_params.keys()):
+        side = "the checkpoint layout" if name in planned else "the model"
+        raise CheckpointError(f"parameter {name} is known to {side} only")
+    for name, param in model_params.items():
+        target = planned[name]
+        if tuple(param.shape) != target.shape:
+            raise CheckpointError(
+                f"parameter {name} is {list(param.shape)}; rank {plan.rank} wants {list(target.shape)}"
+            )
+        if param.is_meta or param.dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"parameter {name} is {param.dtype} on {param.device}; wanted real memory in a float type"
+            )
+        if not tiles((region.target_box for region in target.regions), target.shape):
+            raise CheckpointError(f"parameter {name}: its regions do not cover {list(target.shape)} exactly once")
+
+
+def _copy_all(plan: WeightPlan, index: FolderIndex, model_params: Mapping[str, torch.Tensor], *, progress: bool) -> int:
+    jobs = [(target.name, region) for target in plan.targets for region in target.regions]
+    jobs.sort(key=lambda job: (index.tensors[job[1].source].shard, index.tensors[job[1].source].start))
+    total = sum(volume(region.source_box) * ITEM_SIZES[index.tensors[region.source].dtype] for _, region in jobs)
+    with ExitStack() as stack:
+        files = {shard: stack.enter_context(FileIO(index.folder / shard)) for shard in index.shards}
+        bar = stack.enter_context(
+            tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=not progress, file=sys.stderr)
+        )
+        calls = (
+            call
+            for name, region in jobs
+            for call in _pieces(model_params[name], region, index.tensors[region.source], files)
+        )
+        copied = _run(calls, bar.update)
+    if copied != total:
+        raise CheckpointError(f"{copied} bytes of {total} were copied from {index.folder}")
+    return total
+
+
+def _pieces(
+    param: torch.Tensor, region: Region, tensor: StoredTensor, files: Mapping[str, FileIO]
+) -> Iterator[Callable[[], int]]:
+    """Copies of at most PIECE_BYTES each; a call returns the bytes it read."""
+    place = place_of(param.detach(), region)
+    item = ITEM_SIZES[tensor.dtype]
+    for box in pieces(region.source_box, tensor.shape, PIECE_BYTES // item):
+        here = tuple(
+            slice(start - low, stop - low) for (start, stop), (low, _) in zip(box, region.source_box, strict=True)
+        )
+
+        def call(box: Box = box, here: tuple[slice, ...] = here) -> int:
+            place[here].copy_(_map(files[tensor.shard], tensor, box))
+            return volume(box) * item
+
+        yield call
+
+
+def place_of(param: torch.Tensor, region: Region) -> torch.Tensor:
+    """View of the parameter that receives the region, its dimensions in the order of the region's source."""
+    view = param[tuple(slice(start, stop) for start, stop in region.target_box)]
+    if view.dim() > len(region.source_box):
+        view = view[0]
+    return view.transpose(0, 1) if region.transpose else view
+
+
+def _map(file: FileIO, tensor: StoredTensor, box: Box) -> torch.Tensor:
+    """The box as a view of file pages; they are unmapped when the view dies. Copy-on-write only because torch wants writable buffers."""
+    item = ITEM_SIZES[tensor.dtype]
+    first, last = span(box, tensor.shape)
+    begin, end = tensor.start + first * item, tensor.start + last * item
+    base = begin - begin % mmap.ALLOCATIONGRANULARITY
+    memory = mmap.mmap(file.fileno(), end - base, access=mmap.ACCESS_COPY, offset=base)
+    flat = torch.frombuffer(memory, dtype=DTYPES[tensor.dtype], count=last - first, offset=begin - base)
+    return flat.as_strided(extent(box), strides(tensor.shape))
+
+
+def _run(calls: Iterable[Callable[[], int]], advance: Callable[[int], object]) -> int:
+    """Runs the calls on a few threads (copies release the interpreter lock); the sum of what they return. The first error ends it."""
+    done = 0
+    with ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="l4-weights") as pool:
+        try:
+            for future in as_completed([pool.submit(call) for call in calls]):
+                advance(future.result())
+                done += future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return done
+
+
+def fill_dummy(model_params: Mapping[str, torch.Tensor], seed: int) -> None:
+    """Random weights of standard deviation 0.02, norms = 1. A tensor's values follow from the seed and its name alone: they are drawn in
+    float32 on the CPU, so every device and, up to rounding, every dtype gets the same model."""
+    _run((_dummy_call(name, param.detach(), seed) for name, param in model_params.items()), lambda _: None)
+
+
+def _dummy_call(name: str, param: torch.Tensor, seed: int) -> Callable[[], int]:
+    def call() -> int:
+        if name.endswith("norm.weight"):
+            param.fill_(1.0)
+            return param.numel()
+        digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        whole = tuple((0, size) for size in param.shape)
+        for box in pieces(whole, tuple(param.shape), DUMMY_PIECE):
+            here = tuple(slice(start, stop) for start, stop in box)
+            drawn = torch.empty(math.prod(extent(box)), dtype=torch.float32, device="cpu").normal_(
+                std=DUMMY_STD, generator=generator
+            )
+            param[here].copy_(drawn.view(extent(box)))
+        return param.numel()
+
+    return call

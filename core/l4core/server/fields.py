@@ -1,0 +1,114 @@
+"""Which field names a body may have: known, harmless, not built yet, or refused with the nearest known name. Nothing is ignored in silence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from l4core.errors import RequestError
+
+HARMLESS = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+    }
+)
+"""Accepted and without effect: they are for the provider's own bookkeeping, or matter only beside a field that is refused."""
+
+NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "best_of": (1,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "regex": (),
+    "ebnf": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "truncate_prompt_tokens": (),
+    "lora_path": (),
+    "logits_processors": (),
+    "tool_calls": ([],),
+    "refusal": (),
+}
+"""Field → the values that mean "off", accepted; any other is refused as not built yet. null always means off."""
+
+MESSAGE_HARMLESS = frozenset({"name", "annotations", "provider_specific_fields"})
+MESSAGE_NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
+    "tool_calls": ([],),
+    "function_call": (),
+    "refusal": ("",),
+    "audio": (),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+}
+PARTS_NOT_BUILT = frozenset({"image_url", "input_audio", "file", "video_url", "audio_url", "refusal"})
+
+
+def check_fields(raw: Mapping[str, Any], wanted: type[msgspec.Struct]) -> None:
+    """The names of a body meant as a `wanted`, and of its messages. Raises RequestError (400) with the field in `param`."""
+    known = {field.encode_name for field in msgspec.structs.fields(wanted)}
+    _check_names(raw, known, HARMLESS, NOT_BUILT, "")
+    messages = raw.get("messages")
+    if "messages" in known and isinstance(messages, list):
+        for index, message in enumerate(messages):
+            if isinstance(message, dict):
+                _check_message(message, f"messages[{index}].")
+
+
+def _check_message(message: Mapping[str, Any], where: str) -> None:
+    _check_names(message, {"role", "content", "tool_call_id"}, MESSAGE_HARMLESS, MESSAGE_NOT_BUILT, where)
+    content = message.get("content")
+    for index, part in enumerate(content if isinstance(content, list) else ()):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in PARTS_NOT_BUILT:
+            raise _not_built(f"{where}content[{index}].type", kind)
+
+
+def _check_names(
+    raw: Mapping[str, Any],
+    known: set[str],
+    harmless: frozenset[str],
+    not_built: Mapping[str, tuple[Any, ...]],
+    where: str,
+) -> None:
+    for name, value in raw.items():
+        if name in known or name in harmless or value is None:
+            continue
+        if name not in not_built:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise RequestError(f"unknown field {where + name!r}{hint}", param=where + name, code="unknown_field")
+        if value not in not_built[name]:
+            raise _not_built(where + name, value)
+
+
+def _not_built(param: str, value: Any) -> RequestError:
+    shown = repr(value) if len(repr(value)) <= 60 else f"a {type(value).__name__}"
+    return RequestError(f"{param}: {shown} is not built yet in this version of L4", param=param, code="not_built")

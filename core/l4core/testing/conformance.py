@@ -1,0 +1,40 @@
+"""Conformance kits for plugin authors: subclass in a test file, name your module and entry, and run pytest (`pip install "l4core[test]"`).
+
+    from l4core.testing.conformance import AttentionConformance, ProbeConformance
+
+    class TestProbe(ProbeConformance):
+        plugin, backend = "l4_block_attention", "block"
+
+    class TestAttention(AttentionConformance):
+        plugin, backend = "l4_block_attention", "block"
+
+`plugin` is the import name of the module with your hooks. Needs pytest, and torch for all but ProbeConformance.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from l4core.testing.conformance_attention import AttentionConformance
+    from l4core.testing.conformance_chat import ChatTemplateConformance
+    from l4core.testing.conformance_probe import ProbeConformance
+    from l4core.testing.conformance_sampler import SamplerConformance
+
+__all__ = ["AttentionConformance", "ChatTemplateConformance", "ProbeConformance", "SamplerConformance"]
+
+_HOMES = {
+    "AttentionConformance": "conformance_attention",
+    "ChatTemplateConformance": "conformance_chat",
+    "ProbeConformance": "conformance_probe",
+    "SamplerConformance": "conformance_sampler",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Each kit is imported when asked for: a chat template's tests need no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'l4core.testing.conformance' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"l4core.testing.{_HOMES[name]}"), name)

@@ -1,0 +1,34 @@
+"""What the kits share: the entry under test, found through the plugin's own hook as core does, and a check of refusals."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+E = TypeVar("E")
+
+__all__ = ["assert_value_error", "find_entry"]
+
+
+def find_entry(plugin: str, hook: str, name: str, record: type[E]) -> E:
+    """The entry `name` that module `plugin` returns from `hook`. AssertionError when there is none or it is of another type."""
+    module: Any = importlib.import_module(plugin)
+    function = getattr(module, hook, None)
+    assert function is not None, f"{plugin} has no hook {hook}"
+    entries = list(function())
+    found = [entry for entry in entries if getattr(entry, "name", None) == name]
+    assert len(found) == 1, f"{plugin}.{hook} offers {[getattr(e, 'name', e) for e in entries]}; wanted {name!r} once"
+    assert isinstance(found[0], record), f"{name!r} is a {type(found[0]).__name__}; wanted {record.__name__}"
+    return found[0]
+
+
+def assert_value_error(call: Callable[[], object], what: str) -> None:
+    """`call` must raise a ValueError (HTTP 400) with a text; anything else is an AssertionError that says `what` was tried."""
+    try:
+        result = call()
+    except ValueError as error:
+        text = str(error)
+    else:
+        raise AssertionError(f"{what} was taken and gave {result!r}; wanted a ValueError")
+    assert text.strip(), f"{what} is refused without a text"

@@ -1,0 +1,16 @@
+"""The whole test suite a backend needs: L4's kits, told what to look at."""
+
+from l4core.testing.conformance import AttentionConformance, ProbeConformance
+
+
+class TestProbe(ProbeConformance):
+    plugin, backend = "l4_block_attention", "block"
+
+
+class TestAttention(AttentionConformance):
+    plugin, backend = "l4_block_attention", "block"
+
+
+class TestSmallBlocks(AttentionConformance):
+    plugin, backend = "l4_block_attention", "block"
+    options = {"block_tokens": "16"}  # noqa: RUF012
