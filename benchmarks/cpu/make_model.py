@@ -8,15 +8,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from l4core.testing.checkpoints import make_bench_checkpoint
+from l4core.testing.checkpoints import BENCH, make_tiny_checkpoint
 from l4core.testing.tokenizers import make_byte_tokenizer
 
 
 def main() -> None:
     out = Path(sys.argv[1])
     tokenizer = out.with_name(out.name + "-tokenizer")
-    make_byte_tokenizer(tokenizer)
-    make_bench_checkpoint(out, tokenizer=tokenizer)
+    make_byte_tokenizer(tokenizer, BENCH["vocab"])
+    make_tiny_checkpoint(out, tokenizer=tokenizer, **{key: value for key, value in BENCH.items() if key != "vocab"})
 
 
 if __name__ == "__main__":

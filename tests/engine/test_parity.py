@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recording import Recorder, greedy
+from helpers.recording import Recorder, greedy
 
 from l4core import LLM
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from openai import OpenAI
-from serving import serve
+from helpers.serving import serve
 
 
 @pytest.fixture(scope="session")

@@ -18,12 +18,13 @@ OLDER = "89abcdef0123456789abcdef0123456789abcdef"
 @dataclass
 class FakeHub:
     """repos: id → files.  gated: ids whose files need `token`, while their listing is open, as on the real hub.
-    broken: answer 500 to everything.  asked: (method, path) of every request."""
+    refused: status by method, for file requests.  down: status for every request.  asked: (method, path) of every request."""
 
     repos: Mapping[str, Mapping[str, bytes]]
     gated: frozenset[str] = frozenset()
     token: str = "hf_right"
-    broken: bool = False
+    refused: Mapping[str, int] = field(default_factory=dict)
+    down: int = 0
     asked: list[tuple[str, str]] = field(default_factory=list)
     url: str = ""
 
@@ -66,8 +67,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.served.asked.append((self.command, path))
         parts = path.strip("/").split("/")
-        if self.served.broken:
-            return self._send(500, b"")
+        refused = self.served.down or (self.served.refused.get(self.command, 0) if "resolve" in parts else 0)
+        if refused:
+            return self._send(refused, b"")
         if parts[:2] == ["api", "models"]:
             return self._api("/".join(parts[2:4]), parts[4:])
         if len(parts) > 4 and parts[2] == "resolve":

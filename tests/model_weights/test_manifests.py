@@ -15,6 +15,7 @@ import torch
 
 from l4core.model.boxes import Box, tiles, volume
 from l4core.model.config import ModelConfig
+from l4core.model.llama4 import Llama4
 from l4core.model.safetensors_index import StoredTensor
 from l4core.model.weight_plan import WeightPlan, plan_weights
 from l4core.model.weights import place_of
@@ -174,3 +175,12 @@ def test_volume_of_all_regions_is_what_a_rank_needs(manifest: ReadManifest) -> N
     plan = plan_weights(m.stored, m.config, rank=5, world=8)
     read = sum(volume(region.source_box) for target in plan.targets for region in target.regions) * 2
     assert read == plan.num_bytes
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_model_has_exactly_the_parameters_of_the_plan(manifest: ReadManifest, name: str) -> None:
+    m = manifest(name)
+    with torch.device("meta"):
+        model = Llama4(m.config, max_positions=64)
+    theirs = {key: tuple(param.shape) for key, param in model.named_parameters()}
+    assert theirs == {target.name: target.shape for target in plan_weights(m.stored, m.config).targets}

@@ -15,14 +15,15 @@ def hold_to(verdict: object, req: AttentionRequirements) -> Usable | Unusable:
         return verdict if verdict.reason else Unusable(reason="its probe refused without a reason", fix=verdict.fix)
     if not isinstance(verdict, Usable):
         return Unusable(reason=f"its probe returned {type(verdict).__name__}; wanted Usable or Unusable")
-    for wrong in _malformed(verdict):
+    for wrong in malformed(verdict):
         return Unusable(reason=f"its probe returned a Usable whose {wrong}")
     for missing in _missing(verdict, req):
         return missing
     return verdict
 
 
-def _malformed(verdict: Any) -> Iterator[str]:
+def malformed(verdict: Any) -> Iterator[str]:
+    """What is wrong with the fields of a Usable, whatever was asked: "tier is 20; wanted a Tier"."""
     if not isinstance(verdict.tier, Tier):
         yield f"tier is {verdict.tier!r}; wanted a Tier"
     sizes = verdict.page_sizes

@@ -1,8 +1,9 @@
 """A checkpoint's own Jinja template, run in a sandbox as transformers runs it, but with user text kept apart from special tokens.
 
-Every first and last character of a special token ("<" and ">" for Llama 4) that occurs in a message is rendered as a stand-in character and
-put back after the rendered text was split at special tokens. So no special token can begin or end in user text, whatever the template does
-with it; ids equal transformers' wherever user text spells no special token and the template does not search user text for those characters.
+The characters that make a special token ("<", "|" and ">" for Llama 4) are rendered as stand-in characters where a message holds them, and
+put back after the rendered text was split at special tokens. So no special token begins or ends in user text, whatever the template does
+with it, and only a template that writes both "<|" and "|>" around user text could still make one (roles, the usual case, are checked words).
+Ids equal transformers' unless user text spells a special token or the template searches user text for those characters.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class JinjaTemplate(ChatTemplate):
             raise ValueError(NO_TOOLS)
         checked = check_messages(messages)
         refuse_images(checked)
-        guard = _stand_ins(checked, self._specials.border_characters)
+        guard = _stand_ins(checked, self._specials.telling_characters)
         try:
             text = self._run([_guard(m, guard) for m in checked], add_generation_prompt)
         except FAILURES as error:

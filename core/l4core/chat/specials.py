@@ -39,9 +39,10 @@ class SpecialTokens:
         return iter(self._flags)
 
     @property
-    def border_characters(self) -> frozenset[str]:
-        """The first and last character of every special token."""
-        return frozenset(c for token in self._flags for c in (token[0], token[-1]))
+    def telling_characters(self) -> frozenset[str]:
+        """First and last character of every special token, and what is neither letter, digit, underscore nor white space in between: <, |, >."""
+        borders = {c for token in self._flags for c in (token[0], token[-1])}
+        return frozenset(borders | {c for token in self._flags for c in re.findall(r"[^\w\s]", token)})
 
     def split(self, text: str) -> list[Piece]:
         """`text` as the tokenizer reads it when special tokens are allowed: longest token first, from the left."""

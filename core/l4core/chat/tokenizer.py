@@ -131,7 +131,7 @@ class Tokenizer:
     def _check_segments(self) -> None:
         """Text after a special token must get the ids it gets alone (SentencePiece's "prefix space at the first word only" breaks that)."""
         for token, token_id in list(self._special_ids.items())[:1]:
-            alone, after = (self._backend.encode(t, add_special_tokens=False).ids for t in (" a", token + " a"))
+            alone, after = (self._backend.encode(t, add_special_tokens=False).ids for t in ("a", token + "a"))
             if token_id in after and after != [token_id, *alone]:
                 raise CheckpointError(
                     f"the tokenizer in {self._source} encodes text after {token!r} otherwise than alone; L4 serves byte-level BPE tokenizers"

@@ -10,17 +10,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from l4core.attention.chunked import ring_width
 from l4core.engine.batch import ScheduledSequence
 from l4core.kv.blocks import KVGroup
-from l4core.kv.tables import ring_columns
 
 
 class BlockTables:
     """int32 [max_running, W] per group; W = pages of the largest context, or of two chunks."""
 
-    def __init__(self, groups: Sequence[KVGroup], *, page_size: int, max_running: int, max_context: int, device: torch.device) -> None:
+    def __init__(
+        self, groups: Sequence[KVGroup], *, page_size: int, max_running: int, max_context: int, device: torch.device
+    ) -> None:
         self._device = device
-        self.width: Mapping[str, int] = {g.name: ring_columns(g, page_size, max_context) for g in groups}
+        self.width: Mapping[str, int] = {g.name: _width(g, page_size, max_context) for g in groups}
         self._host = {name: np.zeros((max_running, width), dtype=np.int32) for name, width in self.width.items()}
 
     def write(self, sequences: Sequence[ScheduledSequence]) -> None:
@@ -42,3 +44,6 @@ class BlockTables:
         columns = min(num_columns, self.width[name])
         return torch.from_numpy(self._host[name][rows, :columns]).to(self._device, non_blocking=True)
 
+
+def _width(group: KVGroup, page_size: int, max_context: int) -> int:
+    return -(-max_context // page_size) if group.chunk_size is None else ring_width(group.chunk_size, page_size)

@@ -55,12 +55,20 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else _torch_dtype(config.kv_cache_dtype)
     plugins = load_plugins()
     selected = _select(config, model_config, platform, plugins, dtype, kv_dtype)
-    model, weight_bytes = _load_model(config, model_config, folder, device, dtype, progress)
+    weight_bytes = sum(p.numel() for p in _meta_model(model_config, 1).parameters()) * dtype.itemsize
     plan = _plan(config, model_config, platform, selected.page_size, kv_dtype, weight_bytes)
+    model = _load_model(config, model_config, folder, device, dtype, plan.max_context, progress)
     engine = _wire(config, model_config, model, plan, selected, plugins, device, kv_dtype)
-    report = _report(config, model_config, platform, selected, plan, dtype, kv_dtype, weight_bytes, time.perf_counter() - began)
+    report = _report(
+        config, model_config, platform, selected, plan, dtype, kv_dtype, weight_bytes, time.perf_counter() - began
+    )
     return BuiltEngine(
-        engine=engine, report=report, model_config=model_config, folder=folder, plugins=plugins, context_length=plan.max_context
+        engine=engine,
+        report=report,
+        model_config=model_config,
+        folder=folder,
+        plugins=plugins,
+        context_length=plan.max_context,
     )
 
 
@@ -102,7 +110,12 @@ def _torch_dtype(name: str) -> torch.dtype:
 
 
 def _select(
-    config: EngineConfig, model: ModelConfig, platform: Platform, plugins: Plugins, dtype: torch.dtype, kv_dtype: torch.dtype
+    config: EngineConfig,
+    model: ModelConfig,
+    platform: Platform,
+    plugins: Plugins,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
 ) -> Selected:
     device = platform.device_type if config.device == "auto" else config.device
     return select_backend(
@@ -128,23 +141,37 @@ def parse_attention_options(items: tuple[str, ...]) -> Mapping[str, str]:
     return options
 
 
-def _load_model(
-    config: EngineConfig, model_config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool
-) -> tuple[Llama4, int]:
-    """→ (model with its weights on the device, bytes they take)."""
+def _meta_model(config: ModelConfig, max_positions: int) -> Llama4:
     with torch.device("meta"):
-        model = Llama4(model_config).to(dtype)
-    model = model.to_empty(device=device).requires_grad_(False).eval()
+        return Llama4(config, max_positions=max_positions)
+
+
+def _load_model(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_positions: int,
+    progress: bool,
+) -> Llama4:
+    """The model with its weights on the device; they are written straight into place, so there is never a second copy."""
+    model = _meta_model(model_config, max_positions).to(dtype).to_empty(device=device).requires_grad_(False).eval()
     parameters = dict(model.named_parameters())
     if config.load_format == "dummy":
         fill_dummy(parameters, config.random_seed)
     else:
         load_weights(parameters, folder, model_config, progress=progress)
-    return model, sum(p.numel() * p.element_size() for p in parameters.values())
+    return model
 
 
 def _plan(
-    config: EngineConfig, model: ModelConfig, platform: Platform, page_size: int, kv_dtype: torch.dtype, weight_bytes: int
+    config: EngineConfig,
+    model: ModelConfig,
+    platform: Platform,
+    page_size: int,
+    kv_dtype: torch.dtype,
+    weight_bytes: int,
 ) -> KVPlan:
     return plan_kv(
         model.kv_groups(),
@@ -172,14 +199,21 @@ def _wire(
 ) -> Engine:
     groups = model_config.kv_groups()
     memory = KVMemory(
-        groups, plan, num_kv_heads=model_config.num_kv_heads, head_dim=model_config.head_dim, dtype=kv_dtype, device=device
+        groups,
+        plan,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        dtype=kv_dtype,
+        device=device,
     )
     samplers = {
         provided.entry.name: create_object(provided, Sampler)  # type: ignore[type-abstract]
         for provided in plugins.samplers
     }
     if config.sampler not in samplers:
-        raise ConfigError(f"--sampler {config.sampler!r} is unknown; there are {', '.join(sorted(samplers))}", fix="l4 plugins")
+        raise ConfigError(
+            f"--sampler {config.sampler!r} is unknown; there are {', '.join(sorted(samplers))}", fix="l4 plugins"
+        )
     runner = Runner(
         model,
         memory,
@@ -187,12 +221,12 @@ def _wire(
         SamplingPipeline(samplers, vocab_size=model_config.vocab_size),
         groups=groups,
         page_size=plan.page_size,
-        max_running=config.max_running_requests,
+        max_running=plan.max_running,
         max_context=plan.max_context,
         device=device,
     )
     limits = SchedulerLimits(
-        max_running=config.max_running_requests,
+        max_running=plan.max_running,
         max_tokens_per_step=config.chunked_prefill_size,
         chunk_size=model_config.attention_chunk_size if any(model_config.chunked_layers) else None,
         max_context=plan.max_context,
@@ -213,18 +247,29 @@ def _report(
 ) -> tuple[str, ...]:
     """The start-up block, one fact a line: label padded to 16, then the value."""
     experts = f", {model.num_experts} experts in {sum(model.moe_layers)}" if any(model.moe_layers) else ""
-    tokens = ", ".join(f"{name} {pages * plan.page_size:,}" for name, pages in plan.num_pages.items())
-    device = f"{platform.device_type} · {platform.device_name or platform.arch}" + (f" · {platform.runtime}" if platform.runtime else "")
+    tokens = ", ".join(f"{name} {count:,}" for name, count in plan.num_tokens.items())
+    device = f"{platform.device_type} · {platform.device_name or platform.arch}" + (
+        f" · {platform.runtime}" if platform.runtime else ""
+    )
     lines = [
-        ("model", f"{config.model} · {model.architecture} · {model.num_layers} layers{experts} · {weight_bytes / 1e9:.2f} GB"),
+        (
+            "model",
+            f"{config.model} · {model.architecture} · {model.num_layers} layers{experts} · {weight_bytes / 1e9:.2f} GB",
+        ),
         ("device", device),
         ("dtype", f"{dtype_name(dtype)} · KV {dtype_name(kv_dtype)}"),
         ("attention", selected.describe()),
         ("page size", f"{plan.page_size} tokens"),
         ("KV tokens", f"{tokens} · {plan.bytes_total / 1e9:.2f} GB"),
         ("largest context", f"{plan.max_context:,} tokens"),
-        ("prefix cache", "off (not built yet)" + (" · --disable-radix-cache changes nothing" if config.disable_radix_cache else "")),
-        ("graphs", "off (not built yet)" + (" · --disable-cuda-graph changes nothing" if config.disable_cuda_graph else "")),
+        (
+            "prefix cache",
+            "off (not built yet)" + (" · --disable-radix-cache changes nothing" if config.disable_radix_cache else ""),
+        ),
+        (
+            "graphs",
+            "off (not built yet)" + (" · --disable-cuda-graph changes nothing" if config.disable_cuda_graph else ""),
+        ),
         ("loaded in", f"{seconds:.1f} s"),
     ]
     if config.trust_remote_code:

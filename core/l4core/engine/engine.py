@@ -45,7 +45,9 @@ class Engine:
             try:
                 self._parsed[request.request_id] = self.check(request)
             except RequestError as error:
-                refused.append(SequenceUpdate(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=str(error)))
+                refused.append(
+                    SequenceUpdate(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=str(error))
+                )
                 continue
             self.scheduler.add(request)
         for request_id in inbox.aborts:

@@ -31,10 +31,14 @@ class LLM:
         given = dict(options) if model is None else {"model": model, **options}
         config, server = from_mapping(given)
         if server != type(server)():
-            raise ConfigError("LLM() takes engine options only; found one of the HTTP server", fix="l4 serve takes those")
+            raise ConfigError(
+                "LLM() takes engine options only; found one of the HTTP server", fix="l4 serve takes those"
+            )
         self.config: EngineConfig = config
         self._built = build_engine(config, progress=progress)
-        self._frontend = Frontend.from_plugins(config, self._built.model_config, self._built.folder, self._built.plugins)
+        self._frontend = Frontend.from_plugins(
+            config, self._built.model_config, self._built.folder, self._built.plugins
+        )
         self._ids = itertools.count()
 
     @property
@@ -85,7 +89,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _run(
@@ -139,7 +145,13 @@ class _Job:
     """One prompt: its n requests and their assemblers."""
 
     def __init__(
-        self, frontend: Frontend, job_id: str, prompt: list[int], text: str | None, params: SamplingParams, context_length: int
+        self,
+        frontend: Frontend,
+        job_id: str,
+        prompt: list[int],
+        text: str | None,
+        params: SamplingParams,
+        context_length: int,
     ) -> None:
         self.requests = frontend.requests(job_id, prompt, params, context_length)
         self._id, self._prompt, self._text = job_id, prompt, text
@@ -165,4 +177,4 @@ class _Job:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    return [list(prompts)] if prompts and isinstance(prompts[0], int) else list(prompts)  # type: ignore[list-item, arg-type]
+    return [list(prompts)] if prompts and isinstance(prompts[0], int) else list(prompts)  # type: ignore[arg-type]

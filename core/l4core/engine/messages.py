@@ -6,6 +6,7 @@ A closed socket means: the other side is gone.
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import struct
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from l4core import errors
 from l4core.config import EngineConfig
 from l4core.engine.batch import Inbox
 from l4core.errors import EngineDeadError, L4Error
-from l4core.request import StepOutput
+from l4core.request import Request, StepOutput
 
 HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = (1 << 31) - 1
@@ -31,9 +32,33 @@ class Start(msgspec.Struct, tag="start", frozen=True):
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
-    """New requests and aborts; the engine takes them in before its next step."""
+    """New requests and aborts; the engine takes them in before its next step. Requests travel without their prompt: the n sequences of one
+    prompt share it, there and here. prompt_of: index into prompts, one entry a request."""
 
-    inbox: Inbox
+    prompts: Sequence[Sequence[int]]
+    prompt_of: Sequence[int]
+    requests: Sequence[Request]
+    aborts: Sequence[str]
+
+    @classmethod
+    def of(cls, inbox: Inbox) -> Submit:
+        """Prompts that are one object are sent once."""
+        prompts = {id(request.prompt_token_ids): request.prompt_token_ids for request in inbox.requests}
+        number = {key: index for index, key in enumerate(prompts)}
+        return cls(
+            prompts=list(prompts.values()),
+            prompt_of=[number[id(request.prompt_token_ids)] for request in inbox.requests],
+            requests=[dataclasses.replace(request, prompt_token_ids=()) for request in inbox.requests],
+            aborts=inbox.aborts,
+        )
+
+    def inbox(self) -> Inbox:
+        """What `of` was given."""
+        requests = [
+            dataclasses.replace(request, prompt_token_ids=self.prompts[index])
+            for request, index in zip(self.requests, self.prompt_of, strict=True)
+        ]
+        return Inbox(requests=requests, aborts=self.aborts)
 
 
 class Log(msgspec.Struct, tag="log", frozen=True):

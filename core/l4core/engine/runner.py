@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -20,7 +20,7 @@ from l4core.model.llama4 import Llama4
 from l4core.plugin_api import AttentionBackend, AttentionMetadata
 from l4core.request import TokenLogprobs
 from l4core.sampling.logprobs import prompt_logprobs
-from l4core.sampling.pipeline import DrawRow, SamplingPipeline
+from l4core.sampling.pipeline import Draw, DrawRow, SamplingPipeline
 
 LOGPROB_ROWS = 256
 """Prompt rows whose logits are held at once: 256 × 202,048 float32 = 207 MB."""
@@ -60,7 +60,9 @@ class Runner:
         self._groups = groups
         self._page_size = page_size
         self._device = device
-        self._tables = BlockTables(groups, page_size=page_size, max_running=max_running, max_context=max_context, device=device)
+        self._tables = BlockTables(
+            groups, page_size=page_size, max_running=max_running, max_context=max_context, device=device
+        )
 
     def build(self, batch: ScheduledBatch) -> ForwardBatch:
         """Host lists → device tensors, slots of the new tokens, and one attention plan per phase and KV group."""
@@ -69,13 +71,17 @@ class Runner:
         lengths, starts, cu = layout.lengths, layout.starts, layout.cu
         owner = np.repeat(np.arange(len(lengths)), lengths)
         positions = self._send(np.arange(cu[-1]) + (starts - cu[:-1])[owner])
-        token_ids = np.fromiter(chain.from_iterable(s.token_ids for s in batch.sequences), dtype=np.int64, count=int(cu[-1]))
+        token_ids = np.fromiter(
+            chain.from_iterable(s.token_ids for s in batch.sequences), dtype=np.int64, count=int(cu[-1])
+        )
         tables = self._step_tables(layout)
         draws = np.fromiter((s.draws for s in batch.sequences), dtype=bool, count=len(lengths))
         return ForwardBatch(
             token_ids=self._send(token_ids),
             positions=positions,
-            slot_mapping={g.name: _slots(tables[g.name], self._send(owner), positions, self._page_size) for g in self._groups},
+            slot_mapping={
+                g.name: _slots(tables[g.name], self._send(owner), positions, self._page_size) for g in self._groups
+            },
             segments=self._segments(layout, tables),
             logits_rows=self._send(cu[1:][draws] - 1),
         )
@@ -83,15 +89,18 @@ class Runner:
     @torch.inference_mode()
     def execute(self, forward: ForwardBatch) -> torch.Tensor:
         """→ hidden states [T, hidden_size] after the final norm."""
-        return self.model(forward, self.memory, self.backend)
+        hidden: torch.Tensor = self.model(forward, self.memory, self.backend)
+        return hidden
 
     @torch.inference_mode()
-    def draw(self, batch: ScheduledBatch, forward: ForwardBatch, hidden: torch.Tensor, parsed: Mapping[str, object]) -> StepTokens:
+    def draw(
+        self, batch: ScheduledBatch, forward: ForwardBatch, hidden: torch.Tensor, parsed: Mapping[str, object]
+    ) -> StepTokens:
         """Draw one token for every sequence whose piece ended its known tokens. parsed: request id → what its sampler parsed."""
         drawing = [s for s in batch.sequences if s.draws]
-        draws = iter(())
+        draws: Iterator[Draw] = iter(())
         if drawing:
-            logits = self.model.logits(hidden.index_select(0, forward.logits_rows))
+            logits = self._logits(hidden.index_select(0, forward.logits_rows))
             draws = iter(self.pipeline.sample(logits, [_draw_row(s, parsed[s.request.request_id]) for s in drawing]))
         drawn, begin = [], 0
         for seq in batch.sequences:
@@ -126,7 +135,9 @@ class Runner:
             num_seqs=last - first,
             phase="decode" if first < layout.num_decodes else "prefill",
         )
-        plans = {g.name: self.backend.plan(self._group_metadata(meta, g, tables[g.name][first:last])) for g in self._groups}
+        plans = {
+            g.name: self.backend.plan(self._group_metadata(meta, g, tables[g.name][first:last])) for g in self._groups
+        }
         return AttentionSegment(begin=begin, end=end, plans=plans)
 
     def _group_metadata(self, meta: AttentionMetadata, group: KVGroup, table: torch.Tensor) -> AttentionMetadata:
@@ -138,7 +149,9 @@ class Runner:
         longest = int((layout.starts + layout.lengths).max())
         pages = -(-longest // self._page_size)
         return {
-            g.name: self._tables.rows(g.name, layout.rows, pages if g.chunk_size is None else self._tables.width[g.name])
+            g.name: self._tables.rows(
+                g.name, layout.rows, pages if g.chunk_size is None else self._tables.width[g.name]
+            )
             for g in self._groups
         }
 
@@ -152,8 +165,12 @@ class Runner:
         entries: list[TokenLogprobs | None] = [None] if seq.start == 0 else []
         for a in range(0, len(targets), LOGPROB_ROWS):
             wanted = torch.tensor(targets[a : a + LOGPROB_ROWS], device=hidden.device)
-            entries += prompt_logprobs(self.model.logits(hidden[a : a + len(wanted)]), wanted, top)
+            entries += prompt_logprobs(self._logits(hidden[a : a + len(wanted)]), wanted, top)
         return entries
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The law of sampling is stated in float32, also for a float64 model."""
+        return self.model.logits(hidden).float()
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

@@ -6,7 +6,7 @@ all always moves, ends after finitely many steps, and leaves its place to the se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from l4core.engine.admission import SchedulerLimits, refusal, victims_for
 from l4core.engine.batch import DrawnToken, NewPages, ScheduledBatch, ScheduledSequence, StepTokens
@@ -77,8 +77,7 @@ class Scheduler:
             raise RuntimeError("schedule() was called before the batch in flight was committed")
         decodes, prefills = self._split()
         chosen, budget = self._schedule_decodes(decodes)
-        budget = self._schedule_prefills(prefills, chosen, budget)
-        self._admit(chosen, budget)
+        self._schedule_prefills(prefills, chosen, budget)
         if not chosen:
             return None
         self._step += 1
@@ -107,6 +106,24 @@ class Scheduler:
                 updates.append(update)
         self._in_flight = []
         return StepOutput(updates=updates, stats=self._stats(num_prefill, num_decode))
+
+    @property
+    def sequences(self) -> Collection[SequenceState]:
+        """All requests that have not ended, in order of arrival. To look at, not to change."""
+        return self._live.values()
+
+    def check_integrity(self) -> None:
+        """Compare queues, rows and pages with each other; O(pages). Raises RuntimeError naming what does not agree."""
+        self.kv.check_integrity(seq.tables for seq in self.sequences)
+        rows = [seq.row for seq in self._running]
+        if sorted((*rows, *self._rows)) != list(range(self.limits.max_running)):
+            raise RuntimeError(
+                f"block-table rows {sorted(rows)} are in use and {sorted(self._rows)} free, of {self.limits.max_running}"
+            )
+        if any(seq.row != NO_ROW or seq.num_computed for seq in self._waiting):
+            raise RuntimeError("a waiting sequence has a row or computed tokens")
+        if {id(seq) for seq in (*self._running, *self._waiting)} != {id(seq) for seq in self.sequences}:
+            raise RuntimeError("the queues and the list of live requests differ")
 
     # --- one step's choice -------------------------------------------------------------------------------------------------------------
 
@@ -140,17 +157,18 @@ class Scheduler:
             chosen.append(seq)
         return chosen, self.limits.max_tokens_per_step - len(chosen)
 
-    def _schedule_prefills(self, prefills: list[SequenceState], chosen: list[SequenceState], budget: int) -> int:
-        """The next piece of every running prompt, best first, until tokens or pages run out → the tokens still allowed."""
+    def _schedule_prefills(self, prefills: list[SequenceState], chosen: list[SequenceState], budget: int) -> None:
+        """The next piece of every prompt, running or waiting, best first, until tokens or pages run out."""
         for seq in prefills:
+            budget = self._admit(chosen, budget, before=seq)
             if seq.row == NO_ROW:
                 continue
             used = self._schedule_piece(seq, budget) if budget else 0
             if not used:  # worse ones must not take the pages it waits for
-                break
+                return
             chosen.append(seq)
             budget -= used
-        return budget
+        self._admit(chosen, budget)
 
     def _schedule_piece(self, seq: SequenceState, budget: int) -> int:
         """A piece of at most `budget` tokens that ends at a chunk border at the latest → its length, 0 = no pages for it now."""
@@ -173,13 +191,18 @@ class Scheduler:
         )
         return end - start
 
-    def _admit(self, chosen: list[SequenceState], budget: int) -> None:
-        """Start waiting requests in rank order while tokens, rows and pages last; none overtakes one of better rank."""
+    def _admit(self, chosen: list[SequenceState], budget: int, before: SequenceState | None = None) -> int:
+        """Start waiting requests (those that rank before `before`) while tokens, rows and pages last → the tokens still allowed.
+
+        Strictly in rank order: a small one does not overtake a large one that waits for memory, or the large one might wait for ever.
+        """
         while budget and self._waiting:
             seq = self._waiting.first
-            victims = None if seq in self._evicted else victims_for(seq, self._running, self.limits, self.kv)
+            if seq in self._evicted or (before is not None and seq.rank > before.rank):
+                break
+            victims = victims_for(seq, self._running, self.limits, self.kv)
             if victims is None:
-                return
+                break
             for victim in victims:
                 self._preempt(victim)
             self._waiting.remove(seq)
@@ -189,6 +212,7 @@ class Scheduler:
             assert used, "admission left no room for the first piece"
             chosen.append(seq)
             budget -= used
+        return budget
 
     def _make_room(self, seq: SequenceState, upto_len: int) -> Mapping[str, NewPages] | None:
         """Slots for the first `upto_len` tokens, taken from worse-ranked sequences if need be; None = it must sit this step out.

@@ -17,7 +17,10 @@ def forbidden_token_ids(request: Request, num_output: int) -> Sequence[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopRule:
-    """One request's ends, worked out once. end_ids: eos and stop ids, which end it once `min_output` tokens stand before.  max_output: output tokens that max_tokens and the context leave."""
+    """One request's ends, worked out once. end_ids: eos and stop ids, which end it when at least `min_output` tokens came before.
+
+    max_output: output tokens that max_tokens and the context leave; below 1 when the prompt leaves no room.
+    """
 
     end_ids: frozenset[int]
     min_output: int
@@ -25,7 +28,7 @@ class StopRule:
 
     @classmethod
     def of(cls, request: Request) -> StopRule:
-        """The rule of a request; max_output is below 1 when its prompt leaves no room."""
+        """The rule of a request."""
         params, room = request.params, request.max_total_tokens - len(request.prompt_token_ids)
         return cls(
             end_ids=frozenset((*request.eos_token_ids, *params.stop_token_ids)),

@@ -70,7 +70,7 @@ class Mailbox:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._frames: queue.SimpleQueue[Submit | Exception | None] = queue.SimpleQueue()
+        self._frames: queue.SimpleQueue[Inbox | Exception | None] = queue.SimpleQueue()
 
     def start(self) -> None:
         threading.Thread(target=self._read, name="mailbox", daemon=True).start()
@@ -80,7 +80,7 @@ class Mailbox:
             while (payload := read_frame(self._sock)) is not None:
                 message = decode_for_engine(payload)
                 if isinstance(message, Submit):
-                    self._frames.put(message)
+                    self._frames.put(message.inbox())
         except Exception as error:  # noqa: BLE001  (handed to the loop, which ends the process with it)
             self._frames.put(error)
             return
@@ -104,8 +104,8 @@ class Mailbox:
                 return None
             if isinstance(message, Exception):
                 raise message
-            requests += message.inbox.requests
-            aborts += message.inbox.aborts
+            requests += message.requests
+            aborts += message.aborts
             block = False
 
 

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from l4core.kv.blocks import KVGroup
+from l4core.kv.blocks import NULL_PAGE, KVGroup
 from l4core.plugin_api import KVView
 
 if TYPE_CHECKING:
     from l4core.kv.planner import KVPlan
-
-NULL_PAGE = 0
 
 
 class KVMemory:

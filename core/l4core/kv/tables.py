@@ -8,20 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from l4core.kv.blocks import KVGroup
-
 NEVER = 1 << 62
 """A length no request reaches."""
-
-
-def ring_columns(group: KVGroup, page_size: int, max_context: int) -> int:
-    """Columns of the group's persistent block table: page index i stands in column i % ring_columns.
-
-    Local: two chunks, since no more are ever live.  Global: the largest context, so that i % ring_columns = i.
-    """
-    if group.chunk_size is None:
-        return -(-max_context // page_size)
-    return 2 * group.chunk_size // page_size
 
 
 @dataclass(slots=True, kw_only=True)

@@ -76,15 +76,8 @@ def _download(config: EngineConfig) -> Path:
             f"the hub has no model {config.model}, or it is private and you are not logged in",
             fix=f"check the spelling of {config.model}; for a private model: hf auth login (or set HF_TOKEN)",
         ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise _not_cached(config, offline=hub.constants.HF_HUB_OFFLINE, error=error) from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise _gated(config.model) from error
-        raise CheckpointError(
-            f"the hub answered {status} while {config.model} was fetched", fix="try again later"
-        ) from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as error:
+        raise _not_fetched(config, error, offline=hub.constants.HF_HUB_OFFLINE) from error
     except (OSError, errors.HTTPError) as error:
         raise CheckpointError(
             f"{config.model} could not be fetched: {type(error).__name__}: {error}",
@@ -101,23 +94,30 @@ def _gated(model: str) -> CheckpointError:
     )
 
 
-def _not_cached(config: EngineConfig, *, offline: bool, error: Exception) -> CheckpointError:
-    where = f"in {config.download_dir}" if config.download_dir else "in the cache (HF_HOME)"
+def _not_fetched(config: EngineConfig, error: Exception, *, offline: bool) -> CheckpointError:
+    status = _http_status(error) or _http_status(error.__cause__)
+    if status in (401, 403):
+        return _gated(config.model)
     version = f" at revision {config.revision}" if config.revision else ""
-    folder = f" --cache-dir {config.download_dir}" if config.download_dir else ""
+    where = f"in {config.download_dir}" if config.download_dir else "in the cache (HF_HOME)"
+    what = f"{config.model}{version} is not complete {where}"
     revision = f" --revision {config.revision}" if config.revision else ""
+    folder = f" --cache-dir {config.download_dir}" if config.download_dir else ""
     fetch = f"hf download {config.model}{revision}{folder}"
     if offline:
         return CheckpointError(
-            f"{config.model}{version} is not complete {where}, and HF_HUB_OFFLINE forbids to fetch it",
+            f"{what}, and HF_HUB_OFFLINE forbids to fetch it",
             fix=f"unset HF_HUB_OFFLINE, or on a machine with a network: {fetch}",
         )
+    if status:
+        return CheckpointError(f"{what}, and the hub answered HTTP {status}", fix=f"later: {fetch}")
     return CheckpointError(
-        f"{config.model}{version} is not complete {where}, and the hub cannot be reached ({_reason(error)})",
+        f"{what}, and the hub cannot be reached ({type(error.__cause__ or error).__name__})",
         fix=f"check the network (and HF_ENDPOINT, if you set it), then: {fetch}",
     )
 
 
-def _reason(error: Exception) -> str:
-    """Name of the network error underneath; its text may hold addresses and is left out."""
-    return type(error.__cause__ or error).__name__
+def _http_status(error: BaseException | None) -> int | None:
+    """Status of the hub's answer, None for an error without one. The error's text holds addresses and is never shown."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None

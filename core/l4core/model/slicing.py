@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from l4core.errors import ConfigError
-from l4core.model.boxes import Box, Shape, extent, joined, replace, whole
+from l4core.model.boxes import Box, Shape, joined, replace, whole
 from l4core.model.config import ModelConfig
 from l4core.model.layout import Parameter, Part
 
@@ -43,28 +43,30 @@ def _divides(config: ModelConfig, world: int) -> bool:
 
 def rank_shape(parameter: Parameter, rank: int, world: int) -> Shape:
     """Shape of a rank's share of the parameter."""
-    first_expert = parameter.parts[0].expert
-    stacked = sum(_stacked(part, rank, world, parameter) for part in parameter.parts if part.expert == first_expert)
+    of_one_expert = (part for part in parameter.parts if part.expert == parameter.parts[0].expert)
+    stacked = sum(_stacked(part, _source_box(part, rank, world), parameter.stack) for part in of_one_expert)
     return (*parameter.shape[: parameter.stack], stacked, *parameter.shape[parameter.stack + 1 :])
 
 
 def regions(parameter: Parameter, rank: int, world: int) -> list[Region]:
     """All copies that make up a rank's share. Two copies that lie side by side in both tensors are one (fused gate and up at world 1)."""
     made: list[Region] = []
-    shape = rank_shape(parameter, rank, world)
+    shape = whole(rank_shape(parameter, rank, world))
     position, expert = 0, None
     for part in parameter.parts:
         if part.expert != expert:
             position, expert = 0, part.expert
-        size = _stacked(part, rank, world, parameter)
-        box = replace(whole(shape), parameter.stack, (position, position + size))
+        source = _source_box(part, rank, world)
+        size = _stacked(part, source, parameter.stack)
+        target = replace(shape, parameter.stack, (position, position + size))
         if expert is not None:
-            box = replace(box, 0, (expert, expert + 1))
-        new = Region(
-            source=part.source, source_box=_source_box(part, rank, world), target_box=box, transpose=part.transpose
-        )
+            target = replace(target, 0, (expert, expert + 1))
+        new = Region(source=part.source, source_box=source, target_box=target, transpose=part.transpose)
         both = _merged(made[-1], new) if made else None
-        made[-1:] = [both] if both is not None else [*made[-1:], new]
+        if both is not None:
+            made[-1] = both
+        else:
+            made.append(new)
         position += size
     return made
 
@@ -82,11 +84,11 @@ def _source_box(part: Part, rank: int, world: int) -> Box:
     return replace(box, part.split, (part.first + low * part.unit, part.first + high * part.unit))
 
 
-def _stacked(part: Part, rank: int, world: int, parameter: Parameter) -> int:
-    """Elements of the rank's share of this part along the parameter's stacking dimension."""
-    dim = parameter.stack - (0 if part.expert is None else 1)
-    sizes = extent(_source_box(part, rank, world))
-    return sizes[::-1][dim] if part.transpose else sizes[dim]
+def _stacked(part: Part, source: Box, stack: int) -> int:
+    """Elements of a rank's share of this part along the parameter's dimension `stack`."""
+    dim = stack if part.expert is None else stack - 1
+    start, stop = source[1 - dim if part.transpose else dim]
+    return stop - start
 
 
 def _merged(first: Region, second: Region) -> Region | None:

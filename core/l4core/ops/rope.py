@@ -16,7 +16,7 @@ def rope_(qk: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
 
 def _turn_as_complex(qk: torch.Tensor, cos_sin: torch.Tensor) -> None:
     wide = qk.to(cos_sin.dtype)  # qk itself when it has that dtype
-    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(torch.view_as_complex(cos_sin))
+    torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2)).mul_(torch.view_as_complex(cos_sin))
     if wide is not qk:
         qk.copy_(wide)
 

@@ -13,7 +13,7 @@ __all__ = ["WEIGHT_ONE", "keep_min_p", "keep_top_k", "keep_top_p", "scale", "sha
 
 WEIGHT_ONE = 2.0**34
 """Weight of the best token. 2^19 tokens of it sum below 2^53, exact in a float64 too; all tokens that round to 0 together are below 1e-5 of it."""
-_SHARE_BITS = 30
+_SHARE_ONE = 2**30
 
 
 def scale(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,7 @@ def weights(distance: torch.Tensor) -> torch.Tensor:
 
 def share(p: float) -> int:
     """p in units of 2^-30. The target of a nucleus is total × share >> 30, at least 1."""
-    return round(p * 2**_SHARE_BITS)
+    return round(p * _SHARE_ONE)
 
 
 def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor, largest_k: int) -> torch.Tensor:
@@ -55,8 +55,8 @@ def keep_min_p(logits: torch.Tensor, log_min_p: torch.Tensor, temperature: torch
 
 def _times_share(total: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """total × p >> 30 without leaving 64 bits: the product is made of two halves."""
-    high, low = total >> _SHARE_BITS, total & (2**_SHARE_BITS - 1)
-    return high * p + ((low * p) >> _SHARE_BITS)
+    high, low = total >> 30, total & (_SHARE_ONE - 1)
+    return high * p + ((low * p) >> 30)
 
 
 def _forbid_below(

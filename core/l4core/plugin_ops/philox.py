@@ -32,8 +32,7 @@ def philox_4x32(counter: Words, key: tuple[torch.Tensor, torch.Tensor]) -> Words
         c0, c1 = ((p1 >> 32) ^ c1 ^ k0) & _LOW, p1
         c2, c3 = ((p0 >> 32) ^ c3 ^ k1) & _LOW, p0
         k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
-    w0, w1, w2, w3 = torch.broadcast_tensors(c0, c1 & _LOW, c2, c3 & _LOW)
-    return w0, w1, w2, w3
+    return c0, c1 & _LOW, c2, c3 & _LOW  # every word has met every input by now, so all have the full shape
 
 
 def split_64(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,6 @@ overflow. A row's token depends on its own logits, temperature, seed and positio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -15,17 +14,9 @@ from l4core.plugin_ops.philox import seed_tensor
 from l4core.plugin_ops.sampling import scaled_logits
 from l4core.sampling.draw_host import draw_on_host
 from l4core.sampling.noise import gumbel_noise
+from l4core.sampling.records import DrawKey
 
-__all__ = ["DrawKey", "argmax_lowest", "draw", "draw_by_law"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DrawKey:
-    """How one row is drawn. temperature: ≥ 0, 0 = greedy.  seed: any size, modulo 2^64.  position: that of the token being drawn."""
-
-    temperature: float
-    seed: int
-    position: int
+__all__ = ["argmax_lowest", "draw", "draw_by_law"]
 
 
 def argmax_lowest(logits: torch.Tensor) -> torch.Tensor:
@@ -37,23 +28,25 @@ def argmax_lowest(logits: torch.Tensor) -> torch.Tensor:
 
 def draw(logits: torch.Tensor, keys: Sequence[DrawKey]) -> torch.Tensor:
     """logits: float32 [R, V], left as they are; a row that is not finite at its best gives some id in range. Returns int64 [R] on the device."""
-    tokens = argmax_lowest(logits)
     sampled = [i for i, key in enumerate(keys) if key.temperature > 0]
     if not sampled:
-        return tokens
+        return argmax_lowest(logits)
     chosen = [keys[i] for i in sampled]
-    index = torch.tensor(sampled, device=logits.device)
-    rows = logits if len(sampled) == len(keys) else logits[index]
-    distance = scaled_logits(rows, [key.temperature for key in chosen])
-    seeds, positions = [key.seed for key in chosen], [key.position for key in chosen]
-    drawn = draw_on_host if logits.device.type == "cpu" else draw_by_law
-    tokens[index] = drawn(distance, seeds, positions)
+    everything = len(sampled) == len(keys)
+    if logits.device.type == "cpu":
+        drawn = draw_on_host([logits[i].numpy() for i in sampled], chosen)
+    else:
+        drawn = draw_by_law(logits if everything else logits[torch.tensor(sampled, device=logits.device)], chosen)
+    if everything:
+        return drawn
+    tokens = argmax_lowest(logits)
+    tokens[torch.tensor(sampled, device=logits.device)] = drawn
     return tokens
 
 
-def draw_by_law(distance: torch.Tensor, seeds: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-    """The law written out, on any device. distance: float32 [R, V], (logits − best) / T. Returns int64 [R]."""
-    device = distance.device
-    position_tensor = torch.tensor(list(positions), dtype=torch.int64, device=device)
-    noise = gumbel_noise(seed_tensor(seeds, device), position_tensor, distance.shape[1], device)
-    return argmax_lowest(noise.add_(distance))
+def draw_by_law(logits: torch.Tensor, keys: Sequence[DrawKey]) -> torch.Tensor:
+    """The law written out, on any device, for rows that all have T > 0. logits: float32 [R, V]. Returns int64 [R]."""
+    device = logits.device
+    positions = torch.tensor([key.position for key in keys], dtype=torch.int64, device=device)
+    noise = gumbel_noise(seed_tensor([key.seed for key in keys], device), positions, logits.shape[1], device)
+    return argmax_lowest(noise.add_(scaled_logits(logits, [key.temperature for key in keys])))

@@ -1,21 +1,23 @@
 """The law on a CPU without most of its work: tokens that cannot win are never given noise. Same tokens as `draw.draw_by_law`, bit for bit.
 
-Noise lies in (NOISE_MIN, NOISE_MAX), so a token further than their difference below the best cannot win. Where few are nearer, only those get
-noise (the usual case after top-p). Otherwise all Philox words are made, but only words small enough to beat a score already in hand get logarithms.
+Noise lies between NOISE_MIN and NOISE_MAX, so a token further than their difference below the best cannot win. Where few are nearer, only those
+get noise (the usual case after top-p). Otherwise all Philox words are made, but only those small enough to beat a score in hand get logarithms.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from l4core.plugin_ops.philox import seed_tensor
-from l4core.sampling.noise import NOISE_MAX, NOISE_MIN, gumbel_from_words, gumbel_noise_at
+from l4core.plugin_ops.masks_host import scale
+from l4core.sampling.noise import NOISE_MAX, NOISE_MIN, gumbel_from_words
 from l4core.sampling.philox_host import philox_words
+from l4core.sampling.records import DrawKey
 
 __all__ = ["draw_on_host"]
 
@@ -24,58 +26,71 @@ _SPAN = NOISE_MAX - NOISE_MIN + 0.0625
 _FEW = 16
 """A set is small when it has at most 1 / _FEW of the vocabulary."""
 _DEPTHS = (6.0, 3.0, 1.5, 0.75)
-"""How deep below the best the first set of candidates reaches; the first depth with a small set is taken, else the last."""
+"""How deep below the best the first set of candidates reaches: the first depth with a small set is taken, else the last."""
+_MODULUS = 2**64
+_SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 
-Floats = npt.NDArray[np.float32]
+Floats: TypeAlias = npt.NDArray[np.float32]
+Words: TypeAlias = npt.NDArray[np.uint32]
+Ids: TypeAlias = npt.NDArray[np.intp]
 
 
-def draw_on_host(distance: torch.Tensor, seeds: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-    """distance: float32 [R, V] on the CPU, (logits − best) / T. Returns int64 [R]."""
-    tokens = torch.zeros(len(seeds), dtype=torch.int64)
+def draw_on_host(rows: Sequence[Floats], keys: Sequence[DrawKey]) -> torch.Tensor:
+    """rows: logits, float32 [V] each, all with T > 0. Returns int64 [R]."""
+    tokens = [0] * len(rows)
     few: list[int] = []
-    near: list[npt.NDArray[np.intp]] = []
-    for i, row in enumerate(distance.numpy()):
-        candidates = row >= -_SPAN
-        if np.count_nonzero(candidates) * _FEW <= len(row):
+    near: list[tuple[Ids, Floats]] = []
+    for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
+        distance = scale(row, max(key.temperature, _SMALLEST_TEMPERATURE))
+        candidates = distance >= -_SPAN
+        if _is_few(candidates):
+            ids = np.flatnonzero(candidates)
             few.append(i)
-            near.append(np.flatnonzero(candidates))
+            near.append((ids, distance[ids]))
         else:
-            tokens[i] = _draw_among_many(row, seeds[i], positions[i])
-    if few:
-        tokens[few] = _draw_among_few(distance[few], near, [seeds[i] for i in few], [positions[i] for i in few])
+            tokens[i] = _draw_among_many(distance, key)
+    for i, token in zip(few, _draw_among_few(near, [keys[i] for i in few]), strict=True):
+        tokens[i] = token
+    return torch.tensor(tokens, dtype=torch.int64)
+
+
+def _is_few(members: npt.NDArray[np.bool_]) -> bool:
+    return int(np.count_nonzero(members)) * _FEW <= len(members)
+
+
+def _draw_among_few(near: Sequence[tuple[Ids, Floats]], keys: Sequence[DrawKey]) -> list[int]:
+    """near: for each row the ascending ids that can win, and their distances (none when the row holds NaN). One Philox run for all rows."""
+    if not near:
+        return []
+    sizes = [len(ids) for ids, _ in near]
+    ids = np.concatenate([ids for ids, _ in near]).astype(np.uint64)
+    positions = np.repeat(np.array([key.position for key in keys], dtype=np.uint64), sizes)
+    seeds = np.repeat(np.array([key.seed % _MODULUS for key in keys], dtype=np.uint64), sizes)
+    words = philox_words(ids >> np.uint64(2), positions, seeds)[np.arange(len(ids)), ids & np.uint64(3)]
+    noise = _noise(words)
+    tokens, start = [], 0
+    for row_ids, distance in near:
+        scores = noise[start : start + len(row_ids)] + distance
+        start += len(row_ids)
+        tokens.append(int(row_ids[scores.argmax()]) if len(row_ids) else 0)
     return tokens
 
 
-def _draw_among_few(
-    distance: torch.Tensor, near: Sequence[npt.NDArray[np.intp]], seeds: Sequence[int], positions: Sequence[int]
-) -> torch.Tensor:
-    """near[r]: ascending ids of row r that can win."""
-    width = max(1, *(len(ids) for ids in near))
-    ids = np.zeros((len(near), width), dtype=np.int64)
-    absent = np.ones_like(ids, dtype=np.bool_)
-    for r, row_ids in enumerate(near):
-        ids[r, : len(row_ids)] = row_ids
-        absent[r, : len(row_ids)] = False
-    id_tensor = torch.from_numpy(ids)
-    noise = gumbel_noise_at(seed_tensor(seeds, "cpu"), torch.tensor(list(positions), dtype=torch.int64), id_tensor)
-    scores = noise.add_(distance.gather(1, id_tensor)).masked_fill_(torch.from_numpy(absent), -math.inf)
-    return id_tensor.gather(1, torch.from_numpy(scores.numpy().argmax(axis=1))[:, None])[:, 0]
-
-
-def _draw_among_many(distance: Floats, seed: int, position: int) -> int:
-    words = philox_words(math.ceil(len(distance) / 4), position, seed).reshape(-1)[: len(distance)]
-    depth = next((d for d in _DEPTHS if np.count_nonzero(distance >= -d) * _FEW <= len(distance)), _DEPTHS[-1])
+def _draw_among_many(distance: Floats, key: DrawKey) -> int:
+    blocks = np.arange(math.ceil(len(distance) / 4), dtype=np.uint64)
+    position, seed = np.array([key.position], dtype=np.uint64), np.array([key.seed % _MODULUS], dtype=np.uint64)
+    words = philox_words(blocks, position, seed).reshape(-1)[: len(distance)]
+    depth = next((d for d in _DEPTHS if _is_few(distance >= -d)), _DEPTHS[-1])
     top = distance >= -depth
     top_ids = np.flatnonzero(top)
-    in_hand = float(_scores(distance, words, top_ids).max())
+    in_hand = float((_noise(words[top_ids]) + distance[top_ids]).max())
     # A token outside `top` scores below g − depth, so it needs g above in_hand + depth.
     ids = np.flatnonzero(top | (words <= _largest_word_with(in_hand + depth)))
-    return int(ids[_scores(distance, words, ids).argmax()])
+    return int(ids[(_noise(words[ids]) + distance[ids]).argmax()])
 
 
-def _scores(distance: Floats, words: npt.NDArray[np.uint32], ids: npt.NDArray[np.intp]) -> Floats:
-    noise: Floats = gumbel_from_words(torch.from_numpy(words[ids].astype(np.int64))).numpy()
-    noise += distance[ids]
+def _noise(words: Words) -> Floats:
+    noise: Floats = gumbel_from_words(torch.from_numpy(words.astype(np.int64))).numpy()
     return noise
 
 

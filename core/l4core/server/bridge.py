@@ -159,7 +159,7 @@ class Bridge:
             await self._restart()
 
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
-        """Hand over the sequences of one HTTP call. Raises RequestError: 400 more than can ever be taken, 429 full now, 503 no engine now."""
+        """Hand over the sequences of one HTTP call. Raises RequestError: 429 full now, 503 no engine now."""
         self._admit(len(requests))
         stream = UpdateStream(self, [r.request_id for r in requests])
         try:
@@ -196,10 +196,6 @@ class Bridge:
             raise RequestError(
                 f"the engine is {self.state.value}; try again shortly", status=503, code="engine_not_ready"
             )
-        if count > self._max_sequences:
-            raise RequestError(
-                f"the request asks for {count} sequences (prompts × n); this server takes at most {self._max_sequences}"
-            )
         if len(self._owners) + count > self._max_sequences:
             raise RequestError(
                 f"{len(self._owners)} sequences are waiting or running and at most {self._max_sequences} may; try again shortly",
@@ -209,7 +205,7 @@ class Bridge:
 
     def _send(self, inbox: Inbox) -> None:
         if self._process is not None:
-            self._process.send(Submit(inbox=inbox))
+            self._process.send(Submit.of(inbox))
 
     async def _pump(self) -> str:
         """Until the process is gone → its last words, for the log."""

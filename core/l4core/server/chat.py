@@ -36,7 +36,7 @@ async def chat_completions(service: Service, http: Request) -> Response:
     service.check_model(body.model)
     params = chat_params(body, service.loaded.frontend.default_params())
     prompt = await chat_ids(service, body.messages)
-    generation = Generation(service, [prompt], params, prefix="chatcmpl", priority=body.priority)
+    generation = await Generation.start(service, [prompt], params, prefix="chatcmpl", priority=body.priority)
     try:
         return await respond(http, generation, _ChatShaper(service, body, generation), body)
     except BaseException:

@@ -20,7 +20,7 @@ from l4core.server.logprobs import CompletionLogprobShaper, prompt_logprobs
 from l4core.server.params import completion_params, max_tokens
 from l4core.server.protocol import CompletionRequest
 from l4core.server.replies import Completion, CompletionChoice, CompletionLogprobs
-from l4core.server.service import FINGERPRINT, Service, text_ids
+from l4core.server.service import FINGERPRINT, Service, off_loop_if_long, text_ids
 from l4core.server.sse import event
 from l4core.server.streaming import UsageFields, respond
 
@@ -40,7 +40,7 @@ async def completions(service: Service, http: Request) -> Response:
     params = completion_params(body, service.loaded.frontend.default_params())
     prompts = await read_prompts(service, body.prompt, add_special=body.add_special_tokens is not False)
     hidden = bool(body.echo) and max_tokens(body) == 0
-    generation = Generation(
+    generation = await Generation.start(
         service,
         [p.token_ids for p in prompts],
         params,
@@ -57,22 +57,24 @@ async def completions(service: Service, http: Request) -> Response:
 
 async def read_prompts(service: Service, given: Any, *, add_special: bool) -> list[Prompt]:
     """A string, strings, ids, or lists of ids. Raises RequestError (400, param "prompt") for anything else and for an empty prompt."""
-    items = [given] if isinstance(given, str) or _is_ids(given) else given
-    if not isinstance(items, list) or not items:
-        raise _bad_prompt("prompt", given)
-    return [await _read_prompt(service, item, f"prompt[{i}]", add_special) for i, item in enumerate(items)]
+    frontend, many = service.loaded.frontend, isinstance(given, list) and bool(given) and type(given[0]) in (str, list)
+    items: list[Any] = given if many else [given]
+    service.check_count(len(items))
 
+    def read() -> list[Prompt]:
+        for index, item in enumerate(items):
+            if not (isinstance(item, str) and item) and not _is_ids(item):
+                raise _bad_prompt(f"prompt[{index}]" if many else "prompt", item)
+        return [
+            Prompt(text_ids(frontend, i, add_special=add_special), i) if isinstance(i, str) else Prompt(i, None)
+            for i in items
+        ]
 
-async def _read_prompt(service: Service, item: Any, where: str, add_special: bool) -> Prompt:
-    if isinstance(item, str) and item:
-        return Prompt(await text_ids(service.loaded.frontend, item, add_special=add_special), item)
-    if _is_ids(item):
-        return Prompt(item, None)
-    raise _bad_prompt(where, item)
+    return await off_loop_if_long(sum(len(i) for i in items if isinstance(i, (str, list))), read)
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(i) is int for i in value) and bool(value)
+    return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 def _bad_prompt(where: str, value: Any) -> RequestError:

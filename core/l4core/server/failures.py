@@ -49,8 +49,8 @@ def error_response(error: Exception) -> Response:
     headers: dict[str, str] = dict((error.headers if isinstance(error, HTTPException) else None) or {})
     if status in RETRY_AFTER_SECONDS:
         headers["Retry-After"] = RETRY_AFTER_SECONDS[status]
-    if status in {408, 413}:
-        headers["Connection"] = "close"  # the rest of the body will not be read
+    if status == 408:
+        headers["Connection"] = "close"
     return json_response(reply_of(error), status=status, headers=headers)
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from l4core.chat.assemble import Assembler, TextDelta
 from l4core.errors import EngineDeadError, RequestError
 from l4core.request import FinishReason, Request, SamplingParams
+from l4core.server.bridge import UpdateStream
 from l4core.server.replies import PromptTokensDetails, Usage
-from l4core.server.service import Service
+from l4core.server.service import Service, off_loop_if_long
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,13 +27,29 @@ class Answer:
 
 
 class Generation:
-    """Hands the sequences to the engine at once. Always `close()` it. counts_output: whether the usage has the generated tokens.
-
-    Raises RequestError: 400 (prompt too long, a token id out of range, a bad parameter), 429, 503.
-    """
+    """Answers to the prompts of one call. Always `close()` it."""
 
     def __init__(
         self,
+        generation_id: str,
+        params: SamplingParams,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Answer],
+        stream: UpdateStream,
+        *,
+        counts_output: bool,
+    ) -> None:
+        self.id = generation_id
+        self.params = params
+        self.prompts = prompts
+        self.answers = answers
+        self._by_id = {answer.request.request_id: answer for answer in answers}
+        self._stream = stream
+        self._counts_output = counts_output
+
+    @classmethod
+    async def start(
+        cls,
         service: Service,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
@@ -40,17 +57,31 @@ class Generation:
         prefix: str,
         priority: int | None = None,
         counts_output: bool = True,
-    ) -> None:
-        self.id = f"{prefix}-{uuid.uuid4().hex}"
-        self.params = params
-        self.prompts = prompts
-        self._counts_output = counts_output
-        self.answers = [
-            Answer(index=index, prompt=prompt, request=request, assembler=service.loaded.frontend.assembler(request))
-            for index, (prompt, request) in enumerate(self._requests(service, priority or 0))
-        ]
-        self._by_id = {answer.request.request_id: answer for answer in self.answers}
-        self._stream = service.submit([answer.request for answer in self.answers])
+    ) -> Generation:
+        """Hand the sequences to the engine. counts_output: whether the usage has the generated tokens.
+
+        Raises RequestError: 400 (prompt too long, a token id out of range, a bad parameter), 429, 503.
+        """
+        service.check_count(len(prompts) * params.n)
+        generation_id = f"{prefix}-{uuid.uuid4().hex}"
+        frontend, limit = service.loaded.frontend, service.loaded.context_length
+
+        def make() -> list[Answer]:
+            numbered = [
+                (number, request)
+                for number, prompt in enumerate(prompts)
+                for request in frontend.requests(
+                    f"{generation_id}-{number}", prompt, params, limit, priority=priority or 0
+                )
+            ]
+            return [
+                Answer(index=index, prompt=number, request=request, assembler=frontend.assembler(request))
+                for index, (number, request) in enumerate(numbered)
+            ]
+
+        answers = await off_loop_if_long(sum(map(len, prompts)), make)
+        stream = service.submit([answer.request for answer in answers])
+        return cls(generation_id, params, prompts, answers, stream, counts_output=counts_output)
 
     @property
     def finished(self) -> bool:
@@ -95,15 +126,6 @@ class Generation:
     def close(self) -> None:
         """Abort what has not ended."""
         self._stream.close()
-
-    def _requests(self, service: Service, priority: int) -> list[tuple[int, Request]]:
-        """(which prompt, sequence) in the order of choice indices."""
-        frontend, limit = service.loaded.frontend, service.loaded.context_length
-        return [
-            (number, request)
-            for number, prompt in enumerate(self.prompts)
-            for request in frontend.requests(f"{self.id}-{number}", prompt, self.params, limit, priority=priority)
-        ]
 
 
 def _raise_failure(delta: TextDelta) -> None:

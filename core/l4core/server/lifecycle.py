@@ -60,7 +60,7 @@ class Serving:
         self._key = resolve_key(server_config.api_key, os.environ)
         self._on_ready = on_ready
         metrics = Metrics(model_name(engine_config))
-        self._bridge = Bridge(
+        self.bridge = Bridge(
             engine_config,
             max_sequences=server_config.max_queued_requests,
             observer=metrics,
@@ -68,7 +68,7 @@ class Serving:
             factory=factory,
             policy=policy,
         )
-        self._service = Service(engine_config, server_config, bridge=self._bridge, metrics=metrics)
+        self._service = Service(engine_config, server_config, bridge=self.bridge, metrics=metrics)
         self._http = _Http(_uvicorn_config(build_app(self._service, self._key), server_config))
         self._num_stops = 0
         self._stopping = asyncio.Event()
@@ -89,7 +89,7 @@ class Serving:
             stopping.cancel()
             failure = engine.exception() if engine.done() and not engine.cancelled() else None
             engine.cancel()
-            await self._bridge.close()
+            await self.bridge.close()
             await asyncio.gather(engine, stopping, return_exceptions=True)
         if failure is not None:
             raise failure
@@ -102,13 +102,13 @@ class Serving:
         self._stopping.set()
 
     async def _run_engine(self, url: str) -> None:
-        ready = await self._bridge.start()
+        ready = await self.bridge.start()
         frontend = await asyncio.to_thread(load_frontend, self._engine_config, ready)
         self._service.loaded_model = Loaded(
             frontend=frontend, context_length=ready.context_length, created=int(time.time())
         )
         self._announce(ready.report, url)
-        await self._bridge.run()
+        await self.bridge.run()
 
     def _announce(self, report: Sequence[str], url: str) -> None:
         """The start-up block, on stdout."""
@@ -124,14 +124,14 @@ class Serving:
         self._service.draining = True
         self._http.should_exit = True
         seconds = 0.0 if engine.done() else self._server_config.drain_seconds
-        if self._bridge.num_active:
-            logger.info("draining %d sequences, at most %g s", self._bridge.num_active, seconds)
+        if self.bridge.num_active:
+            logger.info("draining %d sequences, at most %g s", self.bridge.num_active, seconds)
         deadline = asyncio.get_running_loop().call_later(seconds, self._end_requests)
         await http
         deadline.cancel()
 
     def _end_requests(self) -> None:
-        self._bridge.shut(RequestError("the server is shutting down", status=503, code="draining"))
+        self.bridge.shut(RequestError("the server is shutting down", status=503, code="draining"))
 
     def _handle_signals(self) -> None:
         if threading.current_thread() is not threading.main_thread():

@@ -76,6 +76,14 @@ class Service:
                 code="model_not_found",
             )
 
+    def check_count(self, count: int) -> None:
+        """Raises RequestError (400) for more sequences than this server ever takes, before work is spent on them."""
+        limit = self.server_config.max_queued_requests
+        if count > limit:
+            raise RequestError(
+                f"the request asks for {count} sequences (prompts × n); this server takes at most {limit}"
+            )
+
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
         """`Bridge.submit`, unless the server is draining (503)."""
         if self.draining:
@@ -93,11 +101,9 @@ async def off_loop_if_long(num_characters: int, work: Callable[[], R]) -> R:
     return await asyncio.to_thread(work) if num_characters > LONG_TEXT_CHARACTERS else work()
 
 
-async def text_ids(frontend: Frontend, text: str, *, add_special: bool) -> list[int]:
+def text_ids(frontend: Frontend, text: str, *, add_special: bool) -> list[int]:
     """Ids of a prompt; special tokens spelled in it are meant. add_special: BOS first, unless it is there."""
-    if add_special:
-        return await off_loop_if_long(len(text), lambda: frontend.text_ids(text))
-    return await off_loop_if_long(len(text), lambda: frontend.tokenizer.encode_text(text, allow_special=True))
+    return frontend.text_ids(text) if add_special else frontend.tokenizer.encode_text(text, allow_special=True)
 
 
 def load_frontend(config: EngineConfig, ready: Ready) -> Frontend:

@@ -37,7 +37,8 @@ async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
             raise RequestError("the chat template adds its own special tokens", param="add_special_tokens")
         return await chat_ids(service, body.messages)
     assert text is not None
-    return await text_ids(service.loaded.frontend, text, add_special=body.add_special_tokens is not False)
+    frontend, add_special = service.loaded.frontend, body.add_special_tokens is not False
+    return await off_loop_if_long(len(text), lambda: text_ids(frontend, text, add_special=add_special))
 
 
 async def detokenize(service: Service, http: Request) -> Response:

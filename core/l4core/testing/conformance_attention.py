@@ -104,10 +104,10 @@ class AttentionConformance:
         return detect(self.device)
 
     def grid(self) -> Iterator[AttentionRequirements]:
-        for heads in self.heads:
-            for q_dtype, kv_dtype in self.dtypes:
-                for page_size in self.page_sizes:
-                    yield self._requirements(heads, q_dtype, kv_dtype, page_size)
+        """Every page size with every dtype, the head counts taking turns, so that all pairs meet."""
+        for i, page_size in enumerate(self.page_sizes):
+            for j, (q_dtype, kv_dtype) in enumerate(self.dtypes):
+                yield self._requirements(self.heads[(i + j) % len(self.heads)], q_dtype, kv_dtype, page_size)
 
     def _requirements(self, heads: Heads, q_dtype: str, kv_dtype: str, page_size: int | None) -> AttentionRequirements:
         return AttentionRequirements(

@@ -1,4 +1,4 @@
-"""Attention cases and their answers in float64, computed from the definition: dense keys, a loop over rows, no pages, no formulas of core's."""
+"""Attention cases and their answers in float64, computed from the definition: dense keys and a mask by position, no pages, no formulas of core's."""
 
 from __future__ import annotations
 
@@ -93,18 +93,22 @@ def _dense(
 
 
 def _expected(case: Case, q: torch.Tensor, dense: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """The definition, row by row."""
+    """The definition: a query at position p sees the keys at positions p // chunk * chunk … p of its own sequence."""
     out = torch.zeros_like(q)
-    row = 0
+    first = 0
     for length, queries, (k, v) in zip(case.seq_lens, case.q_lens, dense, strict=True):
-        for position in range(length - queries, length) if length else [-1] * queries:
-            begin = position // case.chunk * case.chunk if case.chunk and position >= 0 else 0
-            group = q.shape[1] // k.shape[1]
-            keys = k[begin : position + 1].repeat_interleave(group, dim=1)
-            values = v[begin : position + 1].repeat_interleave(group, dim=1)
-            scores = torch.einsum("hd,khd->hk", q[row], keys) * q.shape[2] ** -0.5
-            out[row] = torch.einsum("hk,khd->hd", scores.softmax(-1), values)
-            row += 1
+        rows = slice(first, first + queries)
+        first += queries
+        if not length:
+            continue
+        position, key = torch.arange(length - queries, length)[:, None], torch.arange(length)
+        visible = key <= position
+        if case.chunk is not None:
+            visible = visible & (key // case.chunk == position // case.chunk)
+        group = q.shape[1] // k.shape[1]
+        scores = torch.einsum("nhd,khd->hnk", q[rows], k.repeat_interleave(group, dim=1)) * q.shape[2] ** -0.5
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        out[rows] = torch.einsum("hnk,khd->nhd", weights, v.repeat_interleave(group, dim=1))
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from l4core.chat.byte_tokenizer import BOS, SPECIAL_TOKENS, build_byte_tokenizer
@@ -38,14 +39,20 @@ DEFAULT_VOCABULARY = 512
 
 
 def make_byte_tokenizer(
-    out: Path, vocab_size: int = DEFAULT_VOCABULARY, *, chat_template: str | None = CHAT_TEMPLATE
+    out: Path,
+    vocab_size: int = DEFAULT_VOCABULARY,
+    *,
+    chat_template: str | None = CHAT_TEMPLATE,
+    extra_specials: Sequence[str] = (),
 ) -> dict[str, int]:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja (None: no such file) into folder `out`, which is made if needed.
 
-    vocab_size: exactly so many ids, the special tokens last.  Returns special token → id. The same arguments give the same files.
+    vocab_size: exactly so many ids, the special tokens last.  extra_specials: put before Llama 4's, for templates that need others.
+    Returns special token → id. The same arguments give the same files.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_byte_tokenizer(vocab_size, CORPUS)
+    specials = (*extra_specials, *SPECIAL_TOKENS)
+    tokenizer = build_byte_tokenizer(vocab_size, CORPUS, specials)
     tokenizer.save(str(out / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -58,4 +65,4 @@ def make_byte_tokenizer(
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     if chat_template is not None:
         (out / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    return {token: vocab_size - len(SPECIAL_TOKENS) + i for i, token in enumerate(SPECIAL_TOKENS)}
+    return {token: vocab_size - len(specials) + i for i, token in enumerate(specials)}

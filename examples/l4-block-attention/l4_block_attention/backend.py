@@ -9,7 +9,9 @@ from l4core.plugin_ops import gather_kv, merge_lse
 def create(context: AttentionContext) -> AttentionBackend:
     text = context.options.get("block_tokens", "256")
     if not text.isdecimal() or int(text) < 1:
-        raise BackendUnavailable(f"block_tokens is {text!r}; wanted a positive number", fix="--attention-option block_tokens=256")
+        raise BackendUnavailable(
+            f"block_tokens is {text!r}; wanted a positive number", fix="--attention-option block_tokens=256"
+        )
     return BlockAttention(max(1, int(text) // context.page_size))
 
 
@@ -34,7 +36,9 @@ class BlockAttention(AttentionBackend):
         for first in range(0, num_keys, block):
             mine = pages[first // kv.k.shape[1] :][: self.pages_per_block]
             k, v = (x[: num_keys - first].repeat_interleave(group, dim=1) for x in gather_kv(kv, mine, torch.float32))
-            visible = torch.arange(first, first + len(k)) <= torch.arange(num_keys - len(q), num_keys)[:, None]  # [n, keys]
+            visible = (
+                torch.arange(first, first + len(k)) <= torch.arange(num_keys - len(q), num_keys)[:, None]
+            )  # [n, keys]
             scores = torch.einsum("nhd,khd->nhk", q, k) * q.shape[2] ** -0.5
             scores = scores.masked_fill(~visible[:, None], -torch.inf)
             part_lse = scores.logsumexp(-1)

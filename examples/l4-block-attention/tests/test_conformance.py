@@ -13,4 +13,4 @@ class TestAttention(AttentionConformance):
 
 class TestSmallBlocks(AttentionConformance):
     plugin, backend = "l4_block_attention", "block"
-    options = {"block_tokens": "16"}  # noqa: RUF012
+    options, page_sizes = {"block_tokens": "16"}, (16,)

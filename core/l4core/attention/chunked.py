@@ -1,0 +1,93 @@
+"""Chunked local attention as ordinary causal paged attention: device arithmetic on lengths and block tables, fixed shapes, no host sync.
+
+A token at absolute position p sees keys ⌊p/C⌋·C … p. A local block table is a ring of two chunks: the page of page index p (= position // P)
+stands in column p mod (2·C/P). Every function also takes a full table (column = page index), since p mod width = p there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from l4core.plugin_api import AttentionMetadata
+
+
+def ring_width(chunk_size: int, page_size: int) -> int:
+    """Columns of a local block table: the pages of the current chunk and of the one being entered."""
+    if chunk_size % page_size:
+        raise ValueError(f"page size {page_size} does not divide the chunk of {chunk_size} tokens")
+    return 2 * (chunk_size // page_size)
+
+
+def single_chunk_metadata(
+    meta: AttentionMetadata, ring_table: torch.Tensor, chunk_size: int, page_size: int
+) -> AttentionMetadata:
+    """The local view of a batch whose sequences each have all their queries in one chunk (decode; prefill pieces cut at chunk borders).
+
+    meta: the global one (seq_lens count every token).  ring_table: int32 [B, W].  → keys from the chunk's first token on, a table of at most
+    C/P columns, cu_seqlens_q unchanged. An empty row (seq_len 0) stays empty.
+    """
+    _refuse_tree(meta)
+    last = meta.seq_lens - 1  # position of the last token; −1 for an empty row
+    chunk = last // chunk_size
+    lens = torch.where(last >= 0, last - chunk * chunk_size + 1, 0)
+    max_len = min(meta.max_seqlen_k, chunk_size)
+    table = _chunk_columns(ring_table, chunk.clamp(min=0), chunk_size, page_size, max_len)
+    return dataclasses.replace(meta, seq_lens=lens.int(), block_table=table, max_seqlen_k=max_len)
+
+
+def virtual_batches(
+    meta: AttentionMetadata, table: torch.Tensor, chunk_size: int, page_size: int, num_virtual: int
+) -> AttentionMetadata:
+    """The general case: each sequence becomes `num_virtual` rows, one a chunk it touches; rows without queries are empty (0 queries, 0 keys).
+
+    table: int32 [B, W], a ring or a full table that still holds every page of the chunks touched.  num_virtual: host constant, at least
+    ⌈(max_seqlen_q − 1) / C⌉ + 1 (two for a verify step or any piece of at most C + 1 tokens).
+    Query rows keep their order, so q and out are used as they are. Raises ValueError when num_virtual is too small.
+    """
+    _refuse_tree(meta)
+    needed = -(-(meta.max_seqlen_q - 1) // chunk_size) + 1
+    if num_virtual < needed:
+        raise ValueError(
+            f"{num_virtual} virtual batches given; {meta.max_seqlen_q} queries may touch {needed} chunks of {chunk_size}"
+        )
+    q_lens = meta.cu_seqlens_q.diff()
+    prefix = (meta.seq_lens - q_lens).unsqueeze(1)  # [B, 1] tokens before the first query
+    end = meta.seq_lens.unsqueeze(1)
+    chunk = prefix // chunk_size + torch.arange(num_virtual, device=table.device, dtype=torch.int32)  # [B, N]
+    first, past = chunk * chunk_size, (chunk + 1) * chunk_size
+    low, high = torch.maximum(prefix, first), torch.minimum(end, past)
+    num_queries = (high - low).clamp(min=0)
+    lens = torch.where(num_queries > 0, high - first, 0)
+    cu_seqlens_q = torch.nn.functional.pad(num_queries.flatten().cumsum(0), (1, 0)).int()
+    max_len = min(meta.max_seqlen_k, chunk_size)
+    columns = _chunk_columns(
+        table.repeat_interleave(num_virtual, dim=0), chunk.flatten(), chunk_size, page_size, max_len
+    )
+    return dataclasses.replace(
+        meta,
+        cu_seqlens_q=cu_seqlens_q,
+        seq_lens=lens.flatten().int(),
+        block_table=columns,
+        max_seqlen_q=min(meta.max_seqlen_q, chunk_size),
+        max_seqlen_k=max_len,
+        num_seqs=meta.num_seqs * num_virtual,
+        phase="decode" if meta.max_seqlen_q == 1 else meta.phase,
+    )
+
+
+def _chunk_columns(
+    table: torch.Tensor, chunk: torch.Tensor, chunk_size: int, page_size: int, max_len: int
+) -> torch.Tensor:
+    """table [R, W], chunk [R] → int32 [R, ⌈max_len / P⌉]: the pages of each row's chunk. Columns past what a row owns repeat others and lie
+    beyond its seq_len."""
+    pages_per_chunk = ring_width(chunk_size, page_size) // 2
+    width = -(-max_len // page_size)
+    page_index = chunk.unsqueeze(1) * pages_per_chunk + torch.arange(width, device=table.device)
+    return table.gather(1, (page_index % table.shape[1]).long())
+
+
+def _refuse_tree(meta: AttentionMetadata) -> None:
+    if meta.tree is not None:
+        raise ValueError("a tree's nodes belong to chunks by position, not by slot; tree verification is not built yet")

@@ -1,0 +1,219 @@
+"""From one step's logits to one step's tokens: forbidden ids, each row's sampler, the draw, log-probabilities, errors row by row.
+
+Knows nothing of requests' lives, stops or KV. The draw's law stands in draw.py; what a sampler may change, in plugin_api.Sampler.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from l4core.errors import RequestError
+from l4core.plugin_api import Sampler, SamplerRow, SamplingParams
+from l4core.plugin_ops.sampling import UNCHANGED
+from l4core.request import TokenLogprobs
+from l4core.sampling.blocks import Outbox, blocks, rows_per_block
+from l4core.sampling.draw import argmax_lowest, draw
+from l4core.sampling.logprobs import collect, measure, prompt_logprobs
+from l4core.sampling.records import Draw, DrawKey, DrawRow
+
+__all__ = ["Draw", "DrawRow", "SamplingPipeline", "prompt_logprobs"]
+
+_log = logging.getLogger(__name__)
+
+_NO_SAMPLER = ""
+"""Group of rows whose logits no sampler changes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """One call of `sample`. tokens: int64 [R], first the greedy choice, then what is drawn.  raw_peaks, peaks: float32 [R], the best logit before
+    and after the transform (not finite = this row fails).  failures: row → text."""
+
+    logits: torch.Tensor
+    rows: Sequence[DrawRow]
+    tokens: torch.Tensor
+    raw_peaks: torch.Tensor
+    peaks: torch.Tensor
+    failures: dict[int, str] = field(default_factory=dict)
+
+
+class SamplingPipeline:
+    """samplers: name → sampler, `default` among them.  vocab_size: columns of the logits."""
+
+    def __init__(self, samplers: Mapping[str, Sampler], vocab_size: int) -> None:
+        self._samplers = dict(samplers)
+        self._vocab_size = vocab_size
+        self._prompts: dict[int, tuple[Sequence[int], array[int]]] = {}
+
+    def check(self, params: SamplingParams) -> object:
+        """What DrawRow.parsed wants. RequestError: unknown sampler, a token id outside the vocabulary, or the sampler refuses the request."""
+        sampler = self._samplers.get(params.sampler)
+        if sampler is None:
+            raise self._unknown(params.sampler)
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            outside = [token_id for token_id in ids if token_id >= self._vocab_size]
+            if outside:
+                limit = self._vocab_size - 1
+                raise RequestError(f"{name} names token id {outside[0]}; wanted ids from 0 to {limit}", param=name)
+        try:
+            return sampler.parse(params)
+        except RequestError:
+            raise
+        except ValueError as error:
+            raise RequestError(str(error), param="sampler_args") from error
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[DrawRow]) -> list[Draw]:
+        """logits: float32 [len(rows), vocab_size], left as they are. One Draw a row, in order. One transfer to the host (samplers apart)."""
+        self._check_shape(logits, rows)
+        if not rows:
+            return []
+        logits = logits.detach()
+        best = argmax_lowest(logits)
+        peaks = logits.gather(1, best[:, None])[:, 0]
+        step = _Step(logits=logits, rows=rows, tokens=best, raw_peaks=peaks, peaks=peaks.clone())
+        self._forget_prompts(rows)
+        for sampler, members in _groups(rows).items():
+            for block in blocks(members, rows_per_block(logits)):
+                self._draw_block(step, sampler, block)
+        return _finish(step)
+
+    def _draw_block(self, step: _Step, sampler: str, block: Sequence[int]) -> None:
+        index = torch.tensor(block, device=step.logits.device)
+        work = step.logits[index]
+        _forbid(work, [step.rows[i].forbidden for i in block])
+        if sampler != _NO_SAMPLER:
+            _blank(work, ~step.raw_peaks[index].isfinite())
+            try:
+                work = self._transform(sampler, work, [step.rows[i] for i in block])
+            except Exception as error:  # noqa: BLE001  (whatever a plugin raises ends the request that met it, nothing else)
+                self._isolate(step, sampler, block, error)
+                return
+        step.tokens[index] = draw(work, [_key(step.rows[i]) for i in block])
+        step.peaks[index] = work.amax(dim=1)
+
+    def _isolate(self, step: _Step, sampler: str, block: Sequence[int], error: Exception) -> None:
+        """Finds the rows that make a sampler raise by trying each alone."""
+        if len(block) > 1:
+            for i in block:
+                self._draw_block(step, sampler, [i])
+            return
+        _log.error("sampler %r raised", sampler, exc_info=error)
+        step.failures[block[0]] = f"sampler {sampler!r} raised {type(error).__name__}: {error}"
+
+    def _transform(self, sampler: str, logits: torch.Tensor, rows: Sequence[DrawRow]) -> torch.Tensor:
+        changed = self._samplers[sampler].transform(logits, [self._sampler_row(row) for row in rows])
+        if changed.shape != logits.shape or changed.dtype != logits.dtype:
+            found, wanted = (f"{t.dtype} {list(t.shape)}" for t in (changed, logits))
+            raise ValueError(f"transform returned {found}; wanted {wanted}")
+        return changed.detach()
+
+    def _sampler_row(self, row: DrawRow) -> SamplerRow:
+        return SamplerRow(
+            params=row.params,
+            parsed=row.parsed,
+            prompt_token_ids=self._prompt(row.prompt_token_ids),
+            output_token_ids=row.output_token_ids,
+            position=row.position,
+        )
+
+    def _prompt(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The prompt as an array, made once: a long list costs milliseconds to convert in every step."""
+        if id(prompt) not in self._prompts:
+            self._prompts[id(prompt)] = (prompt, array("i", prompt))
+        return self._prompts[id(prompt)][1]
+
+    def _forget_prompts(self, rows: Sequence[DrawRow]) -> None:
+        """Keeps the arrays of this step's prompts. Each is kept beside its prompt, whose id can therefore not be another's."""
+        present = {id(row.prompt_token_ids) for row in rows}
+        self._prompts = {key: entry for key, entry in self._prompts.items() if key in present}
+
+    def _unknown(self, sampler: str) -> RequestError:
+        near = difflib.get_close_matches(sampler, self._samplers, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "install the plugin that brings it, or leave the field out"
+        known = ", ".join(sorted(self._samplers))
+        return RequestError(f"unknown sampler {sampler!r}; known: {known}; {hint}", param="sampler")
+
+    def _check_shape(self, logits: torch.Tensor, rows: Sequence[DrawRow]) -> None:
+        wanted = (len(rows), self._vocab_size)
+        if tuple(logits.shape) != wanted or logits.dtype != torch.float32:
+            raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}; wanted float32 {list(wanted)}")
+
+
+def _groups(rows: Sequence[DrawRow]) -> dict[str, list[int]]:
+    """Sampler → its rows. Greedy rows that nothing changes are in no group: their token is known already."""
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        if row.parsed is not UNCHANGED:
+            groups.setdefault(row.params.sampler, []).append(i)
+        elif row.params.temperature > 0 or row.forbidden:
+            groups.setdefault(_NO_SAMPLER, []).append(i)
+    return groups
+
+
+def _key(row: DrawRow) -> DrawKey:
+    temperature, seed = row.params.temperature, row.params.seed
+    if temperature > 0 and seed is None:
+        raise ValueError(
+            f"a row at position {row.position} has temperature {temperature} and no seed; the front end sets one"
+        )
+    return DrawKey(temperature=temperature, seed=seed or 0, position=row.position)
+
+
+def _forbid(logits: torch.Tensor, forbidden: Sequence[Sequence[int]]) -> None:
+    rows = [row for row, ids in enumerate(forbidden) for _ in ids]
+    if rows:
+        columns = [token_id for ids in forbidden for token_id in ids]
+        where = torch.tensor([rows, columns], device=logits.device)
+        logits[where[0], where[1]] = -math.inf
+
+
+def _blank(logits: torch.Tensor, bad: torch.Tensor) -> None:
+    """Rows that fail anyway become zeros, so that a sampler never meets a NaN. bad: bool [R]."""
+    if logits.device.type == "cpu":
+        logits[bad] = 0.0
+    else:
+        logits.masked_fill_(bad[:, None], 0.0)  # fixed shapes: no wait for the device
+
+
+def _finish(step: _Step) -> list[Draw]:
+    """Everything to the host in one transfer, then records."""
+    outbox = Outbox()
+    for tensor in (step.tokens, step.raw_peaks, step.peaks):
+        outbox.add(tensor)
+    asking = [i for i, row in enumerate(step.rows) if row.params.logprobs is not None]
+    top = max((step.rows[i].params.logprobs or 0 for i in asking), default=0)
+    for block in blocks(asking, rows_per_block(step.logits)):
+        index = torch.tensor(block, device=step.logits.device)
+        measure(step.logits[index], step.tokens[index], top, outbox)
+    tokens, raw_peaks, peaks, *parts = outbox.fetch()
+    logprobs = dict(zip(asking, collect(parts), strict=True))
+    return [
+        _draw_of(row, step.failures.get(i) or _fault(row, raw_peaks[i], peaks[i]), int(tokens[i]), logprobs.get(i))
+        for i, row in enumerate(step.rows)
+    ]
+
+
+def _draw_of(row: DrawRow, error: str, token_id: int, logprobs: TokenLogprobs | None) -> Draw:
+    if error:
+        return Draw(token_id=None, error=error)
+    if logprobs is not None:  # the list is as long as the longest asked for in this step
+        logprobs = replace(logprobs, top=logprobs.top[: row.params.logprobs])
+    return Draw(token_id=token_id, logprobs=logprobs)
+
+
+def _fault(row: DrawRow, raw_peak: float, peak: float) -> str:
+    """Why this row has no token, or nothing. raw_peak, peak: its best logit before and after the transform."""
+    if not math.isfinite(raw_peak):
+        found = {math.inf: "+inf", -math.inf: "no finite value"}.get(raw_peak, "NaN")
+        return f"the model's logits at position {row.position} hold {found}; wanted finite numbers"
+    if not math.isfinite(peak):
+        found = {math.inf: "+inf", -math.inf: "no token that may be drawn"}.get(peak, "NaN")
+        return f"sampler {row.params.sampler!r} left {found} at position {row.position}"
+    return ""

@@ -1,0 +1,188 @@
+"""A model of integers for tests above the tensors: it reads its context through pages and tables, so wrong accounting changes its words.
+
+Runs without torch. The next token is a hash of the tokens found in KV memory: all of them in the global group, those of the last token's chunk
+in the local group. Freed pages are poisoned, and every read is compared with the true token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from l4core.engine.batch import DrawnToken, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.engine.scheduler import Scheduler, SchedulerLimits
+from l4core.engine.stops import forbidden_token_ids
+from l4core.kv.blocks import NULL_PAGE, KVGroup
+from l4core.kv.manager import KVManager
+from l4core.request import Request, StepOutput, TokenLogprobs
+
+
+def next_token(
+    groups: Iterable[KVGroup], tokens: Sequence[int], vocab_size: int, forbidden: Collection[int] = ()
+) -> int:
+    """What the model of integers says after `tokens`, seen whole: the oracle that knows no pages."""
+    seen = [
+        tokens if g.chunk_size is None else tokens[(len(tokens) - 1) // g.chunk_size * g.chunk_size :] for g in groups
+    ]
+    return _say(seen, vocab_size, forbidden)
+
+
+def _say(seen: Sequence[Sequence[int]], vocab_size: int, forbidden: Collection[int]) -> int:
+    digest = blake2b(repr([list(tokens) for tokens in seen]).encode(), digest_size=8).digest()
+    allowed = [token for token in range(vocab_size) if token not in forbidden]
+    return allowed[int.from_bytes(digest, "little") % len(allowed)]
+
+
+def output_alone(groups: Sequence[KVGroup], request: Request, vocab_size: int) -> list[int]:
+    """The whole answer to `request`, by the oracle."""
+    params, prompt = request.params, list(request.prompt_token_ids)
+    ends, output = {*request.eos_token_ids, *params.stop_token_ids}, list[int]()
+    most = min(params.max_tokens or request.max_total_tokens, request.max_total_tokens - len(prompt))
+    while len(output) < most:
+        forbidden = forbidden_token_ids(request, len(output))
+        output.append(next_token(groups, prompt + output, vocab_size, forbidden))
+        if output[-1] in ends:
+            break
+    return output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cell:
+    """One KV slot in use: who wrote it, for which position."""
+
+    owner: str
+    position: int
+    token: int
+
+
+class SimulatedMemory:
+    """Pages of cells per group, None = poison; and the persistent block tables, a local row being a ring of two chunks."""
+
+    def __init__(
+        self, groups: Sequence[KVGroup], page_size: int, num_pages: Mapping[str, int], limits: SchedulerLimits
+    ) -> None:
+        self.groups, self.page_size = groups, page_size
+        self.cells: dict[str, list[list[_Cell | None]]] = {
+            g.name: [[None] * page_size for _ in range(num_pages[g.name])] for g in groups
+        }
+        columns = {
+            g.name: (2 * g.chunk_size if g.chunk_size else limits.max_context + page_size) // page_size for g in groups
+        }
+        self.tables = {
+            name: [[NULL_PAGE] * count for _ in range(limits.max_running)] for name, count in columns.items()
+        }
+
+    def poison(self, group: str, pages: Sequence[int]) -> None:
+        """Forget what the pages hold; reading them is an error from now on."""
+        for page in pages:
+            assert page != NULL_PAGE, "the null page was freed"
+            self.cells[group][page] = [None] * self.page_size
+
+    def enter(self, seq: ScheduledSequence) -> None:
+        """Write the block-table entries the scheduler sent."""
+        for name, new in seq.new_pages.items():
+            row = self.tables[name][seq.row]
+            for index, page in enumerate(new.pages, start=new.first_index):
+                row[index % len(row)] = page
+
+    def write(self, seq: ScheduledSequence) -> None:
+        """The piece's tokens into their slots. A slot in use, or a page another request writes, is an error."""
+        owner = seq.request.request_id
+        for group in self.groups:
+            for position, token in enumerate(seq.token_ids, start=seq.start):
+                page = self._page(group.name, seq.row, position)
+                assert page != NULL_PAGE, f"{owner}: position {position} has no {group.name} page"
+                cells = self.cells[group.name][page]
+                assert all(cell is None or cell.owner == owner for cell in cells), (
+                    f"two writers of {group.name} page {page}"
+                )
+                assert cells[position % self.page_size] is None, (
+                    f"{owner}: {group.name} position {position} written twice"
+                )
+                cells[position % self.page_size] = _Cell(owner=owner, position=position, token=token)
+
+    def read(self, group: KVGroup, seq: ScheduledSequence) -> list[int]:
+        """Tokens the piece's last one sees. A poisoned cell, or one of another request or position, is an error."""
+        end = seq.start + len(seq.token_ids)
+        begin = (end - 1) // group.chunk_size * group.chunk_size if group.chunk_size else 0
+        assert seq.start >= begin, f"{seq.request.request_id}: the piece [{seq.start}, {end}) crosses a chunk border"
+        known, found = [*seq.request.prompt_token_ids, *seq.output_token_ids], []
+        for position in range(begin, end):
+            cell = self.cells[group.name][self._page(group.name, seq.row, position)][position % self.page_size]
+            wanted = _Cell(owner=seq.request.request_id, position=position, token=known[position])
+            assert cell == wanted, f"{group.name}: found {cell}, wanted {wanted}"
+            found.append(wanted.token)
+        return found
+
+    def _page(self, group: str, row: int, position: int) -> int:
+        columns = self.tables[group][row]
+        return columns[position // self.page_size % len(columns)]
+
+
+class SimulatedEngine:
+    """Scheduler + memory + the model of integers, with the step of the real engine."""
+
+    def __init__(
+        self,
+        groups: Sequence[KVGroup],
+        *,
+        page_size: int,
+        num_pages: Mapping[str, int],
+        max_running: int,
+        max_tokens_per_step: int,
+        max_context: int,
+        vocab_size: int = 8,
+        failing: Collection[str] = (),
+    ) -> None:
+        """failing: ids of requests whose first draw fails."""
+        chunk_size = next((g.chunk_size for g in groups if g.chunk_size is not None), None)
+        limits = SchedulerLimits(
+            max_running=max_running,
+            max_tokens_per_step=max_tokens_per_step,
+            chunk_size=chunk_size,
+            max_context=max_context,
+        )
+        self.memory = SimulatedMemory(groups, page_size, num_pages, limits)
+        self.scheduler = Scheduler(limits, KVManager(groups, page_size, num_pages, on_freed=self.memory.poison))
+        self.groups, self.vocab_size, self.failing = groups, vocab_size, failing
+
+    def step(self) -> StepOutput:
+        """Schedule, execute, commit."""
+        batch = self.scheduler.schedule()
+        return self.scheduler.commit(StepTokens() if batch is None else self.execute(batch))
+
+    def execute(self, batch: ScheduledBatch) -> StepTokens:
+        """What the device would do: all writes, then all reads."""
+        for seq in batch.sequences:
+            self.memory.enter(seq)
+        for seq in batch.sequences:
+            self.memory.write(seq)
+        return StepTokens(drawn=[self._draw(seq) for seq in batch.sequences])
+
+    def _draw(self, seq: ScheduledSequence) -> DrawnToken:
+        seen = [self.memory.read(group, seq) for group in self.groups]
+        request_id = seq.request.request_id
+        if seq.draws and request_id in self.failing:
+            return DrawnToken(request_id=request_id, token_id=None, error="the sampler failed")
+        forbidden = forbidden_token_ids(seq.request, len(seq.output_token_ids))
+        return DrawnToken(
+            request_id=request_id,
+            token_id=_say(seen, self.vocab_size, forbidden) if seq.draws else None,
+            logprobs=_logprobs(0, 0) if seq.draws and seq.request.params.logprobs is not None else None,
+            prompt_logprobs=_prompt_logprobs(seq),
+        )
+
+
+def _prompt_logprobs(seq: ScheduledSequence) -> list[TokenLogprobs | None]:
+    """Entries of a piece: prompt position i has the made-up logprob −i, position 0 has none."""
+    if seq.request.params.prompt_logprobs is None:
+        return []
+    prompt = seq.request.prompt_token_ids
+    positions = range(seq.start + 1, min(seq.start + len(seq.token_ids) + 1, len(prompt)))
+    entries = [_logprobs(prompt[i], i) for i in positions]
+    return [None, *entries] if seq.start == 0 else [*entries]
+
+
+def _logprobs(token_id: int, position: int) -> TokenLogprobs:
+    return TokenLogprobs(token_id=token_id, logprob=-float(position), rank=1)

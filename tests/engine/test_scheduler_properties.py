@@ -1,0 +1,249 @@
+"""Any order of arrivals, steps and aborts over pools so small that requests evict each other: the words stay those of each request alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import hypothesis.strategies as st
+from hypothesis import event, given, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from l4core.engine.batch import ScheduledBatch
+from l4core.engine.sequence import NO_ROW, SequenceState
+from l4core.kv.blocks import KVGroup
+from l4core.request import FinishReason, Request, SamplingParams, SequenceUpdate, StepOutput
+from l4core.testing.simulation import SimulatedEngine, output_alone
+
+VOCAB, EOS, STOP = 32, 0, 1
+MAX_CONTEXT = 32
+PATIENCE = 5000
+"""Steps after which a request that has not ended never will: the largest case here needs some hundreds."""
+
+
+def groups_of(kind: str, chunk: int) -> list[KVGroup]:
+    full = KVGroup(name="global", layer_ids=(3,), chunk_size=None)
+    local = KVGroup(name="local", layer_ids=(0, 1, 2), chunk_size=chunk)
+    return {"both": [full, local], "global": [full], "local": [local]}[kind]
+
+
+@st.composite
+def engines(draw: st.DrawFn) -> SimulatedEngine:
+    page_size = draw(st.sampled_from([1, 2, 4]))
+    chunk = page_size * draw(st.sampled_from([1, 2, 4]))
+    groups = groups_of(draw(st.sampled_from(["both", "both", "both", "global", "local"])), chunk)
+    fewest = {"global": 20 // page_size, "local": chunk // page_size}
+    return SimulatedEngine(
+        groups,
+        page_size=page_size,
+        num_pages={g.name: 1 + fewest[g.name] + draw(st.integers(0, 6)) for g in groups},
+        max_running=draw(st.sampled_from([1, 2, 4, 6])),
+        max_tokens_per_step=draw(st.integers(1, 16)),
+        max_context=MAX_CONTEXT,
+        vocab_size=VOCAB,
+    )
+
+
+@st.composite
+def requests(draw: st.DrawFn, request_id: str) -> Request:
+    prompt = [byte % VOCAB for byte in draw(st.binary(min_size=1, max_size=10))]
+    max_tokens = draw(st.integers(0, 20)) or None
+    eos, stop = draw(st.sampled_from([((), ()), ((EOS,), ()), ((EOS,), (STOP,)), ((), (STOP,))]))
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min(draw(st.sampled_from([0, 0, 5])), max_tokens or 5),
+        stop_token_ids=stop,
+        prompt_logprobs=draw(st.sampled_from([None, None, 0])),
+        seed=0,
+    )
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        params=params,
+        eos_token_ids=eos,
+        max_total_tokens=min(MAX_CONTEXT, len(prompt) + draw(st.integers(1, MAX_CONTEXT))),
+        priority=draw(st.sampled_from([0, 0, 0, 1, 2])),
+    )
+
+
+class Answer:
+    """What a client has received."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.token_ids: list[int] = []
+        self.prompt_positions: list[int] = []
+        self.last: SequenceUpdate | None = None
+
+    def take(self, update: SequenceUpdate) -> None:
+        assert self.last is None or self.last.finish_reason is None, "an update came after the end"
+        self.last = update
+        self.token_ids += update.new_token_ids
+        self.prompt_positions += [0 if entry is None else round(-entry.logprob) for entry in update.prompt_logprobs]
+
+
+def check_answer(engine: SimulatedEngine, answer: Answer) -> None:
+    """The answer is the one that the request gets alone, whole if it ended by itself and its beginning otherwise."""
+    request, last = answer.request, answer.last
+    assert last is not None
+    assert last.finish_reason is not None, f"{request.request_id} never ended"
+    if last.finish_reason is FinishReason.ERROR:
+        assert "tokens" in last.error
+        assert not answer.token_ids
+        return
+    expected = output_alone(engine.groups, request, VOCAB)
+    if last.finish_reason is FinishReason.ABORT:
+        assert answer.token_ids == expected[: len(answer.token_ids)]
+        return
+    assert answer.token_ids == expected
+    ends = {*request.eos_token_ids, *request.params.stop_token_ids}
+    assert (last.finish_reason is FinishReason.STOP) == (
+        expected[-1] in ends and len(expected) > request.params.min_tokens
+    )
+    assert last.stop_token_id == (expected[-1] if last.finish_reason is FinishReason.STOP else None)
+    asked = request.params.prompt_logprobs is not None
+    assert answer.prompt_positions == (list(range(len(request.prompt_token_ids))) if asked else [])
+
+
+def check_batch(engine: SimulatedEngine, batch: ScheduledBatch) -> None:
+    limits, sequences = engine.scheduler.limits, batch.sequences
+    assert 0 < batch.num_tokens <= limits.max_tokens_per_step
+    assert [s.is_decode for s in sequences] == sorted((s.is_decode for s in sequences), reverse=True), (
+        "decodes come first"
+    )
+    assert max(Counter(s.row for s in sequences).values()) == 1
+    assert all(0 <= s.row < limits.max_running for s in sequences)
+    for seq in sequences:
+        known = [*seq.request.prompt_token_ids, *seq.output_token_ids]
+        end = seq.start + len(seq.token_ids)
+        assert list(seq.token_ids) == known[seq.start : end]
+        assert seq.draws == (end == len(known))
+        if limits.chunk_size is not None:
+            assert seq.start // limits.chunk_size == (end - 1) // limits.chunk_size
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: dict[str, Answer] = {}
+
+    @initialize(engine=engines())
+    def build(self, engine: SimulatedEngine) -> None:
+        self.engine, self.scheduler = engine, engine.scheduler
+
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def add(self, data: st.DataObject, count: int) -> None:
+        for _ in range(count):
+            request = data.draw(requests(f"r{len(self.answers)}"))
+            self.answers[request.request_id] = Answer(request)
+            self.scheduler.add(request)
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.scheduler.abort(data.draw(st.sampled_from([*self.answers, "nobody"])))
+
+    @rule(count=st.integers(1, 8))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
+    @rule(data=st.data())
+    def abort_in_flight(self, data: st.DataObject) -> None:
+        self.step(data.draw(st.sampled_from([*self.answers, "nobody"])))
+
+    def step(self, abort: str | None = None) -> None:
+        first = min(self.scheduler.sequences, key=lambda s: s.rank, default=None)
+        before = None if first is None else (first.row, first.num_computed)
+        batch = self.scheduler.schedule()
+        assert (batch is None) == (first is None), "there is work, and the step has none"
+        tokens = None
+        if batch is not None:
+            check_batch(self.engine, batch)
+            tokens = self.engine.execute(batch)
+        if first is not None and before is not None:
+            self.check_first(first, *before)
+        if abort is not None:
+            self.scheduler.abort(abort)
+        output = self.scheduler.commit(tokens) if tokens is not None else self.engine.step()
+        self.deliver(output)
+
+    def check_first(self, first: SequenceState, row: int, num_computed: int) -> None:
+        """The best request of all lost nothing, and is served unless decodes took all the tokens or the last pages."""
+        if row != NO_ROW:
+            assert (first.row, first.num_computed) == (row, num_computed), "the best request was evicted"
+        decodes = [s for s in self.scheduler.sequences if s.entry is not None and s.entry.is_decode]
+        if len(decodes) < self.scheduler.limits.max_tokens_per_step:
+            assert first.row != NO_ROW, "the best request waits while there are tokens for it"
+            assert first.entry is not None or decodes, "the best request does not move"
+            assert first.entry is not None or all(s.request.priority >= first.request.priority for s in decodes)
+
+    def deliver(self, output: StepOutput) -> None:
+        for update in output.updates:
+            self.answers[update.request_id].take(update)
+        if output.stats.num_preemptions:
+            event("a request was preempted")
+
+    @invariant()
+    def books_agree(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        self.scheduler.check_integrity()
+        chunk, page = self.scheduler.limits.chunk_size, self.scheduler.kv.page_size
+        for seq in self.scheduler.sequences:
+            for group, table in zip(self.engine.groups, seq.tables.tables, strict=True):
+                assert len(table.pages) <= -(-seq.num_computed // page)
+                if group.chunk_size is not None and chunk is not None:
+                    assert table.first_index == seq.num_computed // chunk * chunk // page
+                    assert len(table.pages) == -(-(seq.num_computed % chunk) // page), (
+                        "pages of a finished chunk are held"
+                    )
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(PATIENCE):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+        for answer in self.answers.values():
+            check_answer(self.engine, answer)
+        assert not any(self.scheduler.kv.pages_used.values()), "pages leaked"
+        self.scheduler.check_integrity()
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(stateful_step_count=30)
+
+
+@given(data=st.data(), chunk=st.sampled_from([1, 2, 4]), count=st.integers(3, 6))
+def test_a_crowd_in_a_tiny_pool_gets_the_words_of_an_ample_one(data: st.DataObject, chunk: int, count: int) -> None:
+    """Preempted or not, and whatever the pieces: same words. The tiny pool holds hardly more than one request."""
+    groups = groups_of("both", chunk)
+    crowd = [data.draw(requests(f"r{i}")) for i in range(count)]
+
+    def run(num_pages: int, max_tokens_per_step: int) -> tuple[dict[str, list[int]], int]:
+        engine = SimulatedEngine(
+            groups,
+            page_size=1,
+            num_pages={"global": num_pages, "local": num_pages},
+            max_running=count,
+            max_tokens_per_step=max_tokens_per_step,
+            max_context=MAX_CONTEXT,
+            vocab_size=VOCAB,
+        )
+        words: dict[str, list[int]] = {request.request_id: [] for request in crowd}
+        preemptions = 0
+        for request in crowd:
+            engine.scheduler.add(request)
+        for _ in range(PATIENCE):
+            if not engine.scheduler.has_work:
+                break
+            output = engine.step()
+            preemptions += output.stats.num_preemptions
+            for update in output.updates:
+                words[update.request_id] += update.new_token_ids
+        assert not engine.scheduler.has_work
+        return words, preemptions
+
+    tiny, preemptions = run(1 + MAX_CONTEXT, data.draw(st.integers(1, 12)))
+    event(f"preemptions: {min(preemptions, 3)}")
+    assert tiny == run(1000, 1000)[0]

@@ -1,0 +1,71 @@
+"""The four commands of SGLang's Llama 4 guide, verbatim but for the module's name and `--tp 1`, on tiny checkpoints that stand in a local hub
+cache under the real names."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from helpers.serving import serve
+
+SCOUT, MAVERICK = "meta-llama/Llama-4-Scout-17B-16E-Instruct", "meta-llama/Llama-4-Maverick-17B-128E-Instruct"
+LAUNCH = (sys.executable, "-m", "l4core.launch_server")
+REVISION = "0" * 40
+
+LONG_SCOUT = f"--model-path {SCOUT} --tp 1 --context-length 1000000"
+EAGLE3 = f"""--model-path {MAVERICK} --speculative-algorithm EAGLE3
+    --speculative-draft-model-path nvidia/Llama-4-Maverick-17B-128E-Eagle3 --speculative-num-steps 3
+    --speculative-eagle-topk 1 --speculative-num-draft-tokens 4 --trust-remote-code --tp 1 --context-length 1000000"""
+EVAL_SCOUT = f"--model-path {SCOUT} --port 30000 --tp 1 --mem-fraction-static 0.8 --context-length 65536"
+EVAL_MAVERICK = f"--model-path {MAVERICK} --port 30000 --tp 1 --mem-fraction-static 0.8 --context-length 65536"
+
+
+def put_in_cache(cache: Path, repo_id: str, folder: Path, **config: object) -> None:
+    """A hub cache holds snapshots by revision, and a ref that says which one is `main`."""
+    repo = cache / "hub" / f"models--{repo_id.replace('/', '--')}"
+    snapshot = repo / "snapshots" / REVISION
+    shutil.copytree(folder, snapshot)
+    raw = json.loads((snapshot / "config.json").read_text())
+    (snapshot / "config.json").write_text(json.dumps({**raw, **config}))
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(REVISION)
+
+
+@pytest.fixture(scope="module")
+def hub_env(make_tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    home = tmp_path_factory.mktemp("hf_home")
+    put_in_cache(home, SCOUT, make_tiny(), max_position_embeddings=10_485_760)
+    put_in_cache(home, MAVERICK, make_tiny(step=2, qk_norm=False), max_position_embeddings=1_048_576)
+    return {"HF_HOME": home.as_posix(), "HF_HUB_OFFLINE": "1"}
+
+
+def answers(url: str, model: str) -> bool:
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    return reply.status_code == 200 and bool(reply.json()["choices"][0]["message"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "model", "context"),
+    [(LONG_SCOUT, SCOUT, 1_000_000), (EVAL_SCOUT, SCOUT, 65_536), (EVAL_MAVERICK, MAVERICK, 65_536)],
+    ids=["scout 1M", "scout lm_eval", "maverick lm_eval"],
+)
+def test_the_guides_serving_commands_serve(hub_env: dict[str, str], flags: str, model: str, context: int) -> None:
+    """Port 30000 is the default; the address printed is the one the guide's lm_eval line asks."""
+    with serve(shlex.split(flags), command=LAUNCH, env=hub_env) as (url, served):
+        assert url.endswith(":30000")
+        assert f"{context:,} tokens" in served.output
+        assert answers(url, model)
+
+
+def test_the_guides_eagle3_command_says_what_is_not_built_yet(hub_env: dict[str, str]) -> None:
+    done = subprocess.run([*LAUNCH, *shlex.split(EAGLE3)], env={**hub_env}, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "--speculative-algorithm is not built yet" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,192 @@
+"""Runs a model on sequences through paged KV, with no engine: builds ForwardBatch directly, page ids shuffled, dropped local pages poisoned."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+
+from l4core.attention import reference, sdpa
+from l4core.attention.chunked import ring_width, single_chunk_metadata
+from l4core.kv.memory import KVMemory
+from l4core.model.batch import AttentionSegment, ForwardBatch
+from l4core.model.config import ModelConfig
+from l4core.model.llama4 import Llama4
+from l4core.plugin_api import AttentionBackend, AttentionMetadata
+
+
+def ours(hf, dtype: torch.dtype = torch.float32, max_positions: int = 4096) -> Llama4:
+    """Our model with the weights of a transformers model."""
+    raw = hf.config.to_dict() | {"architectures": [type(hf).__name__]}
+    config = ModelConfig.from_dict(raw)
+    with torch.device("meta"):
+        model = Llama4(config, max_positions=max_positions)
+    model = model.to(dtype).to_empty(device="cpu")
+    copy_weights(dict(model.named_parameters()), hf.state_dict())
+    return model
+
+
+def copy_weights(params: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+    """state: a checkpoint in transformers' names."""
+    text = {
+        name.removeprefix("model.language_model.").removeprefix("language_model.").removeprefix("model."): w
+        for name, w in state.items()
+    }
+    for name, param in params.items():
+        parts = name.split(".")
+        layer = "layers." + parts[1] + "." if parts[0] == "layers" else ""
+        rest = name.removeprefix(layer)
+        moe = layer + "feed_forward."
+        sources = {
+            "embed.weight": ["embed_tokens.weight"],
+            "attn_norm.weight": [layer + "input_layernorm.weight"],
+            "mlp_norm.weight": [layer + "post_attention_layernorm.weight"],
+            "attn.qkv.weight": [layer + f"self_attn.{x}_proj.weight" for x in "qkv"],
+            "attn.o.weight": [layer + "self_attn.o_proj.weight"],
+            "mlp.gate_up.weight": [moe + "gate_proj.weight", moe + "up_proj.weight"],
+            "mlp.down.weight": [moe + "down_proj.weight"],
+            "moe.router.weight": [moe + "router.weight"],
+            "moe.shared.gate_up.weight": [moe + "shared_expert.gate_proj.weight", moe + "shared_expert.up_proj.weight"],
+            "moe.shared.down.weight": [moe + "shared_expert.down_proj.weight"],
+            "moe.experts.gate_up": [moe + "experts.gate_up_proj"],
+            "moe.experts.down": [moe + "experts.down_proj"],
+        }.get(rest, [rest])
+        param.copy_(torch.cat([text[source] for source in sources]))
+
+
+def backend_of(name: str, page_size: int, dtype: torch.dtype = torch.float32) -> AttentionBackend:
+    if name == "reference":
+        return reference.ReferenceBackend(page_size)
+    return sdpa.SdpaBackend(page_size, dtype, host_lengths=name == "sdpa")
+
+
+class Harness:
+    """step({sequence: new tokens}) → {sequence: logits of those tokens}."""
+
+    def __init__(
+        self, model: Llama4, backend: str = "sdpa", *, page_size: int = 16, max_len: int = 512, num_seqs: int = 1
+    ) -> None:
+        config, self.model, self.page_size = model.config, model, page_size
+        dtype = model.embed.weight.dtype
+        self.backend, self.groups = backend_of(backend, page_size, dtype), config.kv_groups()
+        self.width = {
+            g.name: -(-max_len // page_size) if g.chunk_size is None else ring_width(g.chunk_size, page_size)
+            for g in self.groups
+        }
+        num_pages = {name: num_seqs * width + 1 for name, width in self.width.items()}
+        plan = SimpleNamespace(page_size=page_size, num_pages=num_pages)
+        self.memory = KVMemory(self.groups, plan, config.num_kv_heads, config.head_dim, dtype, "cpu")
+        self.free = {name: random.Random(0).sample(range(1, n), n - 1) for name, n in num_pages.items()}
+        for name, pages in self.free.items():
+            self.memory.poison(name, pages)
+        self.tables = {name: torch.zeros(num_seqs, width, dtype=torch.int32) for name, width in self.width.items()}
+        self.lens = [0] * num_seqs
+
+    def step(self, pieces: Mapping[int, Sequence[int]]) -> dict[int, torch.Tensor]:
+        """No piece may cross a chunk border."""
+        seqs = sorted(pieces, key=lambda s: len(pieces[s]) != 1)  # decodes first
+        num_decodes = sum(len(pieces[s]) == 1 for s in seqs)
+        positions = torch.cat([torch.arange(self.lens[s], self.lens[s] + len(pieces[s])) for s in seqs])
+        owner = torch.tensor([s for s in seqs for _ in pieces[s]])
+        for s in seqs:
+            self._reserve(s, self.lens[s], self.lens[s] + len(pieces[s]))
+            self.lens[s] += len(pieces[s])
+        slots = {}
+        for name, table in self.tables.items():
+            page = table[owner, positions // self.page_size % table.shape[1]].long()
+            slots[name] = page * self.page_size + positions % self.page_size
+        spans = [(0, num_decodes), (num_decodes, len(seqs))]
+        batch = ForwardBatch(
+            token_ids=torch.tensor([t for s in seqs for t in pieces[s]]),
+            positions=positions,
+            slot_mapping=slots,
+            segments=[self._segment(seqs, pieces, a, b) for a, b in spans if b > a],
+            logits_rows=torch.arange(len(owner)),
+        )
+        with torch.inference_mode():
+            logits = self.model.logits(self.model(batch, self.memory, self.backend))
+        self._drop_finished_chunks(seqs)
+        return dict(zip(seqs, logits.split([len(pieces[s]) for s in seqs]), strict=True))
+
+    def prefill(self, ids: Sequence[int], size: int = 10**9, seq: int = 0) -> torch.Tensor:
+        """Logits of all ids, computed in pieces of at most `size`, cut at chunk borders."""
+        chunk, done, out = self.model.config.attention_chunk_size or 10**9, 0, []
+        while done < len(ids):
+            at = self.lens[seq]
+            n = min(size, len(ids) - done, chunk - at % chunk)
+            out.append(self.step({seq: ids[done : done + n]})[seq])
+            done += n
+        return torch.cat(out)
+
+    def _segment(self, seqs: Sequence[int], pieces: Mapping[int, Sequence[int]], a: int, b: int) -> AttentionSegment:
+        counts = [len(pieces[s]) for s in seqs]
+        begin, lens = sum(counts[:a]), [self.lens[s] for s in seqs[a:b]]
+        meta = AttentionMetadata(
+            cu_seqlens_q=torch.tensor([0, *torch.tensor(counts[a:b]).cumsum(0).tolist()], dtype=torch.int32),
+            seq_lens=torch.tensor(lens, dtype=torch.int32),
+            block_table=torch.zeros(0),
+            max_seqlen_q=max(counts[a:b]),
+            max_seqlen_k=max(lens),
+            num_seqs=b - a,
+            phase="decode" if max(counts[a:b]) == 1 else "prefill",
+        )
+        plans = {}
+        for group in self.groups:
+            table = self.tables[group.name][torch.tensor(seqs[a:b])]
+            local = group.chunk_size is not None
+            plans[group.name] = self.backend.plan(
+                single_chunk_metadata(meta, table, group.chunk_size, self.page_size)
+                if local
+                else replace(meta, block_table=table)
+            )
+        return AttentionSegment(begin=begin, end=begin + sum(counts[a:b]), plans=plans)
+
+    def _reserve(self, s: int, begin: int, end: int) -> None:
+        for name, table in self.tables.items():
+            for index in range(-(-begin // self.page_size), -(-end // self.page_size)):
+                table[s, index % table.shape[1]] = self.free[name].pop()
+
+    def _drop_finished_chunks(self, seqs: Sequence[int]) -> None:
+        for group in self.groups:
+            if group.chunk_size is None:
+                continue
+            table, half = self.tables[group.name], self.width[group.name] // 2
+            for s in seqs:
+                chunk = self.lens[s] // group.chunk_size  # of the next token
+                for column in range(2 * half):
+                    page = int(table[s, column])
+                    if page and column // half != chunk % 2:
+                        self.memory.poison(group.name, [page])
+                        self.free[group.name].insert(0, page)
+                        table[s, column] = 0
+
+
+def meta_step(model: Llama4, counts: Sequence[int], page_size: int = 16) -> torch.Tensor:
+    """One step of a model on the meta device, as an accelerator would run it; no value can be read there. → logits."""
+    groups, total, device = model.config.kv_groups(), sum(counts), torch.device("meta")
+    dtype = model.embed.weight.dtype
+    plan = SimpleNamespace(page_size=page_size, num_pages={g.name: 9 for g in groups})
+    memory = KVMemory(groups, plan, model.config.num_kv_heads, model.config.head_dim, dtype, device)
+    backend = sdpa.SdpaBackend(page_size, dtype, host_lengths=False)
+    meta = AttentionMetadata(
+        cu_seqlens_q=torch.zeros(len(counts) + 1, dtype=torch.int32, device=device),
+        seq_lens=torch.zeros(len(counts), dtype=torch.int32, device=device),
+        block_table=torch.zeros(len(counts), 8, dtype=torch.int32, device=device),
+        max_seqlen_q=max(counts),
+        max_seqlen_k=100,
+        num_seqs=len(counts),
+        phase="decode" if max(counts) == 1 else "prefill",
+    )
+    metas = {
+        g.name: meta if g.chunk_size is None else single_chunk_metadata(meta, meta.block_table, g.chunk_size, page_size)
+        for g in groups
+    }
+    ids = torch.zeros(total, dtype=torch.int64, device=device)
+    segment = AttentionSegment(begin=0, end=total, plans={name: backend.plan(m) for name, m in metas.items()})
+    batch = ForwardBatch(
+        token_ids=ids, positions=ids, slot_mapping={g.name: ids for g in groups}, segments=[segment], logits_rows=ids
+    )
+    return model.logits(model(batch, memory, backend))

@@ -1,0 +1,139 @@
+"""An engine without a model, for the engine process of the server's tests: same contract (check, step, has_work), torch-free, made in milliseconds.
+
+It answers every prompt with one sentence that names the seed. Words in the prompt make it misbehave: see `step`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from l4core.chat.tokenizer import Tokenizer
+from l4core.config import EngineConfig
+from l4core.engine.batch import Inbox
+from l4core.errors import CheckpointError, RequestError
+from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput, StepStats, TokenLogprobs
+
+SENTENCE = "Seed {seed}: the capital of France is Paris. é🙂"
+STEP_SECONDS = 0.001
+MAX_RUNNING = 200
+
+
+@dataclass
+class Live:
+    request: Request
+    prompt: str
+    answer: list[int]
+    output: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Built:
+    engine: FakeEngine
+    report: tuple[str, ...]
+    folder: Path
+    context_length: int
+
+
+class FakeEngine:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.live: dict[str, Live] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.live)
+
+    def check(self, request: Request) -> object:
+        if request.params.sampler != "default":
+            raise RequestError(f"unknown sampler {request.params.sampler!r}", param="sampler")
+        return None
+
+    def step(self, inbox: Inbox) -> StepOutput:
+        for request in inbox.requests:
+            prompt = self.tokenizer.decode(request.prompt_token_ids, skip_special=True)
+            text = SENTENCE.format(seed=request.params.seed)
+            self.live[request.request_id] = Live(request, prompt, self.tokenizer.encode_text(text, allow_special=False))
+        aborted = [i for i in inbox.aborts if self.live.pop(i, None) is not None]
+        time.sleep(STEP_SECONDS)
+        updates = [SequenceUpdate(request_id=i, finish_reason=FinishReason.ABORT) for i in aborted]
+        running = list(self.live.values())[:MAX_RUNNING]
+        updates += [self._advance(live) for live in running if "STALL" not in live.prompt]
+        return StepOutput(updates=updates, stats=self._stats(len(running)))
+
+    def _advance(self, live: Live) -> SequenceUpdate:
+        if "RAISE" in live.prompt:
+            raise RuntimeError("a kernel went wrong")
+        if "DIE" in live.prompt:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "NAN" in live.prompt and len(live.output) == ("LATER" in live.prompt) * 3:
+            return self._end(live, FinishReason.ERROR, error="the logits are not numbers")
+        params = live.request.params
+        at = len(live.output)
+        ended = at >= len(live.answer) and not params.ignore_eos
+        token = live.request.eos_token_ids[0] if ended else live.answer[at % len(live.answer)]
+        live.output.append(token)
+        first = len(live.output) == 1
+        reason = FinishReason.STOP if ended else None
+        if reason is None and len(live.output) >= (params.max_tokens or 0):
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            del self.live[live.request.request_id]
+        return SequenceUpdate(
+            request_id=live.request.request_id,
+            new_token_ids=[token],
+            logprobs=() if params.logprobs is None else [self._score(token, at, params.logprobs)],
+            prompt_logprobs=self._prompt_scores(live) if first and params.prompt_logprobs is not None else (),
+            finish_reason=reason,
+            stop_token_id=token if reason is FinishReason.STOP else None,
+            num_cached_tokens=0,
+        )
+
+    def _end(self, live: Live, reason: FinishReason, error: str = "") -> SequenceUpdate:
+        del self.live[live.request.request_id]
+        return SequenceUpdate(request_id=live.request.request_id, finish_reason=reason, error=error)
+
+    def _score(self, token: int, at: int, top: int) -> TokenLogprobs:
+        """At odd positions the token is only second best."""
+        best, chosen = -0.25, -0.25 - (at % 2) / 8
+        others = [((token + 1 + k) % 256, best - (k + 1 - at % 2)) for k in range(top)]
+        ranked = sorted([(token, chosen), *others], key=lambda pair: -pair[1])[:top]
+        return TokenLogprobs(token_id=token, logprob=chosen, rank=1 + at % 2, top=ranked)
+
+    def _prompt_scores(self, live: Live) -> list[TokenLogprobs | None]:
+        ids, top = live.request.prompt_token_ids, live.request.params.prompt_logprobs or 0
+        return [None, *(self._score(token, at, top) for at, token in enumerate(ids[1:], start=1))]
+
+    def _stats(self, num_running: int) -> StepStats:
+        return StepStats(
+            num_running=min(num_running, len(self.live)),
+            num_waiting=max(0, len(self.live) - MAX_RUNNING),
+            pages_used={"global": 2 * len(self.live)},
+            pages_total={"global": 1000},
+        )
+
+
+def build(config: EngineConfig) -> Built:
+    """`revision` makes the start go wrong: "refused", "killed", "broken", or "once:FILE" (killed on every start but the first)."""
+    mode = config.revision or ""
+    if mode == "refused":
+        raise CheckpointError("the shard model-1.safetensors is truncated", fix="download it again")
+    if mode == "broken":
+        raise ZeroDivisionError("a bug")
+    if mode == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode.startswith("once:"):
+        marker = Path(mode.removeprefix("once:"))
+        if marker.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        marker.touch()
+    folder = Path(config.model)
+    return Built(
+        engine=FakeEngine(Tokenizer.from_folder(folder)),
+        report=("model           fake", "attention       none"),
+        folder=folder,
+        context_length=config.context_length or 512,
+    )
