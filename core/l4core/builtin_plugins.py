@@ -49,7 +49,9 @@ def probe_reference(platform: Platform, requirements: AttentionRequirements) -> 
     """Any device torch knows, any page size, float64 too: the oracle that the others are checked against."""
     refused = _refuse(requirements, (*FLOATS, "float64"))
     return refused or Usable(
-        tier=Tier.REFERENCE, provider=f"torch {platform.torch_version}", note="plain torch in float64, for comparison"
+        tier=Tier.REFERENCE,
+        provider=f"torch {platform.torch_version}",
+        note="the definition, one query row at a time: what others are compared with",
     )
 
 
@@ -76,6 +78,6 @@ def _refuse(req: AttentionRequirements, dtypes: tuple[str, ...]) -> Unusable | N
         )
     if req.needs_graph:
         return Unusable(
-            reason="graph capture is asked for; this backend reads lengths on the host", fix="--disable-cuda-graph"
+            reason="graph capture is asked for; this backend was never run inside one", fix="--disable-cuda-graph"
         )
     return None

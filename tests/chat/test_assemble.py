@@ -94,6 +94,17 @@ def _expected(
     return whole, len(ids), None
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "text", "num_tokens"), [(0, "a", 2), (1, "a", 2), (2, "abc", 4), (3, "abc", 4), (4, "abc.d", 5)]
+)
+def test_a_stop_string_counts_only_after_min_tokens(
+    tokenizer: Tokenizer, min_tokens: int, text: str, num_tokens: int
+) -> None:
+    ids = [i for character in "abc.d" for i in _ids(tokenizer, character)]
+    _, made = _run(tokenizer, ids, [], stop=["b", "."], min_tokens=min_tokens)
+    assert (made.output(0).text, len(made.output(0).token_ids)) == (text, num_tokens)
+
+
 def test_text_that_may_begin_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
     made = Assembler(tokenizer, _params(stop="\nUser:"))
     assert made.feed(_update(_ids(tokenizer, "Hi\nUs"))).text == "Hi"

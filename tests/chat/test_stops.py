@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +37,26 @@ def test_open_characters_are_the_longest_possible_beginning(stops: list[str], bi
         text = "".join(bits[: i + 1])
         open_ends = [n for s in stops for n in range(len(s)) if text.endswith(s[:n])]
         assert matcher.num_open == max(open_ends)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "begin"),
+    [
+        ("aab", "aaab", 1),
+        ("abab", "aabab", 1),
+        ("ababb", "abababb", 2),
+        ("aabaa", "aabaabaa", 0),
+        ("\n\n", "a\n\n\n", 1),
+    ],
+)
+def test_a_stop_string_that_repeats_itself_is_found(stop: str, text: str, begin: int) -> None:
+    assert StopMatcher([stop]).feed(text) == StopMatch(stop=stop, begin=begin, end=begin + len(stop))
+
+
+def test_a_match_may_begin_in_text_that_did_not_count_yet() -> None:
+    matcher = StopMatcher(["abab"])
+    assert matcher.feed("abab", allowed=False) is None
+    assert matcher.feed("ab") == StopMatch(stop="abab", begin=2, end=6)
 
 
 def test_without_stop_strings_nothing_is_open() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
@@ -25,6 +25,14 @@ def test_user_text_never_becomes_a_special_token(tokenizer: Tokenizer, spelled: 
     ids = tokenizer.encode_text(spelled, allow_special=False)
     assert tokenizer.special_ids.isdisjoint(ids)
     assert tokenizer.decode(ids, skip_special=True) == spelled
+
+
+def test_a_spelled_special_token_gets_the_ids_of_ordinary_text(
+    folder: Path, tokenizer: Tokenizer, spelled: str
+) -> None:
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    without = tokenizers.Tokenizer.from_str(json.dumps({**raw, "added_tokens": [], "post_processor": None}))
+    assert tokenizer.encode_text(spelled, allow_special=False) == without.encode(spelled).ids
 
 
 @given(bits=st.lists(BITS, max_size=6))
@@ -129,8 +137,10 @@ def _bytes_with(*tokens: AddedToken) -> tokenizers.Tokenizer:
     return backend
 
 
-@given(text=st.text(alphabet="<LRW> a\n_", max_size=12))
-def test_white_space_and_word_flags_equal_the_library(text: str) -> None:
+@given(bits=st.lists(st.sampled_from(["<L>", "<R>", "W", " ", "\n", "a", "_", "<"]), max_size=8))
+@example(bits=["a", " ", "<L>", " ", "<R>", " ", "W", "a", "_", "W", " ", "W"])
+def test_white_space_and_word_flags_equal_the_library(bits: list[str]) -> None:
+    text = "".join(bits)
     flags = (_special("<L>", lstrip=True), _special("<R>", rstrip=True), _special("W", single_word=True))
     plain = _bytes_with(*flags)
     ours = Tokenizer(_bytes_with(*flags), source="test")

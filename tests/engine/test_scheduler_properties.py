@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import event, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -16,6 +17,8 @@ from l4core.testing.simulation import SimulatedEngine, output_alone
 
 VOCAB, EOS, STOP = 32, 0, 1
 MAX_CONTEXT = 32
+LONG = 1800
+"""Seconds before the full counts are taken for a hang."""
 PATIENCE = 5000
 """Steps after which a request that has not ended never will: the largest case here needs some hundreds."""
 
@@ -210,10 +213,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
 
 
-TestScheduler = SchedulerMachine.TestCase
+TestScheduler = pytest.mark.timeout(LONG)(SchedulerMachine.TestCase)
 TestScheduler.settings = settings(stateful_step_count=30)
 
 
+@pytest.mark.timeout(LONG)
 @given(data=st.data(), chunk=st.sampled_from([1, 2, 4]), count=st.integers(3, 6))
 def test_a_crowd_in_a_tiny_pool_gets_the_words_of_an_ample_one(data: st.DataObject, chunk: int, count: int) -> None:
     """Preempted or not, and whatever the pieces: same words. The tiny pool holds hardly more than one request."""

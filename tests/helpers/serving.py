@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 READY_SECONDS = 120
+L4_SERVE = (Path(sys.executable).with_name("l4").as_posix(), "serve")
 
 
 class Served:
@@ -22,7 +23,8 @@ class Served:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.lines: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     @property
     def output(self) -> str:
@@ -30,7 +32,13 @@ class Served:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        self.lines.extend(iter(self.process.stdout.readline, ""))
+        with self.process.stdout as stdout:
+            for line in stdout:
+                self.lines.append(line)
+
+    def join(self) -> None:
+        """Wait for the last of what it printed."""
+        self._reader.join(timeout=10)
 
     def wait(self) -> str:
         """→ the address, once the server says it is up."""
@@ -46,7 +54,11 @@ class Served:
 
 @contextlib.contextmanager
 def serve(
-    arguments: Sequence[str], *, command: Sequence[str] = (sys.executable, "-m", "l4core.cli", "serve"), env: dict[str, str] | None = None, cwd: Path | None = None
+    arguments: Sequence[str],
+    *,
+    command: Sequence[str] = L4_SERVE,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> Iterator[tuple[str, Served]]:
     """(address, server) of `l4 serve ARGUMENTS --port 0`; ended by SIGTERM, which must end it with status 0."""
     process = subprocess.Popen(
@@ -66,3 +78,4 @@ def serve(
         if process.poll() is None:
             process.kill()
             process.wait()
+        served.join()

@@ -51,7 +51,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A local yaml + jsonl task: nothing is downloaded."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [
-        {"question": f"Question {i}: which word follows {WORDS[i % 10]}?", "choices": [f" {WORDS[(i + k) % 10]}" for k in range(1, 4)], "answer": 0}
+        {
+            "question": f"Question {i}: which word follows {WORDS[i % 10]}?",
+            "choices": [f" {WORDS[(i + k) % 10]}" for k in range(1, 4)],
+            "answer": 0,
+        }
         for i in range(NUM_QUESTIONS)
     ]
     data = folder / "data.jsonl"
@@ -63,7 +67,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_lm_eval(arguments: list[str], out: Path, home: Path) -> list[dict[str, Any]]:
     """→ the logged samples."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": home.as_posix(), "OPENAI_API_KEY": "none"}
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": home.as_posix(),
+        "OPENAI_API_KEY": "none",
+    }
     command = [sys.executable, "-m", "lm_eval", "run", *arguments, "--output_path", out.as_posix(), "--log_samples"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -72,9 +82,21 @@ def run_lm_eval(arguments: list[str], out: Path, home: Path) -> list[dict[str, A
 
 
 def test_chat_completions_at_128_concurrent_answers_all(server: str, tasks: Path, tmp_path: Path) -> None:
-    model = f"model=tiny,base_url={server}/v1/chat/completions,num_concurrent=128,max_retries=1,tokenized_requests=False"
+    model = (
+        f"model=tiny,base_url={server}/v1/chat/completions,num_concurrent=128,max_retries=1,tokenized_requests=False"
+    )
     samples = run_lm_eval(
-        ["--model", "local-chat-completions", "--model_args", model, "--tasks", "l4_generate", "--include_path", tasks.as_posix(), "--apply_chat_template"],
+        [
+            "--model",
+            "local-chat-completions",
+            "--model_args",
+            model,
+            "--tasks",
+            "l4_generate",
+            "--include_path",
+            tasks.as_posix(),
+            "--apply_chat_template",
+        ],
         tmp_path / "out",
         tmp_path / "home",
     )
@@ -97,7 +119,16 @@ def test_completions_loglikelihoods_equal_transformers(server: str, tiny: Path, 
 
     model = f"model=tiny,base_url={server}/v1/completions,num_concurrent=128,tokenizer={tiny},tokenizer_backend=huggingface,max_retries=1"
     samples = run_lm_eval(
-        ["--model", "local-completions", "--model_args", model, "--tasks", "l4_choose", "--include_path", tasks.as_posix()],
+        [
+            "--model",
+            "local-completions",
+            "--model_args",
+            model,
+            "--tasks",
+            "l4_choose",
+            "--include_path",
+            tasks.as_posix(),
+        ],
         tmp_path / "out",
         tmp_path / "home",
     )

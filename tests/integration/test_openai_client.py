@@ -33,7 +33,13 @@ def test_a_stream_carries_the_same_text_and_usage(client: OpenAI) -> None:
     whole = client.chat.completions.create(model="tiny", messages=QUESTION, temperature=0.8, seed=3, max_tokens=30)  # type: ignore[arg-type]
     chunks = list(
         client.chat.completions.create(
-            model="tiny", messages=QUESTION, temperature=0.8, seed=3, max_tokens=30, stream=True, stream_options={"include_usage": True}  # type: ignore[arg-type]
+            model="tiny",
+            messages=QUESTION,
+            temperature=0.8,
+            seed=3,
+            max_tokens=30,
+            stream=True,
+            stream_options={"include_usage": True},  # type: ignore[arg-type]
         )
     )
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
@@ -51,13 +57,17 @@ def test_completions_take_strings_lists_and_token_ids(client: OpenAI, offline: L
 
 
 def test_n_answers_have_their_own_seeds_and_indices(client: OpenAI) -> None:
-    answer = client.chat.completions.create(model="tiny", messages=QUESTION, n=3, seed=1, temperature=1.0, max_tokens=12)  # type: ignore[arg-type]
+    answer = client.chat.completions.create(
+        model="tiny", messages=QUESTION, n=3, seed=1, temperature=1.0, max_tokens=12
+    )  # type: ignore[arg-type]
     assert [c.index for c in answer.choices] == [0, 1, 2]
     assert len({c.message.content for c in answer.choices}) == 3
 
 
 def test_logprobs_in_both_shapes(client: OpenAI) -> None:
-    chat = client.chat.completions.create(model="tiny", messages=QUESTION, temperature=0, max_tokens=5, logprobs=True, top_logprobs=4)  # type: ignore[arg-type]
+    chat = client.chat.completions.create(
+        model="tiny", messages=QUESTION, temperature=0, max_tokens=5, logprobs=True, top_logprobs=4
+    )  # type: ignore[arg-type]
     content = chat.choices[0].logprobs.content  # type: ignore[union-attr]
     assert content is not None
     assert all(len(entry.top_logprobs) == 4 and entry.logprob == entry.top_logprobs[0].logprob for entry in content)
@@ -111,8 +121,12 @@ def test_bad_requests_are_named_and_the_next_good_one_is_served(server: str, cli
     ],
     ids=["malformed", "nan", "empty", "empty list", "10 MB", "deep"],
 )
-def test_bad_bodies_are_refused_and_the_next_good_one_is_served(server: str, client: OpenAI, body: bytes, status: int) -> None:
-    reply = httpx.post(f"{server}/v1/completions", content=body, headers={"content-type": "application/json"}, timeout=60)
+def test_bad_bodies_are_refused_and_the_next_good_one_is_served(
+    server: str, client: OpenAI, body: bytes, status: int
+) -> None:
+    reply = httpx.post(
+        f"{server}/v1/completions", content=body, headers={"content-type": "application/json"}, timeout=60
+    )
     assert reply.status_code == status, reply.text[:500]
     assert reply.json()["error"]["message"]
     assert client.completions.create(model="tiny", prompt="ok", max_tokens=2).choices[0].text is not None

@@ -135,64 +135,60 @@ def test_models_of_one_group() -> None:
     assert narrow.max_context == (GIB // 16 // (64 * 18_432) - 1) * 64
 
 
-@given(
-    budget_bytes=st.integers(1, 200_000),
-    page_size=st.sampled_from([1, 2, 4]),
-    chunk=st.sampled_from([4, 8]),
-    num_global=st.integers(0, 3),
-    num_local=st.integers(0, 9),
-    context_length=st.one_of(st.none(), st.integers(1, 300)),
-    max_running=st.integers(1, 40),
-    max_total_tokens=st.one_of(st.none(), st.integers(1, 500)),
-)
-def test_every_plan_fits_and_holds_what_it_promises(
-    page_size: int,
-    chunk: int,
-    num_global: int,
-    num_local: int,
-    budget_bytes: int,
-    max_running: int,
-    **asked: int | None,
-) -> None:
-    groups = []
-    if num_global or not num_local:
-        groups.append(KVGroup(name="global", layer_ids=tuple(range(num_global or 1)), chunk_size=None))
-    if num_local:
-        groups.append(KVGroup(name="local", layer_ids=tuple(range(10, 10 + num_local)), chunk_size=chunk))
-    options = {"groups": groups, "page_size": page_size, "num_kv_heads": 1, "head_dim": 4, "model_limit": 300}
+def attempt(**options: Any) -> KVPlan | CapacityError:
     try:
-        made = plan(**options, budget_bytes=budget_bytes, max_running=max_running, **asked)
+        return plan(**options)
     except CapacityError as error:
-        context = asked["context_length"]
-        smaller = {**asked, "context_length": None}
-        if context is None or "the largest that fits" not in error.message:
-            assert "holds no context" in error.message or "less than one page" in error.message
-        else:
-            assert (
-                plan(**options, budget_bytes=budget_bytes, max_running=max_running, **smaller).largest_context < context
-            )
+        return error
+
+
+@st.composite
+def questions(draw: st.DrawFn) -> dict[str, Any]:
+    """Options of a small model and a small budget; context_length is not among them."""
+    num_global, num_local = draw(st.sampled_from([(1, 3), (3, 9), (2, 1), (1, 0), (0, 2)]))
+    full = KVGroup(name="global", layer_ids=tuple(range(num_global)), chunk_size=None)
+    local = KVGroup(name="local", layer_ids=tuple(range(10, 10 + num_local)), chunk_size=draw(st.sampled_from([4, 8])))
+    return {
+        "groups": [group for group in (full, local) if group.layer_ids],
+        "page_size": draw(st.sampled_from([1, 2, 4])),
+        "num_kv_heads": 1,
+        "head_dim": 4,
+        "model_limit": 300,
+        "budget_bytes": draw(st.integers(1, 200_000)),
+        "max_running": draw(st.integers(1, 40)),
+        "max_total_tokens": draw(st.one_of(st.none(), st.integers(1, 500))),
+    }
+
+
+@given(asked=questions(), context=st.one_of(st.none(), st.integers(1, 300)))
+def test_every_plan_fits_and_holds_what_it_promises(asked: dict[str, Any], context: int | None) -> None:
+    made = attempt(**asked, context_length=context)
+    if isinstance(made, KVPlan):
+        check_plan(made, asked)
+        assert context in (None, made.max_context)
+        at_most = attempt(**asked, context_length=made.largest_context)
+        assert isinstance(at_most, KVPlan)
+        check_plan(at_most, asked)
         return
-    assert (
-        made.bytes_total
-        == sum(made.num_pages[name] * made.bytes_per_page[name] for name in made.num_pages)
-        <= budget_bytes
-    )
+    free = attempt(**asked)
+    if isinstance(free, KVPlan):
+        assert context is not None
+        assert context > free.largest_context
+        assert f"the largest that fits is {free.largest_context}" in made.message
+    else:
+        assert "holds no context" in free.message or "less than one page" in free.message
+
+
+def check_plan(made: KVPlan, asked: dict[str, Any]) -> None:
+    groups, page_size, most_running = asked["groups"], asked["page_size"], asked["max_running"]
+    assert made.bytes_total == sum(made.num_pages[name] * made.bytes_per_page[name] for name in made.num_pages)
+    assert made.bytes_total <= asked["budget_bytes"]
     assert made.max_context <= made.largest_context <= 300
-    assert asked["context_length"] in (None, made.max_context)
-    assert 1 <= made.max_running <= max_running
+    assert 1 <= made.max_running <= most_running
     assert KVManager(groups, page_size, made.num_pages).could_finish_alone(made.max_context)
-    assert plan(
-        **options,
-        budget_bytes=budget_bytes,
-        max_running=max_running,
-        **{**asked, "context_length": made.largest_context},
-    )
     pages = [made.num_pages[group.name] - 1 for group in groups]
-    context_pages = -(-max(made.max_context, made.largest_context) // page_size)
-    assert all(
-        count <= max_running * group.peak_pages(0, context_pages * page_size, page_size)
-        for count, group in zip(pages, groups, strict=True)
-    )
+    fillable = [most_running * group.peak_pages(0, made.largest_context, page_size) for group in groups]
+    assert all(count <= most for count, most in zip(pages, fillable, strict=True)), "memory that no request can use"
     assert len(pages) == 1 or pages[1] <= pages[0]
     cap = asked["max_total_tokens"]
     assert cap is None or groups[0].chunk_size is not None or pages[0] * page_size <= cap

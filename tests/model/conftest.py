@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from model.harness import ours
 
 from l4core.model.llama4 import Llama4
 from l4core.testing.checkpoints import random_model, text_config
+from model.harness import ours
 
 SMALL: Mapping[str, Any] = {
     "layers": 4,

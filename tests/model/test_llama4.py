@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model.definition import logits_of
-from model.harness import Harness
 
 from l4core.model.config import ModelConfig
 from l4core.model.llama4 import Llama4
+from model.definition import logits_of
+from model.harness import Harness
 
 TOLERANCE = 1e-4
 VARIANTS = {
@@ -100,13 +100,12 @@ def test_far_positions_in_float64_equal_the_definition(small) -> None:
 
 
 def test_a_vision_checkpoints_text_half_equals_transformers() -> None:
+    from l4core.testing.checkpoints import random_model, text_config
     from model.conftest import SMALL, prompt_of
     from model.harness import ours
 
-    from l4core.testing.checkpoints import random_model, text_config
-
     hf, ids = random_model(text_config(**SMALL), vision=True), prompt_of(100)
-    theirs = hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    theirs = hf.language_model(torch.tensor([ids]), use_cache=False).logits[0]
     model = ours(hf)
     assert model.config.has_vision
     assert difference(Harness(model).prefill(ids), theirs) <= TOLERANCE
@@ -167,9 +166,9 @@ def test_an_accelerators_step_reads_nothing_back(small, dtype: torch.dtype) -> N
     """On the meta device every read of a value raises, so a forward that passes has no host sync: prefill and decode, plan and attend."""
     from model.harness import meta_step
 
-    c = small()
+    config = small().model().config
     with torch.device("meta"):
-        model = Llama4(c.model().config, max_positions=64).to(dtype)
+        model = Llama4(config, max_positions=64).to(dtype)
     for counts in ([3, 7, 2], [1, 1]):
         assert meta_step(model, counts).shape == (sum(counts), 256)
 

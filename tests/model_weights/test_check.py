@@ -43,7 +43,7 @@ def test_bytes_of_one_of_eight_ranks(tmp_path: Path) -> None:
     want = replicated + kv // 2 + (sum(whole.values()) - replicated - kv) // 8
     report = check_folder(folder, tp=8)
     assert report.bytes_per_rank == want
-    assert "on each of 8 rank(s)" in report.text()
+    assert "of weights on each of 8 ranks\n" in report.text()
 
 
 def test_a_world_that_does_not_divide(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_everything_wrong_is_in_the_json_and_the_first_twenty_in_the_text(tmp_pa
     assert data["ok"] is False
     assert len(data["problems"]) == len(tensors()) - 1
     assert data["problems"][0]["name"] == "language_model.model.embed_tokens.weight"
-    assert f"and {len(tensors()) - 21} more (--json lists all)" in report.text()
+    assert f"and {len(tensors()) - 21} more\n" in report.text()
 
 
 def quantised(folder: Path, method: dict[str, Any]) -> CheckReport:
@@ -142,11 +142,17 @@ def test_a_quantisation_that_is_not_known(tmp_path: Path) -> None:
     assert "quantised with awq (4)" in report.text()
 
 
-@pytest.mark.parametrize("own", ["chat_template.jinja", "tokenizer_config.json"])
-def test_a_chat_template_is_seen(tmp_path: Path, own: str) -> None:
+def test_a_chat_template_is_seen(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, tensors())
-    (folder / "tokenizer_config.json").write_text("{}")
     assert not check_folder(folder).has_chat_template
-    (folder / own).write_text('{"chat_template": "x"}')
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
     assert check_folder(folder).has_chat_template
     assert "chat template: own" in check_folder(folder).text()
+
+
+def test_a_damaged_chat_template_is_a_problem(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, tensors())
+    (folder / "tokenizer_config.json").write_text('{"chat_template": 3}')
+    report = check_folder(folder)
+    assert [problem.kind for problem in report.problems] == ["template"]
+    assert "tokenizer_config.json is a int; wanted a string" in report.text()

@@ -170,6 +170,13 @@ def test_bytes_of_a_rank(manifest: ReadManifest) -> None:
     assert sizes["maverick-fp8-nvidia"] == 50
 
 
+def test_one_rank_reads_each_plain_tensor_in_one_run(manifest: ReadManifest) -> None:
+    """Fused gate and up lie side by side at world 1: one copy of the whole tensor, not two of strided halves."""
+    m = manifest("scout")
+    plan = plan_weights(m.stored, m.config)
+    assert sum(len(target.regions) for target in plan.targets) == len(plan.used)
+
+
 def test_volume_of_all_regions_is_what_a_rank_needs(manifest: ReadManifest) -> None:
     m = manifest("maverick")
     plan = plan_weights(m.stored, m.config, rank=5, world=8)

@@ -27,7 +27,13 @@ class Site:
         self.modules: list[str] = []
 
     def install(
-        self, distribution: str, source: str, *, version: str = "1.0", entry_points: str | None = None, module: str | None = None
+        self,
+        distribution: str,
+        source: str,
+        *,
+        version: str = "1.0",
+        entry_points: str | None = None,
+        module: str | None = None,
     ) -> str:
         """→ the import name. entry_points: text of entry_points.txt, default one entry named as the module."""
         module = module or distribution.replace("-", "_")

@@ -73,7 +73,10 @@ def test_several_entry_points_of_one_distribution(site) -> None:
 
 ENTRY = 'SamplerEntry(name="x", api=1, create="json:loads")'
 BROKEN = {
-    "import error": ("import no_such_module_anywhere", "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
+    "import error": (
+        "import no_such_module_anywhere",
+        "ModuleNotFoundError: No module named 'no_such_module_anywhere'",
+    ),
     "error while importing": ("raise OSError('ROCm version file not found')", "OSError: ROCm version file not found"),
     "exit while importing": ("raise SystemExit('bye')", "SystemExit: bye"),
     "syntax error": ("def broken(:", "SyntaxError"),
@@ -88,7 +91,10 @@ BROKEN = {
     ),
     "no hook": ("x = 1", "it has no hook"),
     "hook without its mark": ("def l4_samplers():\n    return []\n", "not marked with @hookimpl"),
-    "unknown argument": (SAMPLER_HEAD + "@hookimpl\ndef l4_samplers(platform):\n    return []\n", "PluginValidationError"),
+    "unknown argument": (
+        SAMPLER_HEAD + "@hookimpl\ndef l4_samplers(platform):\n    return []\n",
+        "PluginValidationError",
+    ),
     "a hook that raises": (
         SAMPLER_HEAD + "@hookimpl\ndef l4_samplers():\n    raise KeyError('oops')\n",
         "l4_samplers raised KeyError: 'oops'",
@@ -97,8 +103,14 @@ BROKEN = {
         SAMPLER_HEAD + "@hookimpl\ndef l4_samplers():\n    raise SystemExit(3)\n",
         "l4_samplers raised SystemExit: 3",
     ),
-    "not a list": (SAMPLER_HEAD + "@hookimpl\ndef l4_samplers():\n    return 7\n", "returned int; wanted a list or tuple"),
-    "a record not in a list": (SAMPLER_HEAD + f"@hookimpl\ndef l4_samplers():\n    return {ENTRY}\n", "returned SamplerEntry;"),
+    "not a list": (
+        SAMPLER_HEAD + "@hookimpl\ndef l4_samplers():\n    return 7\n",
+        "returned int; wanted a list or tuple",
+    ),
+    "a record not in a list": (
+        SAMPLER_HEAD + f"@hookimpl\ndef l4_samplers():\n    return {ENTRY}\n",
+        "returned SamplerEntry;",
+    ),
     "a dict for a record": (
         SAMPLER_HEAD + "@hookimpl\ndef l4_samplers():\n    return [{'name': 'x'}]\n",
         "returned a dict in its list; wanted SamplerEntry",
@@ -107,7 +119,10 @@ BROKEN = {
         SAMPLER_HEAD + f"@hookimpl\ndef l4_drafters():\n    return [{ENTRY}]\n",
         "returned a SamplerEntry in its list; wanted DrafterEntry",
     ),
-    "empty name": (SAMPLER_HEAD + f"@hookimpl\ndef l4_samplers():\n    return [{ENTRY.replace('x', '', 1)}]\n", "name is ''"),
+    "empty name": (
+        SAMPLER_HEAD + f"@hookimpl\ndef l4_samplers():\n    return [{ENTRY.replace('x', '', 1)}]\n",
+        "name is ''",
+    ),
     "api is no integer": (
         SAMPLER_HEAD + f"@hookimpl\ndef l4_samplers():\n    return [{ENTRY.replace('api=1', 'api=True')}]\n",
         "api is True",
@@ -132,15 +147,18 @@ BROKEN = {
         "stop_tokens is '<|eot|>'",
     ),
     "an API to come": (
-        SAMPLER_HEAD + f"@hookimpl\ndef l4_samplers():\n    return [{ENTRY.replace('api=1', f'api={PLUGIN_API + 1}')}]\n",
+        SAMPLER_HEAD
+        + f"@hookimpl\ndef l4_samplers():\n    return [{ENTRY.replace('api=1', f'api={PLUGIN_API + 1}')}]\n",
         "pip install --upgrade l4core",
     ),
     "an API long gone": (
-        SAMPLER_HEAD + f"@hookimpl\ndef l4_samplers():\n    return [{ENTRY.replace('api=1', f'api={PLUGIN_API - 2}')}]\n",
+        SAMPLER_HEAD
+        + f"@hookimpl\ndef l4_samplers():\n    return [{ENTRY.replace('api=1', f'api={PLUGIN_API - 2}')}]\n",
         "pip install --upgrade l4-test-broken",
     ),
     "a plugin that cannot be hashed": (
-        SAMPLER_HEAD + "class Odd:\n    __hash__ = None\n    @hookimpl\n    def l4_samplers(self):\n        return []\nplugin = Odd()\n",
+        SAMPLER_HEAD
+        + "class Odd:\n    __hash__ = None\n    @hookimpl\n    def l4_samplers(self):\n        return []\nplugin = Odd()\n",
         "TypeError: unhashable type",
     ),
 }
@@ -212,7 +230,7 @@ def test_two_distributions_that_claim_one_name_both_lose_it(site) -> None:
     assert set(reasons) == {"l4-test-a", "l4-test-b"}
     for reason in reasons.values():
         assert "sampler wanted is claimed twice (l4-test-a 1.0, l4-test-b 1.0); none of them is used" in reason
-    with pytest.raises(PluginError, match="l4-test-a 1.0, l4-test-b 1.0"):
+    with pytest.raises(PluginError, match=r"l4-test-a 1\.0, l4-test-b 1\.0"):
         load_plugins({"L4_STRICT_PLUGINS": "1"})
     assert "wanted" in names(load_plugins({"L4_DISABLE_PLUGINS": "l4-test-a", "L4_STRICT_PLUGINS": "1"}))
 
@@ -276,7 +294,9 @@ def test_every_hook_of_the_spec_is_called_and_no_other() -> None:
 
 
 def check_hook(site, hook: str, record: str, field: str, extra: str = "") -> None:
-    source = SAMPLER_HEAD + f'@hookimpl\ndef {hook}():\n    return ({record}(name="mine", api=1, create="a.b:c"{extra}),)\n'
+    source = (
+        SAMPLER_HEAD + f'@hookimpl\ndef {hook}():\n    return ({record}(name="mine", api=1, create="a.b:c"{extra}),)\n'
+    )
     site.install("l4-test-hook", source)
     found = getattr(load_plugins({"L4_STRICT_PLUGINS": "1"}), field)
     mine = [provided for provided in found if provided.distribution == "l4-test-hook"]

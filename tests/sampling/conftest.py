@@ -65,7 +65,9 @@ class Naive:
     """Definitions, in Python floats."""
 
     @staticmethod
-    def penalties(logits: list[float], prompt: Sequence[int], output: Sequence[int], params: SamplingParams) -> list[float]:
+    def penalties(
+        logits: list[float], prompt: Sequence[int], output: Sequence[int], params: SamplingParams
+    ) -> list[float]:
         changed = list(logits)
         for token in set(prompt) | set(output):
             r = params.repetition_penalty

@@ -28,9 +28,9 @@ def test_the_law_spelled_out() -> None:
 
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.5])
 def test_draws_follow_softmax(temperature: float) -> None:
-    """Chi-square over 40,000 draws of 12 tokens, 11 degrees of freedom: below 31.3 with probability 0.999. Seeds are fixed."""
+    """Chi-square over 15,000 draws of 12 tokens, 11 degrees of freedom: below 31.3 with probability 0.999. Seeds are fixed."""
     logits = torch.linspace(0, 2.5, 12) * torch.tensor([1, -1] * 6)
-    num = 40_000
+    num = 15_000
     tokens = draw(logits.expand(num, 12), keys(num, temperature))
     wanted = (logits.double() / temperature).softmax(0) * num
     counts = torch.bincount(tokens, minlength=12)
@@ -87,7 +87,7 @@ def test_the_only_allowed_token_is_drawn_even_with_the_worst_noise(position: int
 @st.composite
 def batches(pick: st.DrawFn) -> tuple[torch.Tensor, list[DrawKey]]:
     """Rows from flat to peaked, whole vocabulary to a few tokens, with ties."""
-    vocab_size = pick(st.sampled_from([1, 2, 5, 63, 400, 3000]))
+    vocab_size = pick(st.sampled_from([1, 2, 5, 63, 400, 9000]))
     num = pick(st.integers(1, 6))
     rows = torch.randn(num, vocab_size, generator=torch.Generator().manual_seed(pick(st.integers(0, 10**6))))
     rows *= torch.tensor([pick(st.sampled_from([0.0, 0.1, 1.0, 3.0, 10.0, 100.0, 1e30])) for _ in range(num)])[:, None]
@@ -98,15 +98,17 @@ def batches(pick: st.DrawFn) -> tuple[torch.Tensor, list[DrawKey]]:
         row[vocab_size // 3] += pick(st.sampled_from([0.0, 5.0, 20.0]))
     temperature = st.sampled_from([1e-40, 1e-7, 0.01, 0.3, 0.7, 1.0, 3.0, 100.0])
     line = [
-        DrawKey(temperature=pick(temperature), seed=pick(st.integers(-5, 2**64 - 1)), position=pick(st.integers(0, 2**40)))
+        DrawKey(
+            temperature=pick(temperature), seed=pick(st.integers(-5, 2**64 - 1)), position=pick(st.integers(0, 2**40))
+        )
         for _ in range(num)
     ]
     return rows, line
 
 
 @given(batches())
-@example((torch.zeros(2, 3000), keys(2)))
-@example((torch.zeros(2, 3000).index_fill(1, torch.tensor([9]), 7.0), keys(2, 0.1)))
+@example((torch.zeros(2, 9000), keys(2)))
+@example((torch.zeros(2, 9000).index_fill(1, torch.tensor([9]), 7.0), keys(2, 0.1)))
 def test_cpu_shortcut_equals_the_law(batch: tuple[torch.Tensor, list[DrawKey]]) -> None:
     logits, line = batch
     assert torch.equal(draw(logits, line), draw_by_law(logits, line))

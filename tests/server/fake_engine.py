@@ -1,11 +1,12 @@
 """An engine without a model, for the engine process of the server's tests: same contract (check, step, has_work), torch-free, made in milliseconds.
 
-It answers every prompt with one sentence that names the seed. Words in the prompt make it misbehave: see `step`.
+It answers every prompt with one sentence that names the seed. Words in the prompt make it misbehave: see `_waits` and `_advance`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class Live:
     prompt: str
     answer: list[int]
     output: list[int] = field(default_factory=list)
+    num_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,18 @@ class FakeEngine:
         time.sleep(STEP_SECONDS)
         updates = [SequenceUpdate(request_id=i, finish_reason=FinishReason.ABORT) for i in aborted]
         running = list(self.live.values())[:MAX_RUNNING]
-        updates += [self._advance(live) for live in running if "STALL" not in live.prompt]
+        updates += [self._advance(live) for live in running if not self._waits(live)]
         return StepOutput(updates=updates, stats=self._stats(len(running)))
+
+    def _waits(self, live: Live) -> bool:
+        """STALL: for ever.  SLOW: one step in 200.  HOLD FILE: until the file is there."""
+        live.num_steps += 1
+        hold = re.search(r"HOLD (\S+)", live.prompt)
+        return (
+            "STALL" in live.prompt
+            or ("SLOW" in live.prompt and live.num_steps % 200 != 1)
+            or (hold is not None and not Path(hold[1]).exists())
+        )
 
     def _advance(self, live: Live) -> SequenceUpdate:
         if "RAISE" in live.prompt:

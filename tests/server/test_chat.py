@@ -105,7 +105,7 @@ def test_logprobs_are_in_chats_shape(client: openai.OpenAI) -> None:
     assert [entry.token for entry in logprobs.content] == ["S", "e"]
     assert [entry.logprob for entry in logprobs.content] == [-0.25, -0.375]
     assert logprobs.content[0].bytes == [ord("S")]
-    assert [top.token for top in logprobs.content[0].top_logprobs][0] == "S"
+    assert logprobs.content[0].top_logprobs[0].token == "S"
     assert [top.logprob for top in logprobs.content[1].top_logprobs] == [-0.25, -0.375]
 
 

@@ -67,13 +67,14 @@ class SdpaBackend(AttentionBackend):
 
     def __init__(self, page_size: int, q_dtype: torch.dtype, *, host_lengths: bool) -> None:
         """host_lengths: lengths may be read on the host (a CPU)."""
-        self._page_size, self._q_dtype, self._host_lengths = page_size, q_dtype, host_lengths
+        self._page_size, self._q_dtype = page_size, q_dtype
+        self.host_lengths = host_lengths
         self._scratch: list[torch.Tensor | None] = [None, None]
 
     def plan(self, meta: AttentionMetadata) -> Plan:
         if meta.tree is not None or meta.chunk is not None:
             raise ValueError("the sdpa backend takes neither a tree nor a chunk; core splits chunks before")
-        if not self._host_lengths:
+        if not self.host_lengths:
             return plan_padded(meta, self._page_size)
         return self._plan_on_host(meta)
 

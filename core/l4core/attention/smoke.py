@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 
 from l4core.attention import reference
-from l4core.attention.chunked import single_chunk_metadata
+from l4core.attention.chunked import ring_width, single_chunk_metadata
 from l4core.errors import BackendUnavailable
 from l4core.plugin_api import (
     AttentionBackend,
@@ -33,13 +34,16 @@ FP8_TOLERANCE = 0.2
 UNOWNED = float("nan")
 """What slots hold that no sequence owns. KV memory is not cleared, so it may be there in earnest; one such key read spoils the output."""
 
+Phase: TypeAlias = Literal["decode", "prefill", "verify"]
 NULL_PAGE = 0
+MIN_CHUNK = 4
+SEED = 4
 KV_SCALE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One call to check. q: float64 [T, num_q_heads, head_dim]; k, v: float64 [num_pages, page_size, num_kv_heads, head_dim], as stored;
+    """One call to check. q: float64 [T, num_q_heads, head_dim].  k, v: float32 [num_pages, page_size, num_kv_heads, head_dim].
     owned: bool [T], rows of `out` that count.  meta: for the backend.  plain: the same without `chunk`, for the oracle."""
 
     name: str
@@ -60,7 +64,7 @@ def smoke_check(backend: AttentionBackend, verdict: Usable, context: AttentionCo
     oracle = reference.create(replace(context, requirements=exact, device="cpu", options={}))
     for batch in _batches(verdict, req, context.page_size):
         expected = torch.zeros_like(batch.q)
-        oracle.attend(batch.q, _view(batch, torch.float64, "free"), oracle.plan(batch.plain), expected)
+        oracle.attend(batch.q, _view(batch, torch.float64, "free", "cpu"), oracle.plan(batch.plain), expected)
         found = _run(backend, verdict, context, batch)
         _compare(batch, found, expected, _tolerance(req))
 
@@ -83,49 +87,35 @@ def _compare(batch: Batch, found: torch.Tensor, expected: torch.Tensor, toleranc
 
 def _run(backend: AttentionBackend, verdict: Usable, context: AttentionContext, batch: Batch) -> torch.Tensor:
     """The backend's output for `batch`, float64 on the CPU. Queries are a strided slice of a larger tensor, as the model's are."""
-    req = context.requirements
-    dtype = getattr(torch, req.q_dtype)
+    req, device = context.requirements, context.device
+    dtype: torch.dtype = getattr(torch, req.q_dtype)
     packed = torch.zeros(batch.q.shape[0], batch.q.shape[1] + 2 * req.num_kv_heads, req.head_dim, dtype=dtype)
     packed[:, : batch.q.shape[1]] = batch.q
-    q = packed.to(context.device)[:, : batch.q.shape[1]]
-    kv = _move(_view(batch, getattr(torch, req.kv_dtype), verdict.page_stride), context.device)
-    out = torch.zeros(batch.q.shape, dtype=dtype, device=context.device)
+    q = packed.to(device)[:, : batch.q.shape[1]]
+    kv = _view(batch, getattr(torch, req.kv_dtype), verdict.page_stride, device)
+    out = torch.zeros(batch.q.shape, dtype=dtype, device=device)
     meta = batch.meta
     moved = replace(
         meta,
-        cu_seqlens_q=meta.cu_seqlens_q.to(context.device),
-        seq_lens=meta.seq_lens.to(context.device),
-        block_table=meta.block_table.to(context.device),
+        cu_seqlens_q=meta.cu_seqlens_q.to(device),
+        seq_lens=meta.seq_lens.to(device),
+        block_table=meta.block_table.to(device),
     )
     backend.attend(q, kv, backend.plan(moved), out)
     return out.cpu().double()
 
 
-def _view(batch: Batch, dtype: torch.dtype, page_stride: str) -> KVView:
+def _view(batch: Batch, dtype: torch.dtype, page_stride: str, device: str) -> KVView:
     """batch.k and batch.v as stored in `dtype`; pages of "free" stride lie apart, as they do in memory shared with other layers."""
-    fp8 = dtype.itemsize == 1
-    scale = torch.tensor(KV_SCALE, dtype=torch.float32) if fp8 else None
+    scale = KV_SCALE if dtype.itemsize == 1 else 1.0
+    layers = 2 if page_stride == "free" else 1
     stored = []
     for x in (batch.k, batch.v):
-        x = x / KV_SCALE if fp8 else x
-        gap = 1 if page_stride == "free" else 0
-        memory = torch.full((x.shape[0], x.shape[1] + gap, *x.shape[2:]), UNOWNED, dtype=torch.float64)
-        memory[:, : x.shape[1]] = x
-        stored.append(memory.to(dtype)[:, : x.shape[1]])
-    return KVView(k=stored[0], v=stored[1], k_scale=scale, v_scale=scale)
-
-
-def _move(kv: KVView, device: str) -> KVView:
-    """`Tensor.to` makes a copy dense, so the page stride has to be rebuilt on the device."""
-
-    def moved(x: torch.Tensor) -> torch.Tensor:
-        rows = x.stride(0) // x.stride(1)
-        memory = torch.zeros(x.shape[0], rows, *x.shape[2:], dtype=x.dtype, device=device)
-        memory[:, : x.shape[1]] = x.to(device)
-        return memory[:, : x.shape[1]]
-
-    scales = [s.to(device) if s is not None else None for s in (kv.k_scale, kv.v_scale)]
-    return KVView(k=moved(kv.k), v=moved(kv.v), k_scale=scales[0], v_scale=scales[1])
+        memory = torch.full((x.shape[0], layers, *x.shape[1:]), UNOWNED, dtype=torch.float32).to(dtype)
+        memory[:, 0] = x / scale
+        stored.append(memory.to(device))
+    scales = torch.tensor(scale, dtype=torch.float32, device=device) if scale != 1.0 else None
+    return KVView(k=stored[0][:, 0], v=stored[1][:, 0], k_scale=scales, v_scale=scales)
 
 
 # ---------------------------------------------------------------- the batches
@@ -136,62 +126,71 @@ def _batches(verdict: Usable, req: AttentionRequirements, page_size: int) -> Ite
     empty = (0,) if verdict.empty_rows else ()
     lengths = (1, p, p + 1, 2 * p + 3, *empty)
     yield _batch("decode", req, p, lengths, queries=[1] * len(lengths), phase="decode")
-    yield _batch("prefill", req, p, (3, p + 2, 2 * p + 1), queries=[3, 2, p + 1], phase="prefill")
+    yield _batch("prefill", req, p, (3, p + 2, 2 * p + 6), queries=[3, 2, 6], phase="prefill")
     if req.num_draft_tokens:
         rows = req.num_draft_tokens + 1
         yield _batch("verify", req, p, (rows, p + rows, 2 * p + rows), queries=[rows] * 3, phase="verify")
     if req.chunk_size is None:
         return
-    native = (
-        verdict.native_chunk
-    )  # the real chunk for a kernel that knows of it; for the others two pages show the same
-    chunk = req.chunk_size if native else 2 * p
+    native = verdict.native_chunk
+    chunk = (
+        req.chunk_size if native else max(2, -(-MIN_CHUNK // p)) * p
+    )  # a kernel that knows of chunks gets the real one
     lengths = (chunk + 3,) if native else (chunk + 3, 2 * chunk + 2, chunk)  # over a border, over two, up to one
-    for phase, queries in (("decode", [1, 1, 1]), ("prefill", [3, 2, 1])):
-        name = f"{phase} over a chunk border"
-        batch = _batch(name, req, p, lengths, queries=queries[: len(lengths)], phase=phase)
+    local: tuple[tuple[str, Phase, tuple[int, ...]], ...] = (
+        ("local decode", "decode", (1, 1, 1)),
+        ("local prefill", "prefill", (3, 2, 1)),
+    )
+    for name, phase, queries in local:
+        batch = _batch(name, req, p, lengths, queries=queries[: len(lengths)], phase=phase, chunk=chunk)
         plain = _inside_chunk(batch.meta, chunk, p)
         yield replace(batch, plain=plain, meta=replace(batch.meta, chunk=ChunkInfo(size=chunk)) if native else plain)
 
 
 def _inside_chunk(meta: AttentionMetadata, chunk: int, page_size: int) -> AttentionMetadata:
     """Ordinary causal attention inside each sequence's current chunk, made by core's own formulas from a ring table."""
-    columns = 2 * chunk // page_size
+    columns = ring_width(chunk, page_size)
     ring = torch.full((meta.num_seqs, columns), NULL_PAGE, dtype=torch.int32)
-    for b, length in enumerate(meta.seq_lens.tolist()):
-        first = (length - 1) // chunk * chunk // page_size
-        for index in range(first, -(-length // page_size)):
-            ring[b, index % columns] = meta.block_table[b, index]
+    for b, pages in enumerate(meta.block_table.tolist()):
+        for index, page in enumerate(pages):
+            if page != NULL_PAGE:
+                ring[b, index % columns] = page
     return single_chunk_metadata(meta, ring, chunk, page_size)
 
 
 def _batch(
-    name: str, req: AttentionRequirements, page_size: int, lengths: Sequence[int], *, queries: Sequence[int], phase: str
+    name: str,
+    req: AttentionRequirements,
+    page_size: int,
+    lengths: Sequence[int],
+    *,
+    queries: Sequence[int],
+    phase: Phase,
+    chunk: int | None = None,
 ) -> Batch:
-    """Sequences of `lengths` keys with `queries` rows each, their pages dealt in random order, every other slot garbage, the null page zero."""
-    draw = torch.Generator().manual_seed(len(name))
-    pages = [-(-length // page_size) for length in lengths]
-    shape = (1 + sum(pages), page_size, req.num_kv_heads, req.head_dim)
-    k, v = torch.full(shape, UNOWNED, dtype=torch.float64), torch.full(shape, UNOWNED, dtype=torch.float64)
-    k[NULL_PAGE], v[NULL_PAGE] = 0.0, 0.0
-    table = torch.full((len(lengths), max(pages)), NULL_PAGE, dtype=torch.int32)
-    dealt = iter((torch.randperm(sum(pages), generator=draw) + 1).tolist())
+    """Sequences of `lengths` keys with `queries` rows each: pages dealt in random order, every other slot NaN, the null page zero. With a chunk
+    only pages of the current one exist, as core keeps them; the table points at the null page for the others."""
+    draw = torch.Generator().manual_seed(SEED)
+    firsts = [(length - 1) // chunk * chunk // page_size if chunk else 0 for length in lengths]
+    ends = [-(-length // page_size) for length in lengths]
+    num_pages = 1 + sum(ends) - sum(firsts)
+    memory = torch.randn(2, num_pages, page_size, req.num_kv_heads, req.head_dim, generator=draw)
+    memory[:, NULL_PAGE] = 0.0
+    table = torch.full((len(lengths), max(ends)), NULL_PAGE, dtype=torch.int32)
+    dealt = iter((torch.randperm(num_pages - 1, generator=draw) + 1).tolist())
     for b, length in enumerate(lengths):
-        for index in range(pages[b]):
-            page, used = next(dealt), min(page_size, length - index * page_size)
-            table[b, index] = page
-            for x in (k, v):
-                x[page, :used] = torch.randn(used, *shape[2:], generator=draw, dtype=torch.float64)
-    cu = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    q = 2 * torch.randn(int(cu[-1]), req.num_q_heads, req.head_dim, generator=draw, dtype=torch.float64)
-    owned = torch.tensor([length > 0 for length, n in zip(lengths, queries, strict=True) for _ in range(n)])
+        for index in range(firsts[b], ends[b]):
+            table[b, index] = page = next(dealt)
+            memory[:, page, max(0, length - index * page_size) :] = UNOWNED
     meta = AttentionMetadata(
-        cu_seqlens_q=cu,
+        cu_seqlens_q=torch.tensor([0, *queries]).cumsum(0).int(),
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
         block_table=table,
         max_seqlen_q=max(queries),
         max_seqlen_k=max(lengths),
         num_seqs=len(lengths),
-        phase=phase,  # type: ignore[arg-type]
+        phase=phase,
     )
-    return Batch(name=name, meta=meta, plain=meta, q=q, k=k, v=v, owned=owned)
+    q = 2 * torch.randn(sum(queries), req.num_q_heads, req.head_dim, generator=draw)
+    owned = torch.tensor([length > 0 for length, n in zip(lengths, queries, strict=True) for _ in range(n)])
+    return Batch(name=name, meta=meta, plain=meta, q=q.double(), k=memory[0], v=memory[1], owned=owned)

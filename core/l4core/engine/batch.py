@@ -27,6 +27,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, kw_only=True):
 
     row: the request's row in the persistent block tables, its own from admission to end or preemption.  new_pages: KV group name → entries
     that changed since the request was last scheduled.  draws: the last token's logits give a new token (False while the prompt is unfinished).
+    output_token_ids: all drawn so far, as a view of the scheduler's own list: read it before `commit`, which appends to it.
     """
 
     request: Request

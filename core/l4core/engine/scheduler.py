@@ -1,12 +1,14 @@
 """Which tokens the next step computes, and what becomes of those it drew. Torch-free, deterministic, reads no clock.
 
-Requests are served in rank order: higher priority first, then arrival. A request may take pages only from one of worse rank, so the first of
-all always moves, ends after finitely many steps, and leaves its place to the second: every admitted request ends.
+Requests are served in rank order: higher priority first, then arrival. A request takes pages only from one of worse rank, so the best one is
+never evicted. It may sit out while worse ones decode, but every decode leaves a token that is kept for good, so there are finitely many of
+those; then it moves, ends, and leaves its place to the second: every admitted request ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 from l4core.engine.admission import SchedulerLimits, refusal, victims_for
 from l4core.engine.batch import DrawnToken, NewPages, ScheduledBatch, ScheduledSequence, StepTokens
@@ -18,7 +20,7 @@ from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput, St
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
-NO_PAGES: Mapping[str, NewPages] = {}
+NO_PAGES: Mapping[str, NewPages] = MappingProxyType({})
 
 
 class Scheduler:
@@ -78,10 +80,10 @@ class Scheduler:
         decodes, prefills = self._split()
         chosen, budget = self._schedule_decodes(decodes)
         self._schedule_prefills(prefills, chosen, budget)
-        if not chosen:
+        self._in_flight = [seq for seq in chosen if seq.entry is not None] if self._evicted else chosen
+        if not self._in_flight:
             return None
         self._step += 1
-        self._in_flight = [seq for seq in chosen if seq.entry is not None] if self._evicted else chosen
         return ScheduledBatch(
             step=self._step, sequences=[seq.entry for seq in self._in_flight if seq.entry is not None]
         )
@@ -217,7 +219,7 @@ class Scheduler:
     def _make_room(self, seq: SequenceState, upto_len: int) -> Mapping[str, NewPages] | None:
         """Slots for the first `upto_len` tokens, taken from worse-ranked sequences if need be; None = it must sit this step out.
 
-        Sitting out keeps its pages: it is evicted only when a better one needs them. What is already in this step's batch is left alone, since
+        Sitting out keeps its pages: it is evicted only when a better one needs them. A decode already in this step's batch is left alone, for
         it will end and give its pages back without any work lost, unless its priority is lower.
         """
         while (new := self.kv.reserve(seq.tables, upto_len)) is None:

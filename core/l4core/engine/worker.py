@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 from l4core.config import EngineConfig
 from l4core.engine.batch import Inbox
@@ -66,10 +66,11 @@ class Built(Protocol):
 
 
 class Mailbox:
-    """Frames from the server, read by a thread so that long prompts are parsed while a step runs."""
+    """Frames from the server, read by a thread so that long prompts are parsed while a step runs. orphaned: called when the server is gone."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, orphaned: Callable[[], None]) -> None:
         self._sock = sock
+        self._orphaned = orphaned
         self._frames: queue.SimpleQueue[Inbox | Exception | None] = queue.SimpleQueue()
 
     def start(self) -> None:
@@ -85,10 +86,7 @@ class Mailbox:
             self._frames.put(error)
             return
         self._frames.put(None)
-        time.sleep(
-            ORPHAN_GRACE_SECONDS
-        )  # the loop ends by itself unless it is in the middle of loading weights or a very long step
-        os._exit(0)
+        self._orphaned()
 
     def collect(self, *, wait: bool) -> Inbox | None:
         """All that came since the last call, in order; None when the server is gone. wait: sleep until something comes."""
@@ -141,8 +139,14 @@ def _without_refused(engine: SteppedEngine, inbox: Inbox, send: Callable[[ToServ
     return Inbox(requests=accepted, aborts=inbox.aborts)
 
 
-def serve(sock: socket.socket, factory: Callable[[EngineConfig], Built] | str) -> int:
-    """The life of the process → its exit status. factory: builds the engine, or "package.module:function" that does."""
+def serve(
+    sock: socket.socket,
+    factory: Callable[[EngineConfig], Built],
+    *,
+    orphaned: Callable[[], None],
+    forward_logs: Callable[[Callable[[ToServer], None], int], None],
+) -> int:
+    """The life of the process → its exit status. factory: builds the engine.  forward_logs: is given how to send, and the log level."""
     lock = threading.Lock()
 
     def send(message: ToServer) -> None:
@@ -155,12 +159,10 @@ def serve(sock: socket.socket, factory: Callable[[EngineConfig], Built] | str) -
         start = _first(read_frame(sock))
         if start is None:
             return 0
-        _forward_logs(send, start.log_level)
-        mailbox = Mailbox(sock)
+        forward_logs(send, start.log_level)
+        mailbox = Mailbox(sock, orphaned)
         mailbox.start()
-        built = (_import(factory) if isinstance(factory, str) else factory)(start.config)
-        gc.collect()
-        gc.freeze()  # what the model is made of lives as long as the process: later collections skip it
+        built = factory(start.config)
         ready = True
         send(Ready(report=list(built.report), folder=str(built.folder), context_length=built.context_length))
         run(built.engine, mailbox, send)
@@ -190,16 +192,31 @@ def _last_words(error: Exception, *, explained: bool) -> Failed:
     return Failed(kind=type(error).__name__, message=f"{type(error).__name__}: {error}", trace=trace)
 
 
-def _forward_logs(send: Callable[[ToServer], None], level: int) -> None:
+def exit_if_stuck() -> None:
+    """The loop ends by itself when the server is gone, unless it is in the middle of loading weights or of a very long step."""
+    time.sleep(ORPHAN_GRACE_SECONDS)
+    os._exit(0)
+
+
+def forward_all_logs(send: Callable[[ToServer], None], level: int) -> None:
+    """This process writes no log of its own. level: of L4's records; warnings of other libraries go along."""
     root = logging.getLogger()
     root.handlers = [ForwardLogs(send)]
     root.setLevel(logging.WARNING)
     logging.getLogger("l4core").setLevel(level)
 
 
-def _import(path: str) -> Callable[[EngineConfig], Built]:
-    module, _, name = path.partition(":")
-    return cast(Callable[[EngineConfig], Built], getattr(importlib.import_module(module), name))
+def _deferred(path: str) -> Callable[[EngineConfig], Built]:
+    """The function that "package.module:function" names, imported when it is called: an import error is then among the last words."""
+
+    def build(config: EngineConfig) -> Built:
+        module, _, name = path.partition(":")
+        made: Built = getattr(importlib.import_module(module), name)(config)
+        gc.collect()
+        gc.freeze()  # what the model is made of lives as long as the process: later collections skip it
+        return made
+
+    return build
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(sig, signal.SIG_IGN)
     sock = socket.socket(fileno=args.fd)
     sock.set_inheritable(False)
-    return serve(sock, args.factory)
+    return serve(sock, _deferred(args.factory), orphaned=exit_if_stuck, forward_logs=forward_all_logs)
 
 
 if __name__ == "__main__":

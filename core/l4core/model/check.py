@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from l4core.chat.folder import jinja_source
+from l4core.chat.tokenizer import TOKENIZER_FILE, has_tokenizer
 from l4core.errors import CheckpointError, NotBuiltError
 from l4core.model.config import ModelConfig
 from l4core.model.layout_quant import with_folder_scheme
 from l4core.model.safetensors_index import FolderIndex, Problem, read_folder
 from l4core.model.weight_plan import WeightPlan, plan_weights
 
-TOKENIZER = "tokenizer.json"
-TEMPLATES = ("chat_template.jinja", "chat_template.json")
 MAX_SHOWN = 20
 
 
@@ -60,11 +60,11 @@ class CheckReport:
         if self.architecture is None:
             return
         yield f"  model      {self.architecture}, {self.dtype}, quantisation: {self.quantisation or 'none'}"
-        yield f"  shards     {self.shards}, {self.file_bytes / 1e9:.2f} GB"
+        yield f"  shards     {self.shards}, {_size(self.file_bytes)}"
         skipped = f", {self.vision} vision tensors skipped (image input is not built yet)" if self.vision else ""
         skipped += f", {self.tied} skipped (head tied to the embedding)" if self.tied else ""
         yield f"  tensors    {self.mapped} mapped{skipped}"
-        yield f"  memory     {self.bytes_per_rank / 1e9:.2f} GB of weights on each of {self.tp} rank(s)"
+        yield f"  memory     {_size(self.bytes_per_rank)} of weights{f' on each of {self.tp} ranks' if self.tp > 1 else ''}"
         template = "own" if self.has_chat_template else "none (llama-4 is used)"
         yield f"  tokenizer  {'yes' if self.has_tokenizer else 'missing'}, chat template: {template}"
 
@@ -72,7 +72,7 @@ class CheckReport:
         for problem in self.problems[:MAX_SHOWN]:
             yield f"  {problem.kind:<12} {problem.text}"
         if len(self.problems) > MAX_SHOWN:
-            yield f"  and {len(self.problems) - MAX_SHOWN} more (--json lists all)"
+            yield f"  and {len(self.problems) - MAX_SHOWN} more"
 
     def _verdict(self) -> str:
         if self.problems:
@@ -91,15 +91,8 @@ def check_folder(folder: Path, *, tp: int = 1) -> CheckReport:
         config = with_folder_scheme(ModelConfig.from_folder(folder), folder)
     except CheckpointError as error:
         return CheckReport(folder=str(folder), tp=tp, problems=(_problem("config", "config.json", error),))
-    facts: dict[str, Any] = {
-        "folder": str(folder),
-        "architecture": config.architecture,
-        "dtype": config.dtype,
-        "tp": tp,
-        "has_tokenizer": (folder / TOKENIZER).is_file(),
-        "has_chat_template": _has_template(folder),
-    }
-    problems = [] if facts["has_tokenizer"] else [_no_tokenizer(folder)]
+    facts, problems = _small_files(folder)
+    facts |= {"folder": str(folder), "architecture": config.architecture, "dtype": config.dtype, "tp": tp}
     try:
         index = read_folder(folder)
     except CheckpointError as error:
@@ -111,6 +104,17 @@ def check_folder(folder: Path, *, tp: int = 1) -> CheckReport:
     except NotBuiltError as error:
         return CheckReport(**facts, problems=tuple(problems), not_built=str(error))
     return CheckReport(**facts, **_weights(index, plan, problems))
+
+
+def _small_files(folder: Path) -> tuple[dict[str, Any], list[Problem]]:
+    """What is known of tokenizer and chat template without reading the tokenizer."""
+    facts: dict[str, Any] = {"has_tokenizer": has_tokenizer(folder)}
+    problems = [] if facts["has_tokenizer"] else [_no_tokenizer(folder)]
+    try:
+        facts["has_chat_template"] = jinja_source(folder) is not None
+    except CheckpointError as error:
+        problems.append(_problem("template", "chat_template", error))
+    return facts, problems
 
 
 def _weights(index: FolderIndex, plan: WeightPlan, problems: list[Problem]) -> dict[str, Any]:
@@ -128,15 +132,15 @@ def _weights(index: FolderIndex, plan: WeightPlan, problems: list[Problem]) -> d
     }
 
 
-def _has_template(folder: Path) -> bool:
-    own = any((folder / name).is_file() for name in TEMPLATES)
-    config = folder / "tokenizer_config.json"
-    return own or (config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace"))
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _no_tokenizer(folder: Path) -> Problem:
     return Problem(
-        kind="tokenizer", name=TOKENIZER, text=f"{TOKENIZER} is missing from {folder}: copy it from the original model"
+        kind="tokenizer",
+        name=TOKENIZER_FILE,
+        text=f"{TOKENIZER_FILE} is missing from {folder}: copy it from the original model",
     )
 
 

@@ -15,7 +15,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     llama3 scaling divides the frequencies whose wavelength exceeds original/low by `factor`, keeps those below original/high and blends
     linearly, in original/wavelength, between the two.
     """
-    plain = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    plain = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     if scaling is None:
         return plain
     turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)  # original / wavelength
@@ -30,7 +30,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 def rope_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
     """cos and sin of positions 0 … num_positions−1: [num_positions, head_dim / 2, 2], computed in float64, stored in `dtype`."""
     frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float64, device="cpu"), frequencies)
     return torch.stack((angles.cos(), angles.sin()), dim=-1).to(dtype)
 
 

@@ -30,7 +30,8 @@ ITEM_SIZES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One thing wrong with a checkpoint. kind: missing, unknown, shape, dtype, duplicate, index, shard, quantisation, tokenizer or config.
+    """One thing wrong with a checkpoint. kind: missing, unknown, shape, dtype, duplicate, index, shard, quantisation, tokenizer,
+    template or config.
     name: the tensor or file at fault.  text: the whole sentence, which holds the name."""
 
     kind: str

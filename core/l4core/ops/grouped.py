@@ -46,10 +46,14 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, groups: Groups) -> tor
     if groups.spans is not None:
         return _hit_experts(x, weight, groups.spans)
     if x.dtype == torch.bfloat16:
-        experts = torch.arange(groups.num_experts, device=x.device)
-        ends = torch.searchsorted(groups.expert_ids, experts, right=True, out_int32=True)  # int32 [E]
-        return F.grouped_mm(x, weight, offs=ends)
+        return F.grouped_mm(x, weight, offs=group_ends(groups.expert_ids, groups.num_experts))
     return _every_expert(x, weight, groups.expert_ids)
+
+
+def group_ends(sorted_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """int32 [E]: the row behind each expert's last one, computed on the device."""
+    experts = torch.arange(num_experts, device=sorted_ids.device)
+    return torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
 
 
 def _spans(counts: list[int]) -> tuple[tuple[int, int, int], ...]:

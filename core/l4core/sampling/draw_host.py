@@ -23,8 +23,8 @@ __all__ = ["draw_on_host"]
 
 _SPAN = NOISE_MAX - NOISE_MIN + 0.0625
 """How far below the best a token can still win; the last term covers the rounding of a sum of size 32."""
-_FEW = 16
-"""A set is small when it has at most 1 / _FEW of the vocabulary."""
+_FEW, _ALWAYS_FEW = 16, 4096
+"""A set is few when it has at most 1 / _FEW of the vocabulary, or this many: below that the cost is that of the calls."""
 _DEPTHS = (6.0, 3.0, 1.5, 0.75)
 """How deep below the best the first set of candidates reaches: the first depth with a small set is taken, else the last."""
 _MODULUS = 2**64
@@ -55,7 +55,7 @@ def draw_on_host(rows: Sequence[Floats], keys: Sequence[DrawKey]) -> torch.Tenso
 
 
 def _is_few(members: npt.NDArray[np.bool_]) -> bool:
-    return int(np.count_nonzero(members)) * _FEW <= len(members)
+    return int(np.count_nonzero(members)) <= max(len(members) // _FEW, _ALWAYS_FEW)
 
 
 def _draw_among_few(near: Sequence[tuple[Ids, Floats]], keys: Sequence[DrawKey]) -> list[int]:

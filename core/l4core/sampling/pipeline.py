@@ -10,14 +10,13 @@ import logging
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from l4core.errors import RequestError
 from l4core.plugin_api import Sampler, SamplerRow, SamplingParams
 from l4core.plugin_ops.sampling import UNCHANGED
-from l4core.request import TokenLogprobs
 from l4core.sampling.blocks import Outbox, blocks, rows_per_block
 from l4core.sampling.draw import argmax_lowest, draw
 from l4core.sampling.logprobs import collect, measure, prompt_logprobs
@@ -33,14 +32,15 @@ _NO_SAMPLER = ""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """One call of `sample`. tokens: int64 [R], first the greedy choice, then what is drawn.  raw_peaks, peaks: float32 [R], the best logit before
-    and after the transform (not finite = this row fails).  failures: row → text."""
+    """One call of `sample`. tokens: int64 [R], first the greedy choice, then what is drawn.  raw, allowed, changed: float32 [R], the best logit of
+    the model, after forbidding, and after the transform (not finite = the row fails there).  failures: row → text."""
 
     logits: torch.Tensor
     rows: Sequence[DrawRow]
     tokens: torch.Tensor
-    raw_peaks: torch.Tensor
-    peaks: torch.Tensor
+    raw: torch.Tensor
+    allowed: torch.Tensor
+    changed: torch.Tensor
     failures: dict[int, str] = field(default_factory=dict)
 
 
@@ -76,8 +76,8 @@ class SamplingPipeline:
             return []
         logits = logits.detach()
         best = argmax_lowest(logits)
-        peaks = logits.gather(1, best[:, None])[:, 0]
-        step = _Step(logits=logits, rows=rows, tokens=best, raw_peaks=peaks, peaks=peaks.clone())
+        raw = logits.gather(1, best[:, None])[:, 0]
+        step = _Step(logits=logits, rows=rows, tokens=best, raw=raw, allowed=raw.clone(), changed=raw.clone())
         self._forget_prompts(rows)
         for sampler, members in _groups(rows).items():
             for block in blocks(members, rows_per_block(logits)):
@@ -88,15 +88,16 @@ class SamplingPipeline:
         index = torch.tensor(block, device=step.logits.device)
         work = step.logits[index]
         _forbid(work, [step.rows[i].forbidden for i in block])
+        step.allowed[index] = allowed = work.amax(dim=1)
         if sampler != _NO_SAMPLER:
-            _blank(work, ~step.raw_peaks[index].isfinite())
+            _blank(work, ~allowed.isfinite())
             try:
                 work = self._transform(sampler, work, [step.rows[i] for i in block])
             except Exception as error:  # noqa: BLE001  (whatever a plugin raises ends the request that met it, nothing else)
                 self._isolate(step, sampler, block, error)
                 return
         step.tokens[index] = draw(work, [_key(step.rows[i]) for i in block])
-        step.peaks[index] = work.amax(dim=1)
+        step.changed[index] = work.amax(dim=1)
 
     def _isolate(self, step: _Step, sampler: str, block: Sequence[int], error: Exception) -> None:
         """Finds the rows that make a sampler raise by trying each alone."""
@@ -175,7 +176,7 @@ def _forbid(logits: torch.Tensor, forbidden: Sequence[Sequence[int]]) -> None:
 
 
 def _blank(logits: torch.Tensor, bad: torch.Tensor) -> None:
-    """Rows that fail anyway become zeros, so that a sampler never meets a NaN. bad: bool [R]."""
+    """Rows that have failed become zeros, so that a sampler never meets a NaN or a row without a token. bad: bool [R]."""
     if logits.device.type == "cpu":
         logits[bad] = 0.0
     else:
@@ -185,35 +186,30 @@ def _blank(logits: torch.Tensor, bad: torch.Tensor) -> None:
 def _finish(step: _Step) -> list[Draw]:
     """Everything to the host in one transfer, then records."""
     outbox = Outbox()
-    for tensor in (step.tokens, step.raw_peaks, step.peaks):
+    for tensor in (step.tokens, step.raw, step.allowed, step.changed):
         outbox.add(tensor)
     asking = [i for i, row in enumerate(step.rows) if row.params.logprobs is not None]
-    top = max((step.rows[i].params.logprobs or 0 for i in asking), default=0)
+    tops = [step.rows[i].params.logprobs or 0 for i in asking]
     for block in blocks(asking, rows_per_block(step.logits)):
         index = torch.tensor(block, device=step.logits.device)
-        measure(step.logits[index], step.tokens[index], top, outbox)
-    tokens, raw_peaks, peaks, *parts = outbox.fetch()
-    logprobs = dict(zip(asking, collect(parts), strict=True))
+        measure(step.logits[index], step.tokens[index], max(tops), outbox)
+    tokens, raw, allowed, changed, *parts = outbox.fetch()
+    logprobs = dict(zip(asking, collect(parts, tops), strict=True))
+    errors = [step.failures.get(i) or _fault(step.rows[i], raw[i], allowed[i], changed[i]) for i in range(len(tokens))]
     return [
-        _draw_of(row, step.failures.get(i) or _fault(row, raw_peaks[i], peaks[i]), int(tokens[i]), logprobs.get(i))
-        for i, row in enumerate(step.rows)
+        Draw(token_id=None, error=error) if error else Draw(token_id=int(token), logprobs=logprobs.get(i))
+        for i, (token, error) in enumerate(zip(tokens, errors, strict=True))
     ]
 
 
-def _draw_of(row: DrawRow, error: str, token_id: int, logprobs: TokenLogprobs | None) -> Draw:
-    if error:
-        return Draw(token_id=None, error=error)
-    if logprobs is not None:  # the list is as long as the longest asked for in this step
-        logprobs = replace(logprobs, top=logprobs.top[: row.params.logprobs])
-    return Draw(token_id=token_id, logprobs=logprobs)
-
-
-def _fault(row: DrawRow, raw_peak: float, peak: float) -> str:
-    """Why this row has no token, or nothing. raw_peak, peak: its best logit before and after the transform."""
-    if not math.isfinite(raw_peak):
-        found = {math.inf: "+inf", -math.inf: "no finite value"}.get(raw_peak, "NaN")
+def _fault(row: DrawRow, raw: float, allowed: float, changed: float) -> str:
+    """Why this row has no token, or nothing. Arguments as in _Step."""
+    if not math.isfinite(raw):
+        found = {math.inf: "+inf", -math.inf: "no finite number"}.get(raw, "NaN")
         return f"the model's logits at position {row.position} hold {found}; wanted finite numbers"
-    if not math.isfinite(peak):
-        found = {math.inf: "+inf", -math.inf: "no token that may be drawn"}.get(peak, "NaN")
+    if not math.isfinite(allowed):
+        return f"every token is forbidden at position {row.position}; min_tokens leaves none to draw"
+    if not math.isfinite(changed):
+        found = {math.inf: "+inf", -math.inf: "no token that may be drawn"}.get(changed, "NaN")
         return f"sampler {row.params.sampler!r} left {found} at position {row.position}"
     return ""

