@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.profile import FULL
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-FULL = os.environ.get("L4_FULL") == "1"
 settings.register_profile("quick", deadline=None, print_blob=True)
 settings.register_profile("full", deadline=None, print_blob=True, max_examples=1000)
 settings.load_profile("full" if FULL else "quick")

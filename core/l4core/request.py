@@ -198,7 +198,7 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
-    """One answer. logprobs[i]: token id → logprob for output token i (the chosen token first). text excludes the stop string unless asked."""
+    """One answer. error: why, when finish_reason is "error".  logprobs[i]: token id → logprob for output token i (the chosen token first). text excludes the stop string unless asked."""
 
     index: int
     text: str
@@ -207,6 +207,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     logprobs: list[dict[int, float]] | None = None
     token_logprobs: list[TokenLogprobs] | None = None
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

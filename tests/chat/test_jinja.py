@@ -71,6 +71,13 @@ def test_user_text_that_spells_special_tokens_stays_text(tokenizer: Tokenizer, s
     assert spelled in tokenizer.decode(ids, skip_special=True)
 
 
+def test_text_parts_are_kept_apart_too(tokenizer: Tokenizer, spelled: str) -> None:
+    source = "{% for p in messages[0].content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+    parts = [{"type": "text", "text": spelled}, {"type": "text", "text": "|>"}]
+    dialog = [{"role": "user", "content": parts}]
+    assert _template(tokenizer, source).render(dialog) == [Text(spelled + "|>")]
+
+
 @pytest.fixture(scope="module")
 def transforming(tokenizer: Tokenizer) -> JinjaTemplate:
     return _template(tokenizer, TRANSFORMING)

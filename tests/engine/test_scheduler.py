@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import pytest
 
@@ -68,10 +68,19 @@ def pieces(batch: ScheduledBatch | None) -> list[tuple[str, int, int]]:
     return [(s.request.request_id, s.start, s.start + len(s.token_ids)) for s in batch.sequences]
 
 
+def turns(made: SimulatedEngine) -> Iterator[int]:
+    """Once for every step until all requests ended."""
+    for turn in range(1000):
+        if not made.scheduler.has_work:
+            return
+        yield turn
+    raise AssertionError("1000 steps were not enough")
+
+
 def steps(made: SimulatedEngine) -> list[list[tuple[str, int, int]]]:
     """Run to the end → what each step computed."""
     seen = []
-    while made.scheduler.has_work:
+    for _ in turns(made):
         batch = made.scheduler.schedule()
         if batch is not None:
             seen.append(pieces(batch))
@@ -82,7 +91,7 @@ def steps(made: SimulatedEngine) -> list[list[tuple[str, int, int]]]:
 def run(made: SimulatedEngine) -> dict[str, list[SequenceUpdate]]:
     """Run to the end → updates of each request."""
     updates: dict[str, list[SequenceUpdate]] = {}
-    while made.scheduler.has_work:
+    for _ in turns(made):
         for update in made.step().updates:
             updates.setdefault(update.request_id, []).append(update)
     return updates
@@ -151,7 +160,7 @@ def test_no_more_run_than_there_are_rows_and_rows_are_used_again() -> None:
     for name in "abc":
         made.scheduler.add(ask(name, 1, max_tokens=2))
     rows: dict[str, int] = {}
-    while made.scheduler.has_work:
+    for _ in turns(made):
         batch = made.scheduler.schedule()
         assert batch is not None
         rows.update({s.request.request_id: s.row for s in batch.sequences})
@@ -164,7 +173,7 @@ def test_new_pages_carry_only_what_changed() -> None:
     made = engine()
     made.scheduler.add(ask("a", 7, max_tokens=4))
     seen = []
-    while made.scheduler.has_work:
+    for _ in turns(made):
         batch = made.scheduler.schedule()
         assert batch is not None
         seen.append({name: (new.first_index, list(new.pages)) for name, new in batch.sequences[0].new_pages.items()})
@@ -192,7 +201,7 @@ def test_a_full_pool_evicts_the_youngest_and_its_words_stay_the_same() -> None:
     made.scheduler.add(ask("a", 4, max_tokens=12))
     made.scheduler.add(ask("b", 4, max_tokens=8))
     seen, words, preemptions = [], dict[str, list[int]](a=[], b=[]), 0
-    while made.scheduler.has_work:
+    for _ in turns(made):
         batch = made.scheduler.schedule()
         seen.append(pieces(batch))
         assert batch is not None
@@ -214,7 +223,7 @@ def test_all_table_entries_come_again_after_a_preemption() -> None:
     made.scheduler.add(ask("a", 4, max_tokens=12))
     made.scheduler.add(ask("b", 4, max_tokens=8))
     first_pieces = []
-    while made.scheduler.has_work:
+    for _ in turns(made):
         batch = made.scheduler.schedule()
         assert batch is not None
         first_pieces += [s for s in batch.sequences if s.request.request_id == "b" and s.start == 0]
@@ -340,7 +349,7 @@ def test_prompt_logprobs_are_not_sent_again_after_a_preemption() -> None:
     made.scheduler.add(ask("a", 4, max_tokens=12))
     made.scheduler.add(ask("b", 4, max_tokens=8, prompt_logprobs=0))
     preemptions, entries = 0, list[TokenLogprobs | None]()
-    while made.scheduler.has_work:
+    for _ in turns(made):
         output = made.step()
         preemptions += output.stats.num_preemptions
         entries += [entry for update in output.updates for entry in update.prompt_logprobs]

@@ -44,6 +44,26 @@ class Recorder:
         return torch.stack([kept[p] for p in range(len(kept))])
 
 
+class HiddenRecorder:
+    """Keeps the hidden states of one request: where logits of all positions would not fit, a few can be computed from these."""
+
+    def __init__(self, llm: LLM) -> None:
+        runner: Runner = llm._built.engine.runner
+        self._parts: list[torch.Tensor] = []
+        execute = runner.execute
+
+        def recording_execute(forward: ForwardBatch) -> torch.Tensor:
+            hidden = execute(forward)
+            self._parts.append(hidden.clone())
+            return hidden
+
+        runner.execute = recording_execute  # type: ignore[method-assign]
+
+    def hidden(self) -> torch.Tensor:
+        """[positions, hidden_size] after the final norm."""
+        return torch.cat(self._parts)
+
+
 def greedy(max_tokens: int, **changes: object) -> SamplingParams:
     """Greedy, never ending early."""
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **changes)  # type: ignore[arg-type]

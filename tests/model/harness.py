@@ -11,6 +11,7 @@ import torch
 
 from l4core.attention import reference, sdpa
 from l4core.attention.chunked import ring_width, single_chunk_metadata
+from l4core.kv.blocks import KVGroup
 from l4core.kv.memory import KVMemory
 from l4core.model.batch import AttentionSegment, ForwardBatch
 from l4core.model.config import ModelConfig
@@ -18,13 +19,13 @@ from l4core.model.llama4 import Llama4
 from l4core.plugin_api import AttentionBackend, AttentionMetadata
 
 
-def ours(hf, dtype: torch.dtype = torch.float32, max_positions: int = 4096) -> Llama4:
+def ours(hf, dtype: torch.dtype = torch.float32, max_positions: int = 4096, device: str = "cpu") -> Llama4:
     """Our model with the weights of a transformers model."""
     raw = hf.config.to_dict() | {"architectures": [type(hf).__name__]}
     config = ModelConfig.from_dict(raw)
     with torch.device("meta"):
         model = Llama4(config, max_positions=max_positions)
-    model = model.to(dtype).to_empty(device="cpu")
+    model = model.to(dtype).to_empty(device=device)
     copy_weights(dict(model.named_parameters()), hf.state_dict())
     return model
 
@@ -67,9 +68,16 @@ class Harness:
     """step({sequence: new tokens}) → {sequence: logits of those tokens}."""
 
     def __init__(
-        self, model: Llama4, backend: str = "sdpa", *, page_size: int = 16, max_len: int = 512, num_seqs: int = 1
+        self,
+        model: Llama4,
+        backend: str = "sdpa",
+        *,
+        page_size: int = 16,
+        max_len: int = 512,
+        num_seqs: int = 1,
+        device: str = "cpu",
     ) -> None:
-        config, self.model, self.page_size = model.config, model, page_size
+        config, self.model, self.page_size, self.device = model.config, model, page_size, device
         dtype = model.embed.weight.dtype
         self.backend, self.groups = backend_of(backend, page_size, dtype), config.kv_groups()
         self.width = {
@@ -78,7 +86,7 @@ class Harness:
         }
         num_pages = {name: num_seqs * width + 1 for name, width in self.width.items()}
         plan = SimpleNamespace(page_size=page_size, num_pages=num_pages)
-        self.memory = KVMemory(self.groups, plan, config.num_kv_heads, config.head_dim, dtype, "cpu")
+        self.memory = KVMemory(self.groups, plan, config.num_kv_heads, config.head_dim, dtype, device)
         self.free = {name: random.Random(0).sample(range(1, n), n - 1) for name, n in num_pages.items()}
         for name, pages in self.free.items():
             self.memory.poison(name, pages)
@@ -97,11 +105,11 @@ class Harness:
         slots = {}
         for name, table in self.tables.items():
             page = table[owner, positions // self.page_size % table.shape[1]].long()
-            slots[name] = page * self.page_size + positions % self.page_size
+            slots[name] = (page * self.page_size + positions % self.page_size).to(self.device)
         spans = [(0, num_decodes), (num_decodes, len(seqs))]
         batch = ForwardBatch(
-            token_ids=torch.tensor([t for s in seqs for t in pieces[s]]),
-            positions=positions,
+            token_ids=torch.tensor([t for s in seqs for t in pieces[s]], device=self.device),
+            positions=positions.to(self.device),
             slot_mapping=slots,
             segments=[self._segment(seqs, pieces, a, b) for a, b in spans if b > a],
             logits_rows=torch.arange(len(owner)),
@@ -125,8 +133,10 @@ class Harness:
         counts = [len(pieces[s]) for s in seqs]
         begin, lens = sum(counts[:a]), [self.lens[s] for s in seqs[a:b]]
         meta = AttentionMetadata(
-            cu_seqlens_q=torch.tensor([0, *torch.tensor(counts[a:b]).cumsum(0).tolist()], dtype=torch.int32),
-            seq_lens=torch.tensor(lens, dtype=torch.int32),
+            cu_seqlens_q=torch.tensor(
+                [0, *torch.tensor(counts[a:b]).cumsum(0).tolist()], dtype=torch.int32, device=self.device
+            ),
+            seq_lens=torch.tensor(lens, dtype=torch.int32, device=self.device),
             block_table=torch.zeros(0),
             max_seqlen_q=max(counts[a:b]),
             max_seqlen_k=max(lens),
@@ -135,13 +145,8 @@ class Harness:
         )
         plans = {}
         for group in self.groups:
-            table = self.tables[group.name][torch.tensor(seqs[a:b])]
-            local = group.chunk_size is not None
-            plans[group.name] = self.backend.plan(
-                single_chunk_metadata(meta, table, group.chunk_size, self.page_size)
-                if local
-                else replace(meta, block_table=table)
-            )
+            table = self.tables[group.name][torch.tensor(seqs[a:b])].to(self.device)
+            plans[group.name] = self.backend.plan(_local(meta, table, group, self.page_size))
         return AttentionSegment(begin=begin, end=begin + sum(counts[a:b]), plans=plans)
 
     def _reserve(self, s: int, begin: int, end: int) -> None:
@@ -164,29 +169,97 @@ class Harness:
                         table[s, column] = 0
 
 
-def meta_step(model: Llama4, counts: Sequence[int], page_size: int = 16) -> torch.Tensor:
-    """One step of a model on the meta device, as an accelerator would run it; no value can be read there. → logits."""
-    groups, total, device = model.config.kv_groups(), sum(counts), torch.device("meta")
-    dtype = model.embed.weight.dtype
-    plan = SimpleNamespace(page_size=page_size, num_pages={g.name: 9 for g in groups})
-    memory = KVMemory(groups, plan, model.config.num_kv_heads, model.config.head_dim, dtype, device)
-    backend = sdpa.SdpaBackend(page_size, dtype, host_lengths=False)
+def meta_step(model: Llama4, counts: Sequence[int], page_size: int = 16, device: str = "meta") -> torch.Tensor:
+    """One step as an accelerator runs it, on the meta device by default, where no value can be read. → logits."""
+    groups, total = model.config.kv_groups(), sum(counts)
+    memory, backend = (
+        _memory(model, page_size, device),
+        sdpa.SdpaBackend(page_size, model.embed.weight.dtype, host_lengths=False),
+    )
+    lens = torch.zeros(len(counts), dtype=torch.int32, device=device)
     meta = AttentionMetadata(
         cu_seqlens_q=torch.zeros(len(counts) + 1, dtype=torch.int32, device=device),
-        seq_lens=torch.zeros(len(counts), dtype=torch.int32, device=device),
+        seq_lens=lens,
         block_table=torch.zeros(len(counts), 8, dtype=torch.int32, device=device),
         max_seqlen_q=max(counts),
         max_seqlen_k=100,
         num_seqs=len(counts),
         phase="decode" if max(counts) == 1 else "prefill",
     )
-    metas = {
-        g.name: meta if g.chunk_size is None else single_chunk_metadata(meta, meta.block_table, g.chunk_size, page_size)
-        for g in groups
-    }
     ids = torch.zeros(total, dtype=torch.int64, device=device)
-    segment = AttentionSegment(begin=0, end=total, plans={name: backend.plan(m) for name, m in metas.items()})
+    plans = {g.name: backend.plan(_local(meta, meta.block_table, g, page_size)) for g in groups}
+    segment = AttentionSegment(begin=0, end=total, plans=plans)
     batch = ForwardBatch(
         token_ids=ids, positions=ids, slot_mapping={g.name: ids for g in groups}, segments=[segment], logits_rows=ids
     )
     return model.logits(model(batch, memory, backend))
+
+
+class StaticDecode:
+    """One decode of `num_seqs` sequences in tensors that never move: what a graph captures."""
+
+    def __init__(self, model: Llama4, *, num_seqs: int, device: str, page_size: int = 16, max_len: int = 128) -> None:
+        self.model, self.page_size, self.num_seqs, self.max_len, self.device = (
+            model,
+            page_size,
+            num_seqs,
+            max_len,
+            device,
+        )
+        self.memory = _memory(model, page_size, device, num_pages=num_seqs * max_len // page_size + 1)
+        self.backend = sdpa.SdpaBackend(page_size, model.embed.weight.dtype, host_lengths=False)
+        self.token_ids, self.positions, self.slots = (
+            torch.zeros(num_seqs, dtype=torch.int64, device=device) for _ in range(3)
+        )
+        self.lens = torch.zeros(num_seqs, dtype=torch.int32, device=device)
+        self.cu = torch.arange(num_seqs + 1, dtype=torch.int32, device=device)
+        self.table = torch.zeros(num_seqs, max_len // page_size, dtype=torch.int32, device=device)
+
+    def fill(self, seed: int) -> None:
+        """Other tokens, lengths, pages and KV."""
+        generator = torch.Generator().manual_seed(seed)
+        for layer in range(self.model.config.num_layers):
+            pages = self.memory.pages(layer)
+            pages[1:] = torch.randn(pages[1:].shape, generator=generator).to(pages)
+        order = (torch.randperm(self.table.numel(), generator=generator) + 1).view(self.table.shape)
+        lens = torch.randint(1, self.max_len + 1, (self.num_seqs,), generator=generator)
+        page = order.gather(1, ((lens - 1) // self.page_size).unsqueeze(1)).squeeze(1)
+        self.table.copy_(order)
+        self.lens.copy_(lens)
+        self.positions.copy_(lens - 1)
+        self.slots.copy_(page * self.page_size + (lens - 1) % self.page_size)
+        self.token_ids.copy_(torch.randint(0, 256, (self.num_seqs,), generator=generator))
+
+    def run(self) -> torch.Tensor:
+        meta = AttentionMetadata(
+            cu_seqlens_q=self.cu,
+            seq_lens=self.lens,
+            block_table=self.table,
+            max_seqlen_q=1,
+            max_seqlen_k=self.max_len,
+            num_seqs=self.num_seqs,
+            phase="decode",
+        )
+        groups = self.model.config.kv_groups()
+        plans = {g.name: self.backend.plan(_local(meta, self.table, g, self.page_size)) for g in groups}
+        batch = ForwardBatch(
+            token_ids=self.token_ids,
+            positions=self.positions,
+            slot_mapping={g.name: self.slots for g in groups},
+            segments=[AttentionSegment(begin=0, end=self.num_seqs, plans=plans)],
+            logits_rows=self.token_ids,
+        )
+        with torch.inference_mode():
+            return self.model.logits(self.model(batch, self.memory, self.backend))
+
+
+def _memory(model: Llama4, page_size: int, device: str, num_pages: int = 9) -> KVMemory:
+    config, groups = model.config, model.config.kv_groups()
+    plan = SimpleNamespace(page_size=page_size, num_pages={g.name: num_pages for g in groups})
+    return KVMemory(groups, plan, config.num_kv_heads, config.head_dim, model.embed.weight.dtype, device)
+
+
+def _local(meta: AttentionMetadata, table: torch.Tensor, group: KVGroup, page_size: int) -> AttentionMetadata:
+    if group.chunk_size is None:
+        return replace(meta, block_table=table)
+    return single_chunk_metadata(meta, table, group.chunk_size, page_size)

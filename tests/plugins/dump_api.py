@@ -17,13 +17,13 @@ DUMP = Path(__file__).with_name("api.txt")
 
 
 def public_modules() -> list[str]:
-    """plugin_api, hookspecs, all of plugin_ops, and what of testing is for plugin authors."""
-    ops = importlib.import_module("l4core.plugin_ops")
+    """plugin_api, hookspecs, plugin_ops, and what of testing is for plugin authors."""
     testing = importlib.import_module("l4core.testing")
     return [
         "l4core.plugin_api",
         "l4core.hookspecs",
-        *(f"l4core.plugin_ops.{m.name}" for m in pkgutil.iter_modules(ops.__path__)),
+        "l4core.plugin_ops.attention",
+        "l4core.plugin_ops.sampling",
         *(
             f"l4core.testing.{m.name}"
             for m in pkgutil.iter_modules(testing.__path__)

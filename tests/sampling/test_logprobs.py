@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from l4core.sampling.blocks import Outbox, rows_per_block
+from l4core.sampling import logprobs
 from l4core.sampling.logprobs import prompt_logprobs
 
 
@@ -11,6 +11,13 @@ def some_logits(num: int, vocab_size: int) -> torch.Tensor:
     return (
         torch.randn(num, vocab_size, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 20, num)[:, None]
     )
+
+
+@pytest.fixture(params=["host", "device"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a way for CPUs and one for every other device; "device" sends CPU tensors down the other way."""
+    if request.param == "device":
+        monkeypatch.setattr(logprobs, "_on_host", logprobs.by_definition)
 
 
 @pytest.mark.parametrize(("num", "vocab_size", "top"), [(40, 300, 5), (3, 202_048, 20), (12, 150_000, 3), (2, 4, 9)])
@@ -55,22 +62,3 @@ def test_a_row_alone_and_among_others(vocab_size: int) -> None:
 
 def test_no_rows() -> None:
     assert prompt_logprobs(torch.empty(0, 10), torch.empty(0, dtype=torch.int64), 3) == []
-
-
-def test_outbox_returns_what_was_added() -> None:
-    outbox = Outbox()
-    added = [torch.tensor([1.5, -0.0, torch.nan, torch.inf]), torch.tensor([[2**31 - 1], [-7]]), torch.empty(3, 0)]
-    for tensor in (*added, torch.arange(6).reshape(2, 3).t().float()):
-        outbox.add(tensor)
-    floats, ints, nothing, turned = outbox.fetch()
-    assert floats.tobytes() == added[0].numpy().tobytes()
-    assert ints.tolist() == [[2**31 - 1], [-7]]
-    assert nothing.shape == (3, 0)
-    assert turned.tolist() == [[0, 3], [1, 4], [2, 5]]
-    assert Outbox().fetch() == []
-
-
-def test_blocks_bound_memory() -> None:
-    assert rows_per_block(torch.empty(1, 202_048, device="meta")) * 202_048 <= 2**24
-    assert rows_per_block(torch.empty(1, 202_048)) == 5
-    assert rows_per_block(torch.empty(1, 2**21)) == 1

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +19,7 @@ from l4core.plugin_ops.sampling import (
     default_transform,
     scaled_logits,
 )
+from l4core.plugin_ops.upload import upload
 from l4core.sampling.noise import gumbel_noise
 
 INF = math.inf
@@ -154,3 +156,14 @@ def test_coins_are_not_the_noise_of_the_draw(sampler_row: MakeRow) -> None:
 def test_a_coin_without_a_seed_is_refused(sampler_row: MakeRow) -> None:
     with pytest.raises(ValueError, match="without a seed asks for a coin at position 5"):
         coins([sampler_row(seed=None)], "xtc", "cpu")
+
+
+def test_uploaded_values_have_the_type_asked_for_whatever_torchs_default() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert upload([0.7], torch.float32, "cpu").item() == pytest.approx(0.7, abs=1e-7)
+    finally:
+        torch.set_default_dtype(before)
+    assert upload(np.array([0.5, 2.0]), torch.float32, "cpu").dtype == torch.float32
+    assert upload([], torch.int64, "cpu").shape == (0,)

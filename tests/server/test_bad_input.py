@@ -11,6 +11,13 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth - 1):
+        value = {"a": value}
+    return value
+
+
 def good(http: httpx.Client) -> None:
     assert http.post(CHAT, json={"messages": HELLO, "max_tokens": 1}).status_code == 200
 
@@ -57,6 +64,8 @@ def error_of(reply: httpx.Response) -> dict[str, Any]:
         (CHAT, {"messages": HELLO, "stop_token_ids": [999_999]}, "stop_token_ids"),
         (CHAT, {"messages": HELLO, "sampler": "nobody"}, "sampler"),
         (CHAT, {"messages": HELLO, "sampler_args": {"x": 2**70}}, None),
+        (CHAT, {"messages": HELLO, "sampler_args": nested(17)}, "sampler_args"),
+        (CHAT, {"messages": HELLO, "sampler_args": nested(800)}, "sampler_args"),
         (CHAT, {"messages": HELLO, "stream_options": {"include_usages": True}}, "stream_options"),
         (TEXT, {"prompt": ""}, "prompt"),
         (TEXT, {"prompt": []}, "prompt"),

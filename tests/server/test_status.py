@@ -82,19 +82,22 @@ def test_aliases_are_the_same_series(http: httpx.Client) -> None:
 def test_a_request_moves_the_counters_by_what_it_did(http: httpx.Client) -> None:
     before = series(http)
     http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 5, "n": 2})
+    http.post("/v1/completions", json={"prompt": "a", "max_tokens": 99, "stop": "See", "ignore_eos": True, "seed": 1})
     http.post("/v1/completions", json={"prompt": ""})
     http.get("/nowhere")
     after = series(http)
     moved = {key: value - before.get(key, 0.0) for key, value in after.items() if value != before.get(key, 0.0)}
-    assert moved["l4_generation_tokens_total", ""] == 10
+    assert moved["l4_generation_tokens_total", ""] >= 13  # the engine may be a step ahead of the stop string
     assert moved["l4_requests_finished_total", "finished_reason=length"] == 2
-    assert moved["l4_time_to_first_token_seconds_count", ""] == 2
-    assert moved["l4_inter_token_latency_seconds_count", ""] == 8
-    assert moved["l4_request_latency_seconds_count", ""] == 2
-    assert moved["l4_request_prompt_tokens_sum", ""] == 8
-    assert moved["l4_request_generation_tokens_sum", ""] == 10
-    assert moved["l4_prefix_cache_queries_total", ""] == 8
-    assert moved["l4_http_responses_total", "route=/v1/completions,status=200"] == 1
+    assert moved["l4_requests_finished_total", "finished_reason=stop"] == 1
+    assert ("l4_requests_dropped_total", "") not in moved
+    assert moved["l4_time_to_first_token_seconds_count", ""] == 3
+    assert moved["l4_inter_token_latency_seconds_count", ""] >= 10
+    assert moved["l4_request_latency_seconds_count", ""] == 3
+    assert moved["l4_request_prompt_tokens_sum", ""] == 10
+    assert moved["l4_request_generation_tokens_sum", ""] >= 13
+    assert moved["l4_prefix_cache_queries_total", ""] == 10
+    assert moved["l4_http_responses_total", "route=/v1/completions,status=200"] == 2
     assert moved["l4_http_responses_total", "route=/v1/completions,status=400"] == 1
     assert moved["l4_http_responses_total", "route=unmatched,status=404"] == 1
     assert after["l4_engine_up", ""] == 1

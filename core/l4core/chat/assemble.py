@@ -77,6 +77,7 @@ class Assembler:
             stop_reason=self._end.stop_reason,
             logprobs=[as_dict(p) for p in self._logprobs] if asked else None,
             token_logprobs=list(self._logprobs) if asked else None,
+            error=self._end.error,
         )
 
     def prompt_token_logprobs(self) -> list[TokenLogprobs | None]:

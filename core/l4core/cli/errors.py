@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -59,5 +60,4 @@ def nearest(wanted: str, names: Iterable[str], otherwise: str) -> str:
 def wants_debug(argv: Sequence[str]) -> bool:
     """Whether `--log-level debug` is on the command line; read by hand because the error may be that it did not parse."""
     words = [word.replace("_", "-") for word in argv]
-    pairs = zip(words, [*words[1:], ""], strict=True)
-    return any(word == "--log-level=debug" or (word, after) == ("--log-level", "debug") for word, after in pairs)
+    return "--log-level=debug" in words or ("--log-level", "debug") in itertools.pairwise(words)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from l4core.engine.batch import Inbox, StepTokens
+from collections.abc import Sequence
+
+from l4core.engine.batch import Inbox, ScheduledBatch, StepTokens
 from l4core.engine.runner import Runner
 from l4core.engine.scheduler import Scheduler
 from l4core.errors import RequestError
@@ -30,14 +32,27 @@ class Engine:
         batch = self.scheduler.schedule()
         if batch is None:
             return self._deliver(self.scheduler.commit(StepTokens()), refused)
-        forward = self.runner.build(batch)
-        hidden = self.runner.execute(forward)
-        tokens = self.runner.draw(batch, forward, hidden, self._parsed)
+        tokens = self._run(batch)
         return self._deliver(self.scheduler.commit(tokens), refused)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Forget requests without computing anything; unknown ids are no error. Their ABORT updates come with the next step."""
+        for request_id in request_ids:
+            self.scheduler.abort(request_id)
+            self._parsed.pop(request_id, None)
 
     def check(self, request: Request) -> object:
         """What the request's sampler makes of its parameters. Raises RequestError (400)."""
         return self.runner.pipeline.check(request.params)
+
+    def _run(self, batch: ScheduledBatch) -> StepTokens:
+        try:
+            forward = self.runner.build(batch)
+            hidden = self.runner.execute(forward)
+            return self.runner.draw(batch, forward, hidden, self._parsed)
+        except BaseException:  # Ctrl-C too: the engine stays usable, its requests are still there and can be aborted
+            self.scheduler.abandon()
+            raise
 
     def _drain(self, inbox: Inbox) -> list[SequenceUpdate]:
         refused = []
@@ -50,8 +65,7 @@ class Engine:
                 )
                 continue
             self.scheduler.add(request)
-        for request_id in inbox.aborts:
-            self.scheduler.abort(request_id)
+        self.abort(inbox.aborts)
         return refused
 
     def _deliver(self, output: StepOutput, refused: list[SequenceUpdate]) -> StepOutput:

@@ -121,15 +121,16 @@ class LLM:
                     output = engine.step(inbox)
                     aborts = []
                     for update in output.updates:
-                        ended = jobs[update.request_id].feed(update)
-                        if ended and update.request_id in unfinished:
+                        if update.request_id not in unfinished:  # the end of one that an earlier call gave up
+                            continue
+                        if jobs[update.request_id].feed(update):
                             unfinished.discard(update.request_id)
                             bar.update()
                             aborts += [update.request_id] if update.finish_reason is None else []
                     inbox = Inbox(aborts=aborts)
         finally:
             if unfinished or inbox.aborts:
-                engine.step(Inbox(aborts=[*unfinished, *inbox.aborts]))
+                engine.abort([*unfinished, *inbox.aborts])
 
     def _params_for(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None:

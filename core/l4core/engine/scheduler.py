@@ -127,6 +127,17 @@ class Scheduler:
         if {id(seq) for seq in (*self._running, *self._waiting)} != {id(seq) for seq in self.sequences}:
             raise RuntimeError("the queues and the list of live requests differ")
 
+    def abandon(self) -> None:
+        """The batch in flight will never be committed (its execution failed or was interrupted): its sequences start over from the queue.
+
+        Their pages are given back, since the tables written for them may be incomplete and the KV half written.
+        """
+        in_flight, self._in_flight = self._in_flight, []
+        for seq in in_flight:
+            seq.entry = None
+            if not seq.finished and seq.row != NO_ROW:
+                self._preempt(seq)
+
     # --- one step's choice -------------------------------------------------------------------------------------------------------------
 
     def _split(self) -> tuple[list[SequenceState], list[SequenceState]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import gc
 import importlib
 import logging
@@ -225,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--factory", default=BUILD_ENGINE)
     args = parser.parse_args(argv)
+    faulthandler.enable()  # a crash in native code leaves a trace on stderr
     for sig in (
         signal.SIGINT,
         signal.SIGTERM,

@@ -56,7 +56,8 @@ class Attention(nn.Module):
         """x [T, H] → [T, H]."""
         num_tokens, num_qk = x.shape[0], self.num_q_heads + self.num_kv_heads
         heads = self.qkv(x).contiguous().view(num_tokens, num_qk + self.num_kv_heads, self.head_dim)  # [T, Hq+2Hkv, D]
-        q, qk, kv = heads[:, : self.num_q_heads], heads[:, :num_qk], heads[:, self.num_q_heads :]
+        q, qk = heads[:, : self.num_q_heads], heads[:, :num_qk]
+        kv = heads[:, self.num_q_heads :].view(num_tokens, 2, self.num_kv_heads, self.head_dim)
         if self.is_rope:
             rope_(qk, step.rope[self.is_chunked])
         if self.qk_norm_eps is not None:
@@ -65,7 +66,7 @@ class Attention(nn.Module):
             q.mul_(step.temperature)
 
         group = step.kv.group_of(self.layer_id)
-        kv_write(step.kv.pages(self.layer_id), kv.unflatten(1, (2, -1)), *step.slots[group])
+        kv_write(step.kv.pages(self.layer_id), kv, *step.slots[group])
         view, out = step.kv.view(self.layer_id), torch.empty_like(q, memory_format=torch.contiguous_format)
         for segment in step.segments:
             rows = slice(segment.begin, segment.end)

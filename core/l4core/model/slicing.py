@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from l4core.errors import ConfigError
@@ -14,7 +15,7 @@ from l4core.model.layout import Parameter, Part
 class Region:
     """One copy: target[target_box] = source[source_box], its two dimensions swapped where `transpose`.
 
-    source: checkpoint name without prefix.  The target box of one expert has the expert's index as a range of one in front.
+    source: checkpoint name in full.  The target box of one expert has the expert's index as a range of one in front.
     """
 
     source: str
@@ -48,8 +49,11 @@ def rank_shape(parameter: Parameter, rank: int, world: int) -> Shape:
     return (*parameter.shape[: parameter.stack], stacked, *parameter.shape[parameter.stack + 1 :])
 
 
-def regions(parameter: Parameter, rank: int, world: int) -> list[Region]:
-    """All copies that make up a rank's share. Two copies that lie side by side in both tensors are one (fused gate and up at world 1)."""
+def regions(parameter: Parameter, rank: int, world: int, names: Mapping[str, str]) -> list[Region]:
+    """All copies that make up a rank's share. Two copies that lie side by side in both tensors are one (fused gate and up at world 1).
+
+    names: source without prefix → full name; parts whose source is not in it are left out.
+    """
     made: list[Region] = []
     shape = whole(rank_shape(parameter, rank, world))
     position, expert = 0, None
@@ -61,13 +65,15 @@ def regions(parameter: Parameter, rank: int, world: int) -> list[Region]:
         target = replace(shape, parameter.stack, (position, position + size))
         if expert is not None:
             target = replace(target, 0, (expert, expert + 1))
-        new = Region(source=part.source, source_box=source, target_box=target, transpose=part.transpose)
+        position += size
+        if part.source not in names:
+            continue
+        new = Region(source=names[part.source], source_box=source, target_box=target, transpose=part.transpose)
         both = _merged(made[-1], new) if made else None
         if both is not None:
             made[-1] = both
         else:
             made.append(new)
-        position += size
     return made
 
 

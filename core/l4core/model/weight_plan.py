@@ -137,6 +137,7 @@ class _Planner:
 
     def __init__(self, config: ModelConfig, names: _Names, rank: int, world: int, *, quantised: bool) -> None:
         self.config, self.stored, self.rank, self.world, self.quantised = config, names.text, rank, world, quantised
+        self.names = {short: tensor.name for short, tensor in names.text.items()}
         self.prefixes = _prefixes_in_use(names.text)
         self.targets: list[Target] = []
         self.used: set[str] = set()
@@ -162,16 +163,7 @@ class _Planner:
     def add(self, parameter: Parameter, dtype: str, accepted: tuple[str, ...]) -> None:
         for part in {part.source: part for part in parameter.parts}.values():
             self._check(part.source, part.shape, accepted)
-        here = tuple(
-            Region(
-                source=self.stored[region.source].name,
-                source_box=region.source_box,
-                target_box=region.target_box,
-                transpose=region.transpose,
-            )
-            for region in regions(parameter, self.rank, self.world)
-            if region.source in self.stored
-        )
+        here = tuple(regions(parameter, self.rank, self.world, self.names))
         shape = rank_shape(parameter, self.rank, self.world)
         self.targets.append(Target(name=parameter.name, shape=shape, dtype=dtype, regions=here))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from l4core.ops.linear import linear
+from l4core.ops.linear import FEW_ROWS, linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +66,14 @@ def _spans(counts: list[int]) -> tuple[tuple[int, int, int], ...]:
 
 
 def _hit_experts(x: torch.Tensor, weight: torch.Tensor, spans: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
-    if len(spans) == 1:
-        return linear(x, weight[spans[0][0]].t())
+    out_by_in = weight.transpose(1, 2)  # [E, N, K]
+    if x.shape[0] <= FEW_ROWS:
+        pieces = torch.split(x, [end - begin for _, begin, end in spans])
+        found = [linear(rows, out_by_in[span[0]]) for rows, span in zip(pieces, spans, strict=True)]
+        return found[0] if len(found) == 1 else torch.cat(found)
     out = x.new_empty(x.shape[0], weight.shape[2])
     for expert, begin, end in spans:
-        linear(x[begin:end], weight[expert].t(), out=out[begin:end])
+        linear(x[begin:end], out_by_in[expert], out=out[begin:end])
     return out
 
 

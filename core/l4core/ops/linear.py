@@ -8,13 +8,18 @@ import torch
 import torch.nn.functional as F
 
 FEW_ROWS = 64
-"""Up to this many rows a CPU product is bound by reading the weight once; measured in docs/decisions/001-cpu-experts.md."""
+"""Up to this many rows a CPU product is bound by reading the weight once."""
+SMALL_WEIGHT = 1 << 16
+"""Elements of a weight below which one plain call is cheapest."""
+THIN_BLAS_IS_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
+"""On AVX2 the BLAS gives a product of few rows to one thread and half the bandwidth; on AVX512 the plain call is best. Both were measured:
+docs/decisions/001-cpu-experts.md."""
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K] · weight [N, K]ᵀ → [T, N]; written to `out` where given, else the result's memory order is free (it may be a transposed view)."""
-    if x.device.type == "cpu" and x.shape[0] <= FEW_ROWS:
-        result = _few_rows(x, weight)
+    if THIN_BLAS_IS_SLOW and x.device.type == "cpu" and x.shape[0] <= FEW_ROWS and weight.numel() >= SMALL_WEIGHT:
+        result = _one_row(x, weight) if x.shape[0] == 1 else _few_rows(x, weight)
         return result if out is None else out.copy_(result)
     if out is None:
         return F.linear(x, weight)
@@ -22,9 +27,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = Non
 
 
 def _few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The same product as weight · xᵀ, its output rows dealt to the threads as a batch: BLAS alone leaves a thin product to one thread."""
-    num_rows, (num_out, num_in) = x.shape[0], weight.shape
+    """weight · xᵀ: the long side is the one that is dealt to the threads."""
+    return torch.mm(weight, x.contiguous().t()).t()
+
+
+def _one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Output rows dealt to the threads as a batch: BLAS leaves a matrix-vector product to one thread."""
+    num_out, num_in = weight.shape
     parts = math.gcd(num_out, 2 * torch.get_num_threads())
-    columns = x.contiguous().t().expand(parts, num_in, num_rows)  # [parts, K, T]
-    product = torch.bmm(weight.view(parts, num_out // parts, num_in), columns)  # [parts, N/parts, T]
-    return product.view(num_out, num_rows).t()
+    column = x.reshape(num_in, 1).expand(parts, num_in, 1)
+    return torch.bmm(weight.view(parts, num_out // parts, num_in), column).view(1, num_out)

@@ -1,4 +1,7 @@
-"""Public tensor helpers for plugins. Imports torch, so import it where a backend or sampler runs, not where a plugin is declared."""
+"""Public tensor helpers for plugins. Imports torch, so import it where a backend or sampler runs, not where a plugin is declared.
+
+For plugins are what this package exports (`attention`) and its module `sampling`; the other modules are their insides.
+"""
 
 from __future__ import annotations
 

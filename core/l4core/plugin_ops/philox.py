@@ -11,6 +11,8 @@ from typing import TypeAlias
 
 import torch
 
+from l4core.plugin_ops.upload import upload
+
 __all__ = ["key_words", "philox_4x32", "seed_tensor", "split_64"]
 
 Words: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -47,4 +49,4 @@ def key_words(seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def seed_tensor(seeds: Sequence[int], device: torch.device | str) -> torch.Tensor:
     """Seeds of any size, modulo 2^64, as int64 [len(seeds)] with the same 64 bits."""
-    return torch.tensor([((s + 2**63) % 2**64) - 2**63 for s in seeds], dtype=torch.int64, device=device)
+    return upload([((s + 2**63) % 2**64) - 2**63 for s in seeds], torch.int64, device)

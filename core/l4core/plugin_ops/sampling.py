@@ -20,6 +20,7 @@ import torch
 from l4core.plugin_api import SamplerRow, SamplingParams
 from l4core.plugin_ops import masks, masks_host
 from l4core.plugin_ops.philox import key_words, philox_4x32, seed_tensor, split_64
+from l4core.plugin_ops.upload import upload
 
 __all__ = [
     "UNCHANGED",
@@ -47,7 +48,6 @@ UNCHANGED: Final = Unchanged.UNCHANGED
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 Amounts: TypeAlias = npt.NDArray[Any]
-
 Row: TypeAlias = npt.NDArray[np.float32]
 
 _SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
@@ -78,7 +78,7 @@ def apply_penalties(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.T
         params = row.params
         output = _ids(row.output_token_ids if _has_penalty(params) else ())
         if params.repetition_penalty != 1.0:
-            seen = np.unique(np.concatenate((_ids(row.prompt_token_ids), output)))
+            seen = np.concatenate((_ids(row.prompt_token_ids), output))
             repeated.append((i, seen, np.full(len(seen), params.repetition_penalty)))
         if len(output) and (params.frequency_penalty != 0.0 or params.presence_penalty != 0.0):
             ids, counts = np.unique(output, return_counts=True)
@@ -99,7 +99,7 @@ def mask_top_k(logits: torch.Tensor, top_k: Sequence[int]) -> torch.Tensor:
     if _on_host(logits):
         return _each_row(logits, wanted, lambda row, i: masks_host.keep_top_k(row, top_k[i]))
     k = [top_k[i] for i in wanted]
-    return _on_rows(logits, wanted, lambda part: masks.keep_top_k(part, torch.tensor(k, device=part.device), max(k)))
+    return _on_rows(logits, wanted, lambda part: masks.keep_top_k(part, upload(k, torch.int64, part.device), max(k)))
 
 
 def mask_top_p(logits: torch.Tensor, top_p: Sequence[float], temperature: Sequence[float]) -> torch.Tensor:
@@ -113,7 +113,7 @@ def mask_top_p(logits: torch.Tensor, top_p: Sequence[float], temperature: Sequen
     return _on_rows(
         logits,
         wanted,
-        lambda part: masks.keep_top_p(part, torch.tensor(shares, device=part.device), _floats(divisors, part.device)),
+        lambda part: masks.keep_top_p(part, upload(shares, torch.int64, part.device), _floats(divisors, part.device)),
     )
 
 
@@ -149,7 +149,7 @@ def coins(rows: Sequence[SamplerRow], stream: str, device: torch.device | str) -
         raise ValueError(
             f"a request without a seed asks for a coin at position {missing[0]}; core sets params.seed before it samples"
         )
-    low, high = split_64(torch.tensor([row.position for row in rows], dtype=torch.int64, device=device))
+    low, high = split_64(upload([row.position for row in rows], torch.int64, device))
     name = torch.full_like(low, max(1, zlib.crc32(stream.encode())))
     key = key_words(seed_tensor([seed for seed in seeds if seed is not None], device))
     word = philox_4x32((torch.zeros_like(low), low, high, name), key)[0]
@@ -179,7 +179,7 @@ def _on_rows(logits: torch.Tensor, wanted: list[int], step: Callable[[torch.Tens
     if len(wanted) == len(logits) and wanted:
         return step(logits)
     if wanted:
-        index = torch.tensor(wanted, device=logits.device)
+        index = upload(wanted, torch.int64, logits.device)
         logits[index] = step(logits[index])
     return logits
 
@@ -189,7 +189,7 @@ def _divisor(temperature: float) -> float:
 
 
 def _floats(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return upload(values, torch.float32, device)
 
 
 def _ids(token_ids: Sequence[int]) -> Ids:
@@ -201,12 +201,13 @@ def _change(
     entries: Sequence[tuple[int, Ids, Amounts]],
     change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """entries: (row, distinct token ids, an amount each). Replaces each of these logits by change(logit, amount), all rows at once."""
+    """entries: (row, token ids, an amount each; an id may come twice with one amount). Replaces each of these logits by change(logit, amount), all
+    rows at once: read first, then written, so that an id that comes twice is changed once."""
     if not entries:
         return logits
     rows = np.repeat([row for row, _, _ in entries], [len(ids) for _, ids, _ in entries])
     ids = np.concatenate([ids for _, ids, _ in entries])
-    amounts = np.concatenate([amounts for _, _, amounts in entries]).astype(np.float32)
-    where = (torch.from_numpy(rows).to(logits.device), torch.from_numpy(ids).to(logits.device))
-    logits[where] = change(logits[where], torch.from_numpy(amounts).to(logits.device))
+    amounts = np.concatenate([amounts for _, _, amounts in entries])
+    where = (upload(rows, torch.int64, logits.device), upload(ids, torch.int64, logits.device))
+    logits[where] = change(logits[where], upload(amounts, torch.float32, logits.device))
     return logits

@@ -12,6 +12,7 @@ import torch
 
 from l4core.plugin_ops.philox import seed_tensor
 from l4core.plugin_ops.sampling import scaled_logits
+from l4core.plugin_ops.upload import upload
 from l4core.sampling.draw_host import draw_on_host
 from l4core.sampling.noise import gumbel_noise
 from l4core.sampling.records import DrawKey
@@ -33,20 +34,21 @@ def draw(logits: torch.Tensor, keys: Sequence[DrawKey]) -> torch.Tensor:
         return argmax_lowest(logits)
     chosen = [keys[i] for i in sampled]
     everything = len(sampled) == len(keys)
+    index = upload(sampled, torch.int64, logits.device)
     if logits.device.type == "cpu":
         drawn = draw_on_host([logits[i].numpy() for i in sampled], chosen)
     else:
-        drawn = draw_by_law(logits if everything else logits[torch.tensor(sampled, device=logits.device)], chosen)
+        drawn = draw_by_law(logits if everything else logits.index_select(0, index), chosen)
     if everything:
         return drawn
     tokens = argmax_lowest(logits)
-    tokens[torch.tensor(sampled, device=logits.device)] = drawn
+    tokens[index] = drawn
     return tokens
 
 
 def draw_by_law(logits: torch.Tensor, keys: Sequence[DrawKey]) -> torch.Tensor:
     """The law written out, on any device, for rows that all have T > 0. logits: float32 [R, V]. Returns int64 [R]."""
     device = logits.device
-    positions = torch.tensor([key.position for key in keys], dtype=torch.int64, device=device)
+    positions = upload([key.position for key in keys], torch.int64, device)
     noise = gumbel_noise(seed_tensor([key.seed for key in keys], device), positions, logits.shape[1], device)
     return argmax_lowest(noise.add_(scaled_logits(logits, [key.temperature for key in keys])))

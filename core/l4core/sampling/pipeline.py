@@ -12,11 +12,13 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from l4core.errors import RequestError
 from l4core.plugin_api import Sampler, SamplerRow, SamplingParams
 from l4core.plugin_ops.sampling import UNCHANGED
+from l4core.plugin_ops.upload import upload
 from l4core.sampling.blocks import Outbox, blocks, rows_per_block
 from l4core.sampling.draw import argmax_lowest, draw
 from l4core.sampling.logprobs import collect, measure, prompt_logprobs
@@ -85,8 +87,8 @@ class SamplingPipeline:
         return _finish(step)
 
     def _draw_block(self, step: _Step, sampler: str, block: Sequence[int]) -> None:
-        index = torch.tensor(block, device=step.logits.device)
-        work = step.logits[index]
+        index = upload(block, torch.int64, step.logits.device)
+        work = step.logits.index_select(0, index)
         _forbid(work, [step.rows[i].forbidden for i in block])
         step.allowed[index] = allowed = work.amax(dim=1)
         if sampler != _NO_SAMPLER:
@@ -171,16 +173,14 @@ def _forbid(logits: torch.Tensor, forbidden: Sequence[Sequence[int]]) -> None:
     rows = [row for row, ids in enumerate(forbidden) for _ in ids]
     if rows:
         columns = [token_id for ids in forbidden for token_id in ids]
-        where = torch.tensor([rows, columns], device=logits.device)
+        where = upload(np.array([rows, columns]), torch.int64, logits.device)
         logits[where[0], where[1]] = -math.inf
 
 
 def _blank(logits: torch.Tensor, bad: torch.Tensor) -> None:
     """Rows that have failed become zeros, so that a sampler never meets a NaN or a row without a token. bad: bool [R]."""
-    if logits.device.type == "cpu":
-        logits[bad] = 0.0
-    else:
-        logits.masked_fill_(bad[:, None], 0.0)  # fixed shapes: no wait for the device
+    if logits.device.type != "cpu" or bool(bad.any()):  # elsewhere looking would mean waiting for the device
+        logits.masked_fill_(bad[:, None], 0.0)
 
 
 def _finish(step: _Step) -> list[Draw]:
@@ -191,8 +191,8 @@ def _finish(step: _Step) -> list[Draw]:
     asking = [i for i, row in enumerate(step.rows) if row.params.logprobs is not None]
     tops = [step.rows[i].params.logprobs or 0 for i in asking]
     for block in blocks(asking, rows_per_block(step.logits)):
-        index = torch.tensor(block, device=step.logits.device)
-        measure(step.logits[index], step.tokens[index], max(tops), outbox)
+        index = upload(block, torch.int64, step.logits.device)
+        measure(step.logits.index_select(0, index), step.tokens[index], max(tops), outbox)
     tokens, raw, allowed, changed, *parts = outbox.fetch()
     logprobs = dict(zip(asking, collect(parts, tops), strict=True))
     errors = [step.failures.get(i) or _fault(step.rows[i], raw[i], allowed[i], changed[i]) for i in range(len(tokens))]

@@ -48,6 +48,7 @@ class Observer(Protocol):
     def submitted(self, requests: Sequence[Request]) -> None: ...
     def stepped(self, output: StepOutput) -> None: ...
     def dropped(self, request_ids: Iterable[str]) -> None: ...
+    def stopped(self, request_id: str) -> None: ...
     def restarted(self) -> None: ...
 
 
@@ -71,10 +72,10 @@ class UpdateStream:
         updates, self._pending = self._pending, []
         return updates
 
-    def abort(self, request_id: str) -> None:
-        """This one needs no more tokens (a stop string came)."""
-        self._bridge.abort(self._unfinished & {request_id})
+    def stop(self, request_id: str) -> None:
+        """This one is complete (a stop string came), and the engine does not know."""
         self._unfinished.discard(request_id)
+        self._bridge.stop(request_id)
 
     def close(self) -> None:
         self._bridge.abort(self._unfinished)
@@ -176,6 +177,12 @@ class Bridge:
         if known:
             self._send(Inbox(aborts=known))
             self._observer.dropped(known)
+
+    def stop(self, request_id: str) -> None:
+        """This one has all its tokens."""
+        if self._owners.pop(request_id, None) is not None:
+            self._send(Inbox(aborts=[request_id]))
+            self._observer.stopped(request_id)
 
     def shut(self, error: RequestError) -> None:
         """End all requests with `error` now (the drain deadline passed)."""

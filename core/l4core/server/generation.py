@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from l4core.chat.assemble import Assembler, TextDelta
-from l4core.errors import EngineDeadError, RequestError
-from l4core.request import FinishReason, Request, SamplingParams
+from l4core.errors import EngineDeadError, L4Error, RequestError
+from l4core.request import FinishReason, Request, SamplingParams, SequenceUpdate
 from l4core.server.bridge import UpdateStream
 from l4core.server.replies import PromptTokensDetails, Usage
 from l4core.server.service import Service, off_loop_if_long
@@ -46,6 +46,7 @@ class Generation:
         self._by_id = {answer.request.request_id: answer for answer in answers}
         self._stream = stream
         self._counts_output = counts_output
+        self._failure: L4Error | None = None
 
     @classmethod
     async def start(
@@ -93,23 +94,32 @@ class Generation:
         Raises RequestError (500) when the engine ended a sequence with an error, EngineDeadError when the engine is gone.
         """
         told: list[tuple[Answer, TextDelta]] = []
-        while not (told or self.finished):
+        while not told:
+            if self._failure is not None:  # what came before it was told first
+                raise self._failure
+            if self.finished:
+                break
             for update in await self._stream.next():
-                answer = self._by_id[update.request_id]
-                if answer.assembler.finished:
-                    continue
-                delta = answer.assembler.feed(update)
-                if delta.must_abort:
-                    self._stream.abort(update.request_id)
-                _raise_failure(delta)
-                answer.num_tokens += len(delta.token_ids)
-                told.append((answer, delta))
+                told += self._take_in(update)
         return told
+
+    def _take_in(self, update: SequenceUpdate) -> list[tuple[Answer, TextDelta]]:
+        answer = self._by_id[update.request_id]
+        if answer.assembler.finished or self._failure is not None:
+            return []
+        delta = answer.assembler.feed(update)
+        self._failure = _failure(delta)
+        if self._failure is not None:
+            return []
+        if delta.must_abort:
+            self._stream.stop(update.request_id)
+        answer.num_tokens += len(delta.token_ids)
+        return [(answer, delta)]
 
     async def finish(self) -> None:
         """Until all answers have ended; `answers[i].assembler.output(...)` has them."""
-        while not self.finished:
-            await self.next()
+        while await self.next():
+            pass
 
     def usage(self) -> Usage:
         """Tokens so far. Each prompt counts once, whatever n is."""
@@ -128,8 +138,9 @@ class Generation:
         self._stream.close()
 
 
-def _raise_failure(delta: TextDelta) -> None:
+def _failure(delta: TextDelta) -> L4Error | None:
     if delta.finish_reason is FinishReason.ERROR:
-        raise RequestError(delta.error or "the engine gave up on this request", status=500, code="request_failed")
+        return RequestError(delta.error or "the engine gave up on this request", status=500, code="request_failed")
     if delta.finish_reason is FinishReason.ABORT:
-        raise EngineDeadError("the engine aborted this request")
+        return EngineDeadError("the engine aborted this request")
+    return None

@@ -139,6 +139,7 @@ class Metrics(Collector):
                 self._made[row.name].labels(**self._labels)
         self._first_token = self._histogram("l4_time_to_first_token_seconds")
         self._next_token = self._histogram("l4_inter_token_latency_seconds")
+        self._generated = self._counter("l4_generation_tokens")
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
@@ -161,11 +162,18 @@ class Metrics(Collector):
             clock = self._clocks.get(update.request_id)
             if clock is not None:
                 self._count(update, clock, now)
+        self._generated.inc(sum(len(update.new_token_ids) for update in output.updates))
         self._gauge(output.stats)
 
     def dropped(self, request_ids: Iterable[str]) -> None:
         known = [i for i in request_ids if self._clocks.pop(i, None) is not None]
         self._counter("l4_requests_dropped").inc(len(known))
+
+    def stopped(self, request_id: str) -> None:
+        """A stop string ended it here, before the engine ended it."""
+        clock = self._clocks.pop(request_id, None)
+        if clock is not None:
+            self._end(FinishReason.STOP, clock, time.perf_counter())
 
     def restarted(self) -> None:
         self._counter("l4_engine_restarts").inc()
@@ -190,7 +198,6 @@ class Metrics(Collector):
                 self._next_token.observe(now - clock.last)
             clock.last = now
             clock.num_output += num_new
-            self._counter("l4_generation_tokens").inc(num_new)
         if update.finish_reason is not None:
             del self._clocks[update.request_id]
             self._end(update.finish_reason, clock, now)

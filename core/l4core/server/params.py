@@ -10,6 +10,7 @@ from l4core.request import SamplingParams
 from l4core.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 
 COMPLETION_TOKENS = 16
+MAX_SAMPLER_ARGS_DEPTH = 16
 SAME_NAME = (
     "n",
     "temperature",
@@ -68,6 +69,17 @@ def max_tokens(body: GenerationRequest) -> int | None:
 def _given(body: GenerationRequest) -> dict[str, Any]:
     if body.stream and body.prompt_logprobs is not None:
         raise RequestError("prompt_logprobs cannot be streamed; leave out stream", param="prompt_logprobs")
+    if _depth(body.sampler_args) > MAX_SAMPLER_ARGS_DEPTH:
+        raise RequestError(f"sampler_args is nested deeper than {MAX_SAMPLER_ARGS_DEPTH}", param="sampler_args")
     given = {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
     limit = max_tokens(body)
     return given if limit is None else {**given, "max_tokens": limit}
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and objects, without recursion: the value is the client's."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth

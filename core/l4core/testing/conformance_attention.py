@@ -26,7 +26,7 @@ from l4core.testing.conformance_entry import find_entry
 
 __all__ = ["AttentionConformance"]
 
-CHUNK = 256
+CHUNK = 128
 
 PLAIN = (
     Case(name="one token", seq_lens=(1,), q_lens=(1,), phase="decode"),
@@ -37,25 +37,25 @@ PLAIN = (
     Case(name="chain verify", seq_lens=(66, 5, 130), q_lens=(5, 5, 5), phase="verify"),
 )
 CHUNKED = (
-    Case(name="local decode", seq_lens=(255, 256, 257, 512, 513, 3), q_lens=(1,) * 6, phase="decode", chunk=CHUNK),
+    Case(name="local decode", seq_lens=(127, 128, 129, 256, 257, 3), q_lens=(1,) * 6, phase="decode", chunk=CHUNK),
     Case(
         name="local prefill, a piece a chunk",
-        seq_lens=(300, 256, 600),
-        q_lens=(44, 256, 9),
+        seq_lens=(150, 128, 300),
+        q_lens=(22, 128, 9),
         phase="prefill",
         chunk=CHUNK,
     ),
     Case(
         name="prefill over a border",
-        seq_lens=(300, 260, 256, 40, 515),
-        q_lens=(100, 10, 30, 40, 3),
+        seq_lens=(150, 132, 128, 40, 259),
+        q_lens=(50, 10, 30, 40, 3),
         phase="prefill",
         chunk=CHUNK,
         virtual=2,
     ),
     Case(
         name="verify at a border",
-        seq_lens=(256, 257, 258, 261, 9),
+        seq_lens=(128, 129, 130, 133, 9),
         q_lens=(5, 5, 5, 5, 5),
         phase="verify",
         chunk=CHUNK,

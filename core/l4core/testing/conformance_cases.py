@@ -131,15 +131,17 @@ def _deal(
     for x in memory:
         x[NULL_PAGE] = 0
     table = torch.full((len(counts), max(counts) + SPARE_COLUMNS), NULL_PAGE, dtype=torch.int32)
-    free = iter((torch.randperm(num_pages - 1, generator=draw) + 1).tolist())
+    free = (torch.randperm(num_pages - 1, generator=draw) + 1).tolist()
     for b, (length, queries) in enumerate(zip(case.seq_lens, case.q_lens, strict=True)):
         first = (length - queries) // case.chunk * case.chunk // page_size if case.chunk else 0
-        for index in range(first, counts[b]):
-            page = next(free)
-            table[b, index] = page
-            for x, stored in zip(memory, dense[b], strict=True):
-                rows = stored[index * page_size : (index + 1) * page_size]
-                x[page, 0, : len(rows)] = rows
+        pages, free = free[: counts[b] - first], free[counts[b] - first :]
+        table[b, first : counts[b]] = torch.tensor(pages, dtype=torch.int32)
+        padding = counts[b] * page_size - length
+        for x, stored in zip(memory, dense[b], strict=True):
+            padded = torch.cat(
+                [stored[first * page_size :], torch.full((padding, *stored.shape[1:]), torch.nan).to(dtype)]
+            )
+            x[pages, 0] = padded.view(len(pages), page_size, *stored.shape[1:])
     return memory, table
 
 

@@ -1,0 +1,118 @@
+"""The demo checkpoint uses the whole architecture: break one feature and its answers change. And it is computed as transformers computes it.
+
+`make test` takes a few prompts and a shorter text, `make test-all` all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.recording import HiddenRecorder, greedy
+
+from l4core import LLM
+from l4core.demo.ask import long_text
+from l4core.demo.run import ready_checkpoint
+from helpers.profile import FULL
+
+NUM_PROMPTS = 20 if FULL else 2
+PROMPT_TOKENS = 1100  # more than two chunks of 512
+NEW_TOKENS = 8
+PARITY_TOKENS, PARITY_POSITIONS = (4000, 100) if FULL else (1100, 30)
+
+
+@pytest.fixture(scope="module")
+def smol() -> Path:
+    return ready_checkpoint()
+
+
+def variant(base: Path, folder: Path, **changes: object) -> Path:
+    """The same weights under a changed config.json."""
+    folder.mkdir()
+    for file in base.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = folder / "config.json"
+    raw = json.loads(config.read_text())
+    config.unlink()
+    config.write_text(json.dumps({**raw, **changes}))
+    return folder
+
+
+def open_llm(folder: Path) -> LLM:
+    return LLM(folder.as_posix(), dtype="float32", device="cpu", max_running_requests=4, progress=False)
+
+
+def token_stream(llm: LLM) -> list[int]:
+    return llm._frontend.tokenizer.encode_text(long_text() * 3, allow_special=False)
+
+
+def answers(llm: LLM) -> list[list[int]]:
+    ids = token_stream(llm)
+    prompts = [ids[97 * k : 97 * k + PROMPT_TOKENS] for k in range(NUM_PROMPTS)]
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, greedy(NEW_TOKENS), use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def whole(smol: Path) -> list[list[int]]:
+    return answers(open_llm(smol))
+
+
+def zero_experts(smol: Path, folder: Path) -> LLM:
+    del folder
+    llm = open_llm(smol)
+    for layer in llm._built.engine.runner.model.layers:
+        layer.moe.experts.down.zero_()
+    return llm
+
+
+def full_attention(smol: Path, folder: Path) -> LLM:
+    return open_llm(variant(smol, folder, layer_types=["full_attention"] * 30))
+
+
+def cut_nope(smol: Path, folder: Path) -> LLM:
+    return open_llm(variant(smol, folder, layer_types=["chunked_attention"] * 30))
+
+
+@pytest.mark.parametrize("broken", [zero_experts, full_attention, cut_nope])
+def test_breaking_a_feature_changes_greedy_output(
+    smol: Path, whole: list[list[int]], tmp_path: Path, broken: Callable[[Path, Path], LLM]
+) -> None:
+    """On at least half of the prompts."""
+    changed = sum(a != b for a, b in zip(answers(broken(smol, tmp_path / "variant")), whole, strict=True))
+    assert changed >= NUM_PROMPTS / 2
+
+
+def logits_at(folder: Path, ids: list[int], positions: list[int]) -> torch.Tensor:
+    """float32 [positions, vocab], computed by the engine in one request."""
+    llm = open_llm(folder)
+    recorder = HiddenRecorder(llm)
+    llm.generate([ids], greedy(1), use_tqdm=False)
+    return llm._built.engine.runner.model.logits(recorder.hidden()[positions])
+
+
+def test_temperature_moves_logits_past_its_floor_only(smol: Path, tmp_path: Path) -> None:
+    ids = token_stream(open_llm(smol))[:1300]
+    positions = [100, 400, 510, 600, 1000, 1299]
+    on = logits_at(smol, ids, positions)
+    off = logits_at(variant(smol, tmp_path / "off", attn_temperature_tuning=False), ids, positions)
+    moved = (on - off).abs().amax(dim=1)
+    assert moved[:3].max() == 0  # floor((p + 1) / 512) = 0: the factor is 1
+    assert moved[3:].min() > 0.01
+
+
+@torch.inference_mode()
+def test_logits_equal_transformers(smol: Path) -> None:
+    """max |Δ| ≤ 1e-3 in float32 (logit std about 6), at positions spread over several chunks."""
+    from transformers import Llama4ForCausalLM
+
+    ids = token_stream(open_llm(smol))[:PARITY_TOKENS]
+    assert len(ids) == PARITY_TOKENS
+    positions = torch.linspace(0, PARITY_TOKENS - 1, PARITY_POSITIONS).long()
+    ours = logits_at(smol, ids, positions.tolist())
+    oracle = Llama4ForCausalLM.from_pretrained(smol, dtype=torch.float32).eval()
+    theirs = oracle(torch.tensor([ids]), use_cache=False, logits_to_keep=positions).logits[0]
+    assert theirs.std() > 1
+    assert (ours - theirs).abs().max() <= 1e-3

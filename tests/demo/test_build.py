@@ -1,0 +1,120 @@
+"""Folders appear whole or not at all; config.json is a Llama 4; the draft is joined; what is missing is named. (`make demo` builds the real one.)"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from l4core.demo.arch import LAYERS, STUDENT, VOCAB
+from l4core.demo.base import BaseModel
+from l4core.demo.build import CHECKOUT, build_draft, build_target, cached_folder, find_delta, new_folder
+from l4core.demo.folder import config
+from l4core.errors import CheckpointError
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with new_folder(out) as scratch:
+        (scratch / "a").write_text("a", encoding="utf-8")
+        assert not out.exists()
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+    assert (out / "a").read_text(encoding="utf-8") == "a"
+    assert out.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="already exists"), new_folder(tmp_path):
+        pass
+
+
+def test_the_checkout_has_the_delta() -> None:
+    assert find_delta() == CHECKOUT
+
+
+def test_a_folder_without_the_delta(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no delta-experts") as caught:
+        find_delta(tmp_path)
+    assert "--delta CLONE/checkpoints/smol-l4" in caught.value.fix
+
+
+def test_the_cached_name_follows_the_delta(tmp_path: Path) -> None:
+    for name, text in (("delta-experts.safetensors", b"a"), ("delta-rest.safetensors", b"b")):
+        (tmp_path / name).write_bytes(text)
+    before = cached_folder(tmp_path)
+    assert cached_folder(tmp_path) == before
+    (tmp_path / "delta-rest.safetensors").write_bytes(b"c")
+    assert cached_folder(tmp_path) != before
+
+
+def test_a_base_that_is_no_gguf(tmp_path: Path) -> None:
+    base = tmp_path / "base.gguf"
+    base.write_bytes(b"no GGUF at all, only some text that is long enough")
+    with pytest.raises(CheckpointError, match="not a readable GGUF"):
+        build_target(tmp_path / "out", CHECKOUT, base=base, dtype=torch.float32, say=silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_is_a_whole_llama4() -> None:
+    made = config(STUDENT, "bfloat16")
+    assert made["architectures"] == ["Llama4ForCausalLM"]
+    assert made["no_rope_layers"] == [0 if i % 4 == 3 else 1 for i in range(LAYERS)]
+    assert made["layer_types"][2:4] == ["chunked_attention", "full_attention"]
+    assert made["moe_layers"] == list(range(LAYERS))
+    assert (made["attention_chunk_size"], made["vocab_size"], made["attn_temperature_tuning"]) == (512, VOCAB, True)
+
+
+def test_config_reads_back_in_transformers() -> None:
+    from transformers import Llama4TextConfig
+
+    made = config(STUDENT, "bfloat16")
+    read = Llama4TextConfig(**made)
+    for name in ("no_rope_layers", "layer_types", "moe_layers", "attention_chunk_size", "eos_token_id", "floor_scale"):
+        assert getattr(read, name) == made[name]
+
+
+def test_draft(tmp_path: Path) -> None:
+    build_draft(tmp_path / "draft", CHECKOUT, say=silent)
+    tensors = load_file(tmp_path / "draft" / "model.safetensors")
+    made = json.loads((tmp_path / "draft" / "config.json").read_text(encoding="utf-8"))
+    assert made["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert tensors["lm_head.weight"].shape == (made["draft_vocab_size"], made["hidden_size"])
+    target_ids = tensors["d2t"] + torch.arange(made["draft_vocab_size"])
+    assert torch.equal(tensors["t2d"].nonzero().flatten(), target_ids)
+
+
+def test_a_delta_without_a_draft(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no draft-head\.safetensors"):
+        build_draft(tmp_path / "draft", tmp_path, say=silent)
+    assert not (tmp_path / "draft").exists()
+
+
+def test_a_tensor_the_base_lacks(tmp_path: Path) -> None:
+    import gguf
+
+    path = tmp_path / "empty.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("token_embd.weight", torch.ones(4, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    base = BaseModel(path)
+    assert torch.equal(base.embed(), torch.ones(4, 32))
+    with pytest.raises(CheckpointError, match="no tensor 'output_norm.weight'"):
+        base.norm()
+    with pytest.raises(CheckpointError, match="no tokenizer field 'tokens'"):
+        base.vocabulary()
