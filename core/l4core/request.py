@@ -198,7 +198,8 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
-    """One answer. error: why, when finish_reason is "error".  logprobs[i]: token id → logprob for output token i (the chosen token first). text excludes the stop string unless asked."""
+    """One answer. logprobs[i]: token id → logprob for output token i (the chosen token first).  text excludes the stop string unless asked.
+    error: why, when finish_reason is "error"."""
 
     index: int
     text: str

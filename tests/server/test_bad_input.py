@@ -41,6 +41,8 @@ def error_of(reply: httpx.Response) -> dict[str, Any]:
         (CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
         (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         (CHAT, {"messages": [{"role": "user"}]}, "messages[0]"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages[0].content[0]"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "poem"}]}]}, "messages[0].content[0].type"),
         (CHAT, {"messages": HELLO, "max_tokens": 0}, "max_tokens"),
         (CHAT, {"messages": HELLO, "max_tokens": -1}, "max_tokens"),
         (CHAT, {"messages": HELLO, "max_tokens": 1.5}, "max_tokens"),

@@ -57,7 +57,8 @@ def test_bodies_have_types_bounds_and_what_is_required(document: dict[str, Any])
 def test_replies_and_events_are_described(document: dict[str, Any]) -> None:
     content = document["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
     assert content["application/json"]["schema"]["$ref"].endswith("/ChatCompletion")
-    assert content["text/event-stream"]["schema"]["$ref"].endswith("/ChatChunk")
+    event = content["text/event-stream"]["schema"]["properties"]["data"]
+    assert event["contentSchema"]["$ref"].endswith("/ChatChunk")
     for path, item in document["paths"].items():
         for operation in item.values():
             assert operation["responses"]["default"]["content"]["application/json"], path

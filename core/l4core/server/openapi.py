@@ -63,7 +63,7 @@ def _responses(route: Route, references: dict[type[msgspec.Struct], Any]) -> dic
     if route.reply is not None:
         content[JSON] = {"schema": references[route.reply]}
     if route.event is not None:
-        content["text/event-stream"] = {"schema": references[route.event]}
+        content["text/event-stream"] = {"schema": _event(references[route.event])}
     if not content:
         content = {JSON: {"schema": {"type": "object"}}} if route.path.endswith(".json") else {"text/plain": {}}
     found: dict[str, Any] = {"200": {"description": "OK", "content": content}}
@@ -71,3 +71,9 @@ def _responses(route: Route, references: dict[type[msgspec.Struct], Any]) -> dic
         found["503"] = {"description": "Not now", "content": {JSON: {"schema": references[route.unavailable]}}}
     found["default"] = {"description": "An error", "content": {JSON: {"schema": references[ErrorReply]}}}
     return found
+
+
+def _event(data: Any) -> dict[str, Any]:
+    """One server-sent event: its data is JSON in a string (the last one's is [DONE])."""
+    text = {"type": "string", "contentMediaType": JSON, "contentSchema": data}
+    return {"type": "object", "required": ["data"], "properties": {"data": text}}

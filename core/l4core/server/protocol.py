@@ -69,9 +69,10 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
 
 
-class TextPart(msgspec.Struct, tag_field="type", tag="text"):
+class TextPart(msgspec.Struct):
     """A part of a message's content."""
 
+    type: Literal["text"]
     text: str
 
 

@@ -9,6 +9,7 @@ class TestProbe(ProbeConformance):
 
 class TestAttention(AttentionConformance):
     plugin, backend = "l4_block_attention", "block"
+    page_sizes = (1, 16, 64)
 
 
 class TestSmallBlocks(AttentionConformance):
