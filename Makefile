@@ -3,7 +3,7 @@
 # make check      style, types, import order, documents          make docs       write the generated pages
 # make bench      the CPU speed table of the README
 #
-# Each makes .venv first. On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches the small build of torch.
+# Each makes .venv first. TORCH_INDEX=URL takes torch from another package index (the CPU build is a tenth of the CUDA one).
 
 PYTHON ?= python3
 VENV ?= .venv

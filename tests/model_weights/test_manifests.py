@@ -71,31 +71,26 @@ def test_one_rank_copies_every_tensor_once_on_the_meta_device(manifest: ReadMani
 @pytest.mark.parametrize("name", NAMES)
 def test_eight_ranks_together_copy_every_tensor_once(manifest: ReadManifest, name: str) -> None:
     m = manifest(name)
-    plans = [plan_weights(m.stored, m.config, rank=rank, world=8) for rank in range(8)]
-    assert all(plan.problems == () and plan.used == plans[0].used for plan in plans)
-    assert_whole(plans, m.stored)
+    assert_whole([plan_weights(m.stored, m.config, rank=rank, world=8) for rank in range(8)], m.stored)
 
 
 def assert_whole(plans: list[WeightPlan], stored: dict[str, StoredTensor]) -> None:
     """Every parameter of every rank is written exactly once; every used tensor is read exactly once by the ranks together (norms, router
     and scales that no rank cuts: once by each)."""
+    read: dict[str, list[Box]] = defaultdict(list)
     for plan in plans:
+        assert plan.problems == ()
         names = [target.name for target in plan.targets]
         assert len(names) == len(set(names))
         for target in plan.targets:
             assert tiles([region.target_box for region in target.regions], target.shape), target.name
-    read: dict[str, list[Box]] = defaultdict(list)
-    for plan in plans:
-        for target in plan.targets:
             for region in target.regions:
                 read[region.source].append(region.source_box)
-    assert set(read) == plans[0].used
+    assert all(set(read) == plan.used for plan in plans)
     for source, boxes in read.items():
         shape = stored[source].shape or (1,)
-        replicated = (
-            len(plans) > 1 and source.endswith(("norm.weight", "router.weight", "_scale")) and len(set(boxes)) == 1
-        )
-        assert tiles(boxes[:1] if replicated else boxes, shape), source
+        uncut = source.endswith(("norm.weight", "router.weight", "_scale")) and boxes == boxes[:1] * len(plans)
+        assert tiles(boxes[:1] if uncut else boxes, shape), source
 
 
 @pytest.mark.parametrize("name", ["scout", "maverick"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import sys
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -202,6 +204,26 @@ def test_a_distribution_without_metadata_does_not_hide_others(site) -> None:
     assert len([row for row in load_plugins({}).failures if "no hook" in row.reason]) == 2
 
 
+def test_a_distribution_that_is_on_the_path_twice_counts_once(site, tmp_path, monkeypatch) -> None:
+    """An old copy further down the path: its module is shadowed, and so is its metadata."""
+    site.install_good("l4-test-copy", "copied")
+    shutil.copytree(site.folder, tmp_path / "old")
+    old = tmp_path / "old"
+    (old / "l4_test_copy-1.0.dist-info").rename(old / "l4_test_copy-0.9.dist-info")
+    metadata = old / "l4_test_copy-0.9.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().replace("1.0", "0.9"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(old)])
+    plugins = load_plugins({"L4_STRICT_PLUGINS": "1"})
+    assert row_of(plugins, "l4-test-copy").version == "1.0"
+
+
+def test_an_attention_backend_of_another_api_is_kept_to_say_so_itself(site) -> None:
+    source = "@hookimpl\ndef l4_attention_backends():\n    return [AttentionBackendEntry(name='old', api=99, probe=print, create='a:b')]\n"
+    site.install("l4-test-old", SAMPLER_HEAD + source)
+    plugins = load_plugins({"L4_STRICT_PLUGINS": "1"})
+    assert [p.entry.api for p in plugins.attention_backends if p.entry.name == "old"] == [99]
+
+
 def test_one_module_in_two_distributions(site) -> None:
     site.install_good("l4-test-first", "shared")
     site.install("l4-test-second", "", entry_points="[l4core]\nx = l4_test_first\n")
@@ -253,6 +275,12 @@ def test_one_distribution_that_claims_a_name_twice(site) -> None:
 
 
 # ---------------------------------------------------------------- switches
+
+
+def test_names_are_compared_as_pip_compares_them(site) -> None:
+    site.install("L4_Test.Caps", "raise RuntimeError('imported')", module="l4_test_caps")
+    row = row_of(load_plugins({"L4_DISABLE_PLUGINS": "l4-test-caps"}), "L4_Test.Caps")
+    assert row.status == "disabled"
 
 
 @pytest.mark.parametrize("spelling", ["l4-test-off", "L4_Test.Off", " other , l4-test-off ", "l4_test_off"])

@@ -1,9 +1,11 @@
 """On an accelerator: the same tokens as on the CPU, a row alone as in a batch, errors and log-probabilities alike."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from l4core.plugin_ops.philox import key_words, philox_4x32, seed_tensor
 from l4core.sampling.logprobs import prompt_logprobs
@@ -18,6 +20,22 @@ def device() -> torch.device:
     found = torch.accelerator.current_accelerator()
     assert found is not None
     return found
+
+
+class HostReads(TorchDispatchMode):
+    """Lists what makes the host wait: copies to the CPU, and reads of a value or of a size that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        copied = name in ("_to_copy", "copy_") and args[0].device.type != "cpu" and out.device.type == "cpu"
+        if copied or name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero"):
+            self.found.append(name)
+        return out
 
 
 def mixed(made: SamplingPipeline, draw_row: Callable[..., DrawRow], num: int) -> list[DrawRow]:
@@ -66,6 +84,20 @@ def test_tokens_are_those_of_the_cpu(
             assert a.logprobs.logprob == pytest.approx(b.logprobs.logprob, abs=5e-6, rel=5e-7)
     on_device = logits.to(device)
     assert there == [made.sample(on_device[i : i + 1], rows[i : i + 1])[0] for i in range(96)]
+
+
+def test_the_host_waits_once_a_step(
+    pipeline: Callable[..., SamplingPipeline], draw_row: Callable[..., DrawRow], device: torch.device
+) -> None:
+    made = pipeline(1003)
+    logits = torch.randn(96, 1003, generator=torch.Generator().manual_seed(0)).to(device)
+    rows = mixed(made, draw_row, 96)
+    with HostReads() as reads:
+        made.sample(logits, rows)
+    assert reads.found == ["_to_copy"]
+    with reads:
+        bool(logits[0, 0] > 0)
+    assert len(reads.found) == 2
 
 
 def test_words_are_equal_and_noise_nearly(device: torch.device) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -172,8 +171,3 @@ def server(start_server: Callable[..., Running]) -> Iterator[Running]:
 def http(server: Running) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=30, verify=False) as client:
         yield client
-
-
-@pytest.fixture(scope="session")
-def python() -> str:
-    return sys.executable

@@ -129,10 +129,12 @@ class FakeEngine:
 
 
 def build(config: EngineConfig) -> Built:
-    """`revision` makes the start go wrong: "refused", "killed", "broken", or "once:FILE" (killed on every start but the first)."""
+    """`revision` makes the start go wrong: "refused", "killed", "broken", "slow", or "once:FILE" (killed on every start but the first)."""
     mode = config.revision or ""
     if mode == "refused":
         raise CheckpointError("the shard model-1.safetensors is truncated", fix="download it again")
+    if mode == "slow":
+        time.sleep(3600)
     if mode == "broken":
         raise ZeroDivisionError("a bug")
     if mode == "killed":

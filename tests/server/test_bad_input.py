@@ -43,6 +43,8 @@ def error_of(reply: httpx.Response) -> dict[str, Any]:
         (CHAT, {"messages": [{"role": "user"}]}, "messages[0]"),
         (CHAT, {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages[0].content[0]"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "poem"}]}]}, "messages[0].content[0].type"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": {}, "text": ""}]}]}, "messages[0].content[0].type"),
+        (CHAT, {"messages": HELLO, "nonsense": None}, "nonsense"),
         (CHAT, {"messages": HELLO, "max_tokens": 0}, "max_tokens"),
         (CHAT, {"messages": HELLO, "max_tokens": -1}, "max_tokens"),
         (CHAT, {"messages": HELLO, "max_tokens": 1.5}, "max_tokens"),
@@ -163,6 +165,7 @@ def test_unknown_paths_and_wrong_methods(http: httpx.Client) -> None:
         ("guided_json", {"type": "object"}),
         ("best_of", 4),
         ("continue_final_message", True),
+        ("continue_final_message", 0),
         ("reasoning_effort", "high"),
     ],
 )

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,17 @@ def ask(url: str, text: str, **extra: Any) -> httpx.Response:
 
 @pytest.fixture
 def start(checkpoint: Path) -> Iterator[Start]:
-    """start(drain_seconds) → (process, url), ready."""
+    """start(drain_seconds) → (process, url), ready; start(drain_seconds, "slow") → (process, url), listening."""
     started: list[subprocess.Popen[str]] = []
 
-    def launch(drain_seconds: float) -> tuple[subprocess.Popen[str], str]:
+    def launch(drain_seconds: float, *mode: str) -> tuple[subprocess.Popen[str], str]:
         script = str(Path(__file__).with_name("serve_fake.py"))
         process = subprocess.Popen(
-            [sys.executable, script, str(checkpoint), str(drain_seconds)], stdout=subprocess.PIPE, text=True
+            [sys.executable, script, str(checkpoint), str(drain_seconds), *mode], stdout=subprocess.PIPE, text=True
         )
         started.append(process)
+        if mode:
+            return process, f"http://127.0.0.1:{listening_port(process.pid)}"
         assert process.stdout is not None
         for line in process.stdout:
             if found := re.search(r"http://\S+", line):
@@ -53,6 +56,16 @@ def start(checkpoint: Path) -> Iterator[Start]:
     for process in started:
         process.kill()
         process.communicate()
+
+
+def listening_port(pid: int) -> int:
+    """Polls; the engine process has been started too."""
+    process = psutil.Process(pid)
+    while True:
+        ports = [c.laddr.port for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
+        if ports and process.children():
+            return int(ports[0])
+        time.sleep(0.01)
 
 
 def num_active(url: str) -> float:
@@ -114,6 +127,20 @@ def test_a_second_signal_ends_the_drain(start: Start, until: Until) -> None:
         process.send_signal(signal.SIGTERM)
         assert whole.result().status_code == 503
     assert process.wait() == 0
+
+
+def test_while_the_model_loads_the_server_says_so_and_can_be_ended(start: Start, until: Until) -> None:
+    process, url = start(60.0, "slow")
+    (worker,) = psutil.Process(process.pid).children()
+    for path in ("/health", "/ready"):
+        reply = httpx.get(url + path, verify=False)
+        assert (reply.status_code, reply.json()) == (503, {"status": "starting"})
+    for reply in (ask(url, "hello"), httpx.get(f"{url}/v1/models", verify=False)):
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_not_ready")
+        assert reply.headers["retry-after"]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert not worker.is_running()
 
 
 def test_a_killed_server_takes_its_engine_along(start: Start, until: Until) -> None:

@@ -57,7 +57,7 @@ def test_bodies_have_types_bounds_and_what_is_required(document: dict[str, Any])
 def test_replies_and_events_are_described(document: dict[str, Any]) -> None:
     content = document["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
     assert content["application/json"]["schema"]["$ref"].endswith("/ChatCompletion")
-    event = content["text/event-stream"]["schema"]["properties"]["data"]
+    event = content["text/event-stream"]["schema"]["properties"]["data"]["anyOf"][1]
     assert event["contentSchema"]["$ref"].endswith("/ChatChunk")
     for path, item in document["paths"].items():
         for operation in item.values():
@@ -68,3 +68,12 @@ def test_replies_and_events_are_described(document: dict[str, Any]) -> None:
 def test_only_health_and_ready_go_without_a_key(document: dict[str, Any]) -> None:
     free = {p for p, item in document["paths"].items() for o in item.values() if {"key": []} not in o["security"]}
     assert free == {"/health", "/ready"}
+
+
+def test_fields_that_are_taken_or_refused_are_described_so(document: dict[str, Any]) -> None:
+    for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest", "Message"):
+        assert document["components"]["schemas"][name]["additionalProperties"] is False
+    chat = document["components"]["schemas"]["ChatRequest"]["properties"]
+    assert chat["user"] == {}
+    assert chat["tools"] == {"enum": [[], None]}
+    assert chat["temperature"] != {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -121,7 +122,8 @@ def select_backend(
     options = options or {}
     if req.page_size is not None and req.chunk_size is not None and req.chunk_size % req.page_size:
         raise ConfigError(
-            f"page size {req.page_size} does not divide the attention chunk of {req.chunk_size}", fix="--page-size 64"
+            f"page size {req.page_size} does not divide the attention chunk of {req.chunk_size}",
+            fix=f"--page-size {math.gcd(req.chunk_size, 64)}",
         )
     found = candidates(plugins.attention_backends, platform, req, named=named)
     queue = [_named(found, named, plugins)] if named is not None else _usable(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from l4core.errors import ConfigError
 
 if TYPE_CHECKING:
     from openai import OpenAI
+    from openai.types import CompletionUsage
 
 CAPITAL = "What is the capital of France?"
 
@@ -54,55 +55,55 @@ def connect(url: str) -> OpenAI:
 
 def ask_capital(client: OpenAI, model: str) -> Reply:
     """A chat question with a short, known answer."""
-    stream = client.chat.completions.create(
-        model=model,
-        messages=[{"role": "user", "content": CAPITAL}],
-        max_tokens=40,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    return show_stream(
-        Piece(
-            text=(event.choices[0].delta.content or "") if event.choices else "",
-            prompt_tokens=event.usage.prompt_tokens if event.usage else 0,
-            completion_tokens=event.usage.completion_tokens if event.usage else 0,
-        )
-        for event in stream
-    )
+
+    def pieces() -> Iterator[Piece]:
+        for event in client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": CAPITAL}],
+            max_tokens=40,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        ):
+            yield piece((event.choices[0].delta.content or "") if event.choices else "", event.usage)
+
+    return show_stream(pieces())
 
 
 def continue_text(client: OpenAI, model: str, text: str, max_tokens: int) -> Reply:
     """A plain completion of a long text."""
-    stream = client.completions.create(
-        model=model,
-        prompt=text,
-        max_tokens=max_tokens,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    return show_stream(
-        Piece(
-            text=event.choices[0].text if event.choices else "",
-            prompt_tokens=event.usage.prompt_tokens if event.usage else 0,
-            completion_tokens=event.usage.completion_tokens if event.usage else 0,
-        )
-        for event in stream
-    )
+
+    def pieces() -> Iterator[Piece]:
+        for event in client.completions.create(
+            model=model,
+            prompt=text,
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        ):
+            yield piece(event.choices[0].text if event.choices else "", event.usage)
+
+    return show_stream(pieces())
+
+
+def piece(text: str, usage: CompletionUsage | None) -> Piece:
+    if usage is None:
+        return Piece(text=text)
+    return Piece(text=text, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
 
 
 def show_stream(pieces: Iterable[Piece]) -> Reply:
-    """Print pieces as they come and measure."""
+    """Print pieces as they come and measure. pieces: lazy, so that the request is sent by the first look at it and its time counts."""
     began = time.perf_counter()
     text, counts, times = "", Piece(), []
-    for piece in pieces:
-        if piece.text:
+    for found in pieces:
+        if found.text:
             times.append(time.perf_counter())
-            print(piece.text, end="", flush=True)
-            text += piece.text
-        if piece.prompt_tokens:
-            counts = piece
+            print(found.text, end="", flush=True)
+            text += found.text
+        if found.prompt_tokens:
+            counts = found
     print(flush=True)
     return Reply(
         text=text,

@@ -97,7 +97,7 @@ def load_delta(folder: Path) -> dict[str, torch.Tensor]:
 def check_shapes(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     wanted = shapes()
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in wanted.keys() | found.keys():
+    for name in sorted(wanted.keys() | found.keys()):
         if found.get(name) != wanted.get(name):
             raise CheckpointError(
                 f"{folder}: tensor {name!r} has shape {found.get(name, 'none')}; wanted {wanted.get(name, 'no such tensor')}"

@@ -55,6 +55,8 @@ class ServerProcess:
             self._process.kill()
             self._process.wait()
         self._echo.join(STOP_SECONDS)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
     def wait_ready(self) -> float:
         """Seconds until /ready answered. L4Error when the server ends, or takes longer than three minutes."""

@@ -121,7 +121,7 @@ def _copy_all(plan: WeightPlan, index: FolderIndex, model_params: Mapping[str, t
     with ExitStack() as stack:
         files = {shard: stack.enter_context(FileIO(index.folder / shard)) for shard in index.shards}
         bar = stack.enter_context(
-            tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=not progress, file=sys.stderr)
+            tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=None if progress else True, file=sys.stderr)
         )
         calls = (
             call

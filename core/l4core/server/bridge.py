@@ -19,7 +19,7 @@ from l4core.engine.batch import Inbox
 from l4core.engine.messages import Failed, Log, Ready, Refused, Stepped, Submit
 from l4core.errors import EngineDeadError, L4Error, RequestError
 from l4core.request import Request, SequenceUpdate, StepOutput
-from l4core.server.process import EngineProcess
+from l4core.server.process import STOP_SECONDS, EngineProcess
 
 logger = logging.getLogger(__name__)
 
@@ -193,10 +193,11 @@ class Bridge:
 
     async def close(self) -> None:
         """End the engine process and whatever still runs in it."""
+        loading = self.state is not EngineState.READY  # nothing is lost when it is killed, and it would not listen
         self._closed = True
         self.state = EngineState.STOPPED
         self._fail_all(EngineDeadError("the server is shutting down"))
-        await self._end_process()
+        await self._end_process(patience=0.0 if loading else STOP_SECONDS)
 
     def _admit(self, count: int) -> None:
         if self.state is not EngineState.READY:
@@ -274,6 +275,6 @@ class Bridge:
                 logger.warning("the engine is back")
                 return
 
-    async def _end_process(self) -> str:
+    async def _end_process(self, patience: float = STOP_SECONDS) -> str:
         process, self._process = self._process, None
-        return "ended" if process is None else await process.stop()
+        return "ended" if process is None else await process.stop(patience)

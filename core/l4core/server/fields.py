@@ -87,7 +87,7 @@ def _check_message(message: Mapping[str, Any], where: str) -> None:
     content = message.get("content")
     for index, part in enumerate(content if isinstance(content, list) else ()):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in PARTS_NOT_BUILT:
+        if isinstance(kind, str) and kind in PARTS_NOT_BUILT:
             raise _not_built(f"{where}content[{index}].type", kind)
 
 
@@ -99,14 +99,19 @@ def _check_names(
     where: str,
 ) -> None:
     for name, value in raw.items():
-        if name in known or name in harmless or value is None:
+        if name in known or name in harmless or (name in not_built and value is None):
             continue
         if name not in not_built:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RequestError(f"unknown field {where + name!r}{hint}", param=where + name, code="unknown_field")
-        if value not in not_built[name]:
+        if not any(_same(value, off) for off in not_built[name]):
             raise _not_built(where + name, value)
+
+
+def _same(value: Any, off: Any) -> bool:
+    """JSON's equality: 0 is not false."""
+    return bool(value == off) and isinstance(value, bool) == isinstance(off, bool)
 
 
 def _not_built(param: str, value: Any) -> RequestError:

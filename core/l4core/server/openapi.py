@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from l4core import __version__
+from l4core.server.fields import HARMLESS, MESSAGE_HARMLESS, MESSAGE_NOT_BUILT, NOT_BUILT
 from l4core.server.openai import Route
+from l4core.server.protocol import Message
 from l4core.server.replies import ErrorReply
 from l4core.server.security import OPEN_PATHS
 
@@ -27,6 +29,9 @@ def describe(routes: Iterable[Route]) -> dict[str, Any]:
     unique = list(dict.fromkeys(structs))
     schemas, components = msgspec.json.schema_components(unique, ref_template=REFERENCE)
     references: dict[type[msgspec.Struct], Any] = dict(zip(unique, schemas, strict=True))
+    for body in {route.body for route in table if route.body is not None}:
+        _close(components[body.__name__], HARMLESS, NOT_BUILT)
+    _close(components[Message.__name__], MESSAGE_HARMLESS, MESSAGE_NOT_BUILT)
     paths: dict[str, dict[str, Any]] = {}
     for route in table:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, references)
@@ -76,4 +81,12 @@ def _responses(route: Route, references: dict[type[msgspec.Struct], Any]) -> dic
 def _event(data: Any) -> dict[str, Any]:
     """One server-sent event: its data is JSON in a string (the last one's is [DONE])."""
     text = {"type": "string", "contentMediaType": JSON, "contentSchema": data}
-    return {"type": "object", "required": ["data"], "properties": {"data": text}}
+    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [{"const": "[DONE]"}, text]}}}
+
+
+def _close(schema: dict[str, Any], harmless: Iterable[str], not_built: Mapping[str, Sequence[Any]]) -> None:
+    """Say what fields.py does: any other name is refused, of some only the values that mean "off" are taken."""
+    known = schema["properties"]
+    known.update({name: {} for name in sorted(harmless) if name not in known})
+    known.update({name: {"enum": [*off, None]} for name, off in not_built.items() if name not in known})
+    schema["additionalProperties"] = False

@@ -69,11 +69,11 @@ class EngineProcess:
         except msgspec.DecodeError as error:
             raise EngineDeadError(f"the engine process sent something unreadable: {error}") from error
 
-    async def stop(self) -> str:
-        """Ask it to end by closing the socket, kill it if it does not; → how it ended, as words."""
+    async def stop(self, patience: float = STOP_SECONDS) -> str:
+        """Ask it to end by closing the socket, kill it if it does not within `patience` seconds; → how it ended, as words."""
         self._writer.close()
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._exit), STOP_SECONDS)
+            await asyncio.wait_for(asyncio.shield(self._exit), patience)
         if not self._exit.done():
             self._process.kill()
             await self._exit
