@@ -24,7 +24,7 @@ def owner(node: ast.expr) -> str:
 def fields_read(source: str) -> set[str]:
     """Attributes read from a name that holds one of the two configs. `config` alone is one only where its class is named: other rooms call
     their own records so."""
-    sure, here = {"engine_config", "server_config"}, set[str]()
+    sure, here = {"engine_config", "server_config", "_engine_config", "_server_config"}, set[str]()
     if "EngineConfig" in source or "ServerConfig" in source:
         here = {"config", "_config", "engine", "server"}
     return {

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.recording import HiddenRecorder, greedy
 
+from helpers.profile import FULL
+from helpers.recording import HiddenRecorder, greedy
 from l4core import LLM
 from l4core.demo.ask import long_text
 from l4core.demo.run import ready_checkpoint
-from helpers.profile import FULL
 
 NUM_PROMPTS = 20 if FULL else 2
 PROMPT_TOKENS = 1100  # more than two chunks of 512

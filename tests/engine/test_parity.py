@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.recording import Recorder, greedy
 
+from helpers.profile import DEVICE
+from helpers.recording import Recorder, greedy
 from l4core import LLM
 
 CHUNK = 64
@@ -42,12 +43,13 @@ def oracle_logits(folder: Path, ids: list[int]) -> torch.Tensor:
     return oracle(folder)(torch.tensor([ids]), use_cache=False).logits[0]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "backend"), [*((name, "sdpa") for name in VARIANTS), ("step1", "reference"), ("step2", "reference")]
+)
 def test_logits_of_prefill_and_decode_equal_transformers(make_tiny, variant: str, backend: str) -> None:
     """Whole prompt of 300 tokens (pieces end at chunk borders) and 20 decoded tokens: max |Δ logit| ≤ 1e-4 at every position."""
     folder = make_tiny(chunk=CHUNK, **VARIANTS[variant])
-    llm = LLM(folder.as_posix(), dtype="float32", device="cpu", attention_backend=backend, progress=False)
+    llm = LLM(folder.as_posix(), dtype="float32", device=DEVICE, attention_backend=backend, progress=False)
     recorder = Recorder(llm)
     ids = prompt_ids(300)
     output = llm.generate([ids], greedy(20))[0].outputs[0]
@@ -60,7 +62,7 @@ def test_logits_of_prefill_and_decode_equal_transformers(make_tiny, variant: str
 
 @pytest.mark.parametrize("piece", [7, 17, 50, 100, 150])
 def test_chunked_prefill_equals_transformers(tiny: Path, piece: int) -> None:
-    llm = LLM(tiny.as_posix(), dtype="float32", device="cpu", chunked_prefill_size=piece, progress=False)
+    llm = LLM(tiny.as_posix(), dtype="float32", device=DEVICE, chunked_prefill_size=piece, progress=False)
     recorder = Recorder(llm)
     ids = prompt_ids(331)
     llm.generate([ids], greedy(1))
@@ -70,7 +72,7 @@ def test_chunked_prefill_equals_transformers(tiny: Path, piece: int) -> None:
 @pytest.mark.parametrize("page_size", [1, 16, 32, 64])
 def test_greedy_decode_over_two_borders_equals_argmax_of_full_forward(tiny: Path, page_size: int) -> None:
     """200 greedy tokens from a 40-token prompt cross the borders at 64, 128 and 192: every token is transformers' arg-max."""
-    llm = LLM(tiny.as_posix(), dtype="float32", device="cpu", page_size=page_size, progress=False)
+    llm = LLM(tiny.as_posix(), dtype="float32", device=DEVICE, page_size=page_size, progress=False)
     ids = prompt_ids(40)
     tokens = llm.generate([ids], greedy(200))[0].outputs[0].token_ids
     expected = oracle_logits(tiny, ids + tokens[:-1])[39:].argmax(-1).tolist()
@@ -84,7 +86,7 @@ LENGTHS = [1, 2, 62, 63, 64, 65, 66, 100, 126, 127, 128, 129, 130, 191, 192, 193
 def test_a_mixed_batch_gives_each_request_what_it_gets_alone(tiny: Path, page_size: int) -> None:
     """16 requests around the borders in one batch: the same tokens, and logprobs within 1e-5, as alone."""
     llm = LLM(
-        tiny.as_posix(), dtype="float32", device="cpu", page_size=page_size, chunked_prefill_size=90, progress=False
+        tiny.as_posix(), dtype="float32", device=DEVICE, page_size=page_size, chunked_prefill_size=90, progress=False
     )
     prompts = [prompt_ids(n, seed=n) for n in LENGTHS]
     params = greedy(24, logprobs=3)
@@ -104,7 +106,7 @@ def test_float64_reference_is_the_second_oracle(tiny: Path) -> None:
     ids = prompt_ids(150)
     logits = {}
     for dtype in ("float64", "float32"):
-        llm = LLM(tiny.as_posix(), dtype=dtype, device="cpu", attention_backend="reference", progress=False)
+        llm = LLM(tiny.as_posix(), dtype=dtype, device=DEVICE, attention_backend="reference", progress=False)
         recorder = Recorder(llm)
         llm.generate([ids], greedy(1))
         logits[dtype] = recorder.stacked(0).double()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from helpers.serving import serve
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

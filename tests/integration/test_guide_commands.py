@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from helpers.serving import serve
 
 SCOUT, MAVERICK = "meta-llama/Llama-4-Scout-17B-16E-Instruct", "meta-llama/Llama-4-Maverick-17B-128E-Instruct"

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import httpx
+
 from helpers.serving import serve
 
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from l4core.ops.linear import FEW_ROWS, linear
+from l4core.ops.linear import FEW_ROWS, SMALL_WEIGHT, _few_rows, _one_row, linear
 
 
 def operands(
@@ -17,7 +17,7 @@ def operands(
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, FEW_ROWS, FEW_ROWS + 1, 3 * FEW_ROWS])
-@pytest.mark.parametrize("shape", [(8, 12), (7, 5), (5, 1), (1, 16)])
+@pytest.mark.parametrize("shape", [(8, 12), (7, 5), (5, 1), (1, 16), (256, 260), (257, 259)])
 def test_is_a_matrix_product(rows: int, shape: tuple[int, int]) -> None:
     x, weight = operands(rows, *shape)
     wanted = torch.einsum("tk,nk->tn", x, weight)
@@ -28,12 +28,26 @@ def test_is_a_matrix_product(rows: int, shape: tuple[int, int]) -> None:
     assert out[[0, -1]].isnan().all()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, FEW_ROWS])
+@pytest.mark.parametrize("shape", [(8, 12), (7, 5), (5, 1), (1, 16), (256, 260)])
+def test_both_thin_products_are_that_product_too(rows: int, shape: tuple[int, int]) -> None:
+    """Called directly: `linear` takes them only on processors where they pay."""
+    x, weight = operands(rows, *shape)
+    wanted = torch.einsum("tk,nk->tn", x, weight)
+    torch.testing.assert_close(_few_rows(x, weight), wanted)
+    torch.testing.assert_close(_one_row(x[:1], weight), wanted[:1])
+
+
+def test_the_shapes_above_reach_both_sides_of_the_limit() -> None:
+    assert 8 * 12 < SMALL_WEIGHT <= 256 * 260
+
+
 @pytest.mark.parametrize("rows", [1, 6, FEW_ROWS + 6])
 def test_strides_of_input_and_weight_are_free(rows: int) -> None:
-    x, weight = operands(rows, 8, 12)
+    x, weight = operands(rows, 256, 260)
     wanted = torch.einsum("tk,nk->tn", x, weight)
     torch.testing.assert_close(linear(x.t().contiguous().t(), weight), wanted)
-    torch.testing.assert_close(linear(torch.cat([x, x], dim=1)[:, :8], weight), wanted)
+    torch.testing.assert_close(linear(torch.cat([x, x], dim=1)[:, :256], weight), wanted)
     torch.testing.assert_close(linear(x, weight.t().contiguous().t()), wanted)
 
 

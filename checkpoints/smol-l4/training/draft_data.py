@@ -49,7 +49,7 @@ def mark_llama4(dialog: Sequence[int] | Tokens, assistant: list[int]) -> tuple[l
 
 
 def mark_chatml(dialog: Sequence[int] | Tokens, pairs: Pairs) -> tuple[list[int], list[int]]:
-    """A teacher's dialog in the student's form, marked the same way."""
+    """A teacher's dialog in the student's form, marked the same way, but for the end of a user's turn, which is marked too."""
     pair = pairs.dialog(dialog)
     marks = [0] * len(pair.student)
     for place, kind in zip(pair.at_student, pair.kind, strict=True):

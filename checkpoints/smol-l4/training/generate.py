@@ -18,6 +18,7 @@ from training.decoder import Decoder
 from training.device import device_and_dtype, log
 from training.dialogs import Pairs, openings
 from training.sampler import Sampler, student_dialect, teacher_dialect
+from training.schedule import Clock
 from training.weights import read_base, split_base, student_weights, teacher_weights
 
 
@@ -56,7 +57,7 @@ def generate(options: GenerateOptions) -> None:
     prompts = choose_prompts(options, pairs)
     log(len(prompts.ids), "prompts")
     with torch.no_grad():
-        dialogs = make_sampler(options, base, pairs, prompts).run(options.seconds)
+        dialogs = make_sampler(options, base, pairs, prompts).run(Clock(options.seconds, 0))
     save_dialogs(options.out, dialogs)
     tokenizer = make_tokenizer(base)
     for tokens in dialogs[:: max(1, len(dialogs) // options.show)][: options.show]:

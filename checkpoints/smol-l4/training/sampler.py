@@ -4,7 +4,6 @@ drawn until the end of the turn, then the next turn's header is forced, and so o
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from training.decoder import Decoder
 from training.device import log
 from training.dialogs import Pairs
 from training.prompts import NEWLINE
+from training.schedule import Clock
 
 FIRST_TEXT_TOKEN = 17  # the ids before it are the base's own special tokens
 MIN_P = 0.02
@@ -85,15 +85,16 @@ class Sampler:
         self._first = self._pid.clone()
 
     @torch.no_grad()
-    def run(self, seconds: float) -> list[Tokens]:
-        """Dialogs that were finished, or cut at the decoder's length, within the time."""
-        began, outs, pids = time.monotonic(), [], []
-        while time.monotonic() - began < seconds:
+    def run(self, clock: Clock) -> list[Tokens]:
+        """Dialogs that were finished, or cut at the decoder's length, before the clock was over."""
+        outs, pids = [], []
+        while not clock.over():
             outs.append(self._step().int())
             pids.append(self._pid.int())
+            clock.tick()
         packed, prompt_of = torch.stack(outs).cpu().numpy(), torch.stack(pids).cpu().numpy()
         dialogs = self._cut(packed, prompt_of)
-        rate = packed.size / (time.monotonic() - began)
+        rate = packed.size / clock.seconds()
         log(len(outs), "steps,", len(dialogs), "dialogs,", sum(map(len, dialogs)), f"tokens, {rate:.0f} tokens/s")
         return dialogs
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from l4core.cli.command import L4Command
@@ -17,7 +15,8 @@ from l4core.config import EngineConfig
 )
 @click.option("--revision", metavar="TEXT", help="branch, tag or commit of a hub id")
 @click.option("--download-dir", metavar="DIR", help="where hub files are kept (default: HF_HOME)")
-def check(model: str, tp: int, revision: str | None, download_dir: str | None) -> None:
+@click.pass_context
+def check(ctx: click.Context, /, model: str, tp: int, revision: str | None, download_dir: str | None) -> None:
     """Check every tensor of MODEL (a folder or a hub id): name, shape, dtype, and that each is used exactly once.
 
     Exits with 1 when something is missing, unknown or of the wrong shape.
@@ -28,5 +27,4 @@ def check(model: str, tp: int, revision: str | None, download_dir: str | None) -
     folder = resolve_model(EngineConfig(model=model, revision=revision, download_dir=download_dir))
     report = check_folder(folder, tp=tp)
     click.echo(report.text())
-    if not report.ok:
-        sys.exit(1)
+    ctx.exit(0 if report.ok else 1)
