@@ -28,6 +28,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	MYPYPATH=checkpoints/smol-l4 $(BIN)/mypy --package training
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/docs
 

@@ -70,7 +70,9 @@ def check_hooks(manager: pluggy.PluginManager, name: str) -> None:
                 )
             if caller.name not in HOOKS and not implementation.optionalhook:
                 raise PluginError(f"unknown hook {caller.name}; this core knows {', '.join(HOOKS)}")
-    unmarked = [hook for hook in HOOKS if hook not in marked and callable(getattr(plugin, hook, None))]
+    # All hooks are looked up, marked or not: pluggy does so on later calls, where an odd `__getattr__` would hit the other plugins.
+    defined = [hook for hook in HOOKS if callable(getattr(plugin, hook, None))]
+    unmarked = [hook for hook in defined if hook not in marked]
     if unmarked:
         raise PluginError(
             f"{', '.join(unmarked)} is defined but not marked with @hookimpl, so it would never be called"

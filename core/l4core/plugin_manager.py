@@ -148,9 +148,11 @@ def _ask(manager: pluggy.PluginManager, row: PluginRow, point: importlib.metadat
         for hook in HOOKS:
             for result in _call(manager, hook, others):
                 offers += check_result(hook, result, row)
-    except PluginError:
+    except Exception as error:
         manager.unregister(name=name)
-        raise
+        if isinstance(error, PluginError):
+            raise
+        raise PluginError(f"cannot inspect {point.value!r}: {type(error).__name__}: {error}") from error
     return offers
 
 

@@ -140,7 +140,7 @@ def test_running_prompts_go_on_before_new_ones_start() -> None:
     assert steps(made) == [[("a", 0, 8), ("b", 0, 2)], [("a", 8, 14), ("b", 2, 3)]]
 
 
-def test_more_decodes_than_tokens_are_served_best_first() -> None:
+def test_no_more_run_than_a_step_has_tokens_for() -> None:
     made = engine(max_tokens_per_step=2)
     made.scheduler.add(ask("a", 1, max_tokens=3))
     made.scheduler.add(ask("b", 1, max_tokens=3))
@@ -285,6 +285,30 @@ def test_a_prompt_starts_only_when_all_its_tokens_find_room() -> None:
     seen = steps(made)
     assert [step for step in seen if step[0][0] == "b"] == [[("b", 0, 8)], [("b", 8, 16)], [("b", 16, 24)]]
     assert all(len(step) == 1 for step in seen)
+
+
+def test_a_newcomer_leaves_each_running_one_its_next_page() -> None:
+    """Three pages are free when b comes: it would fill them all, and a's next token would have to evict someone."""
+    made = engine(pages=5)
+    made.scheduler.add(ask("a", 4, max_tokens=6))
+    made.step()
+    made.scheduler.add(ask("b", 5, max_tokens=1))
+    assert [names for step in steps(made) if (names := [name for name, _, _ in step])] == [["a"]] * 5 + [["b"]]
+
+
+def test_a_prompt_without_pages_waits_for_younger_decodes_to_end() -> None:
+    """d outgrows the page kept for it while the long prompt p is computed. Evicting d would lose its work; it ends soon anyway."""
+    made = engine(pages=18, max_tokens_per_step=5)
+    made.scheduler.add(ask("p", 32, max_tokens=1))
+    made.scheduler.add(ask("d", 1, max_tokens=8))
+    seen, preemptions = [], 0
+    for _ in turns(made):
+        batch = made.scheduler.schedule()
+        assert batch is not None
+        seen.append([name for name, _, _ in pieces(batch)])
+        preemptions += made.scheduler.commit(made.execute(batch)).stats.num_preemptions
+    assert preemptions == 0
+    assert seen == [["p"], ["p", "d"], *[["d", "p"]] * 5, *[["d"]] * 2, ["p"]]
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------------------------

@@ -158,6 +158,11 @@ BROKEN = {
         + f"@hookimpl\ndef l4_samplers():\n    return [{ENTRY.replace('api=1', f'api={PLUGIN_API - 2}')}]\n",
         "pip install --upgrade l4-test-broken",
     ),
+    "a module whose __getattr__ breaks": (
+        SAMPLER_HEAD + f"@hookimpl\ndef l4_samplers():\n    return [{ENTRY}]\n"
+        "def __getattr__(name):\n    raise ImportError(f'no {name} here') if name.startswith('l4_') else AttributeError(name)\n",
+        "ImportError: no l4_attention_backends here",
+    ),
     "a plugin that cannot be hashed": (
         SAMPLER_HEAD
         + "class Odd:\n    __hash__ = None\n    @hookimpl\n    def l4_samplers(self):\n        return []\nplugin = Odd()\n",

@@ -65,7 +65,7 @@ def test_a_score_tie_goes_to_the_lowest_id() -> None:
     assert int(draw(logits, [key])) == 40 + int(noise[41] > noise[40])
 
 
-@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-6, 1e-3])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-30, 1e-6, 1e-3])
 def test_small_temperatures_are_greedy(temperature: float) -> None:
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * 30
     assert torch.equal(draw(logits, keys(50, temperature)), argmax_lowest(logits))

@@ -149,9 +149,12 @@ class Scheduler:
         return decodes, prefills
 
     def _schedule_decodes(self, decodes: list[SequenceState]) -> tuple[list[SequenceState], int]:
-        """→ (those in the batch, tokens still allowed)."""
+        """→ (those in the batch, tokens still allowed).
+
+        There are never more decodes than a step has tokens: the youngest was admitted in a step that served all the others too.
+        """
         chosen: list[SequenceState] = []
-        for seq in decodes[: self.limits.max_tokens_per_step]:
+        for seq in decodes:
             if seq.row == NO_ROW:  # evicted by a better one a moment ago
                 continue
             new_pages = NO_PAGES if seq.num_tokens <= seq.tables.capacity else self._make_room(seq, seq.num_tokens)

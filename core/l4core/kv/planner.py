@@ -79,10 +79,10 @@ class _Budget:
         return context, min(local, rest // self.local_cost) if self.local_cost else 0
 
     def _local_wanted(self, context: int, own: int) -> int:
-        """The larger of half of what short requests would like and all that full contexts need, but at least one request's."""
+        """The larger of half of what short requests would like and all that full contexts need, so at least one request's."""
         short = self.num_bytes // (self.full_cost + self.local_cost)
         for_contexts = self.num_bytes * own // (context * self.full_cost + own * self.local_cost)
-        return max(short // 2, for_contexts, own)
+        return max(short // 2, for_contexts)
 
 
 def plan_kv(

@@ -18,12 +18,18 @@ docs/decisions/001-cpu-experts.md."""
 
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K] · weight [N, K]ᵀ → [T, N]; written to `out` where given, else the result's memory order is free (it may be a transposed view)."""
-    if THIN_BLAS_IS_SLOW and x.device.type == "cpu" and x.shape[0] <= FEW_ROWS and weight.numel() >= SMALL_WEIGHT:
+    if _is_thin(x, weight):
         result = _one_row(x, weight) if x.shape[0] == 1 else _few_rows(x, weight)
         return result if out is None else out.copy_(result)
     if out is None:
         return F.linear(x, weight)
     return torch.mm(x, weight.t(), out=out)
+
+
+def _is_thin(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if not THIN_BLAS_IS_SLOW or x.device.type != "cpu" or x.shape[0] > FEW_ROWS or weight.numel() < SMALL_WEIGHT:
+        return False
+    return torch.get_num_threads() > 1
 
 
 def _few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

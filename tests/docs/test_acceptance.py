@@ -1,0 +1,34 @@
+"""Every row of docs/acceptance.md names a test that is there, or a command that is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROWS = [
+    [cell.strip() for cell in line.strip().strip("|").split("|")]
+    for line in (ROOT / "docs" / "acceptance.md").read_text().splitlines()
+    if line.startswith("| ") and not line.startswith(("| ---", "| promise"))
+]
+
+
+def functions_of(path: Path) -> set[str]:
+    return {
+        node.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+
+
+@pytest.mark.parametrize(("promise", "shown"), ROWS, ids=[row[0][:60] for row in ROWS])
+def test_each_promise_is_shown_by_something_that_exists(promise: str, shown: str) -> None:
+    command = re.fullmatch(r"`make (\S+)( ONCE=1)?`", shown)
+    if command:
+        assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), promise
+        return
+    path, _, name = shown.partition("::")
+    assert name in functions_of(ROOT / path), f"{promise}: {shown} is not there"
