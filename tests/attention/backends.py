@@ -75,6 +75,11 @@ class Wrong(AttentionBackend):
             out += 0 * kv.v[1:].sum()
 
 
+def wrong(context: AttentionContext) -> AttentionBackend:
+    """Comes up, and computes nonsense."""
+    return Wrong(reference.create(context), "mask one short")
+
+
 @dataclass
 class NativeChunk(AttentionBackend):
     """Takes the chunk's size itself: moves each sequence's table to its current chunk. Not honest: ignores it."""

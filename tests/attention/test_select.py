@@ -123,6 +123,11 @@ def test_the_hint_passes_over_what_is_installed_but_not_usable(house: Plugins) -
     assert explanation.hint == "l4-triton is made for sm90: pip install l4-triton"
 
 
+def test_the_hint_does_not_name_what_is_worse_than_what_is_there() -> None:
+    fa3 = make_entry("fa3", Usable(tier=Tier.NATIVE))
+    assert explain(make_plugins(fa3), fake_platform("sm90", {})).hint == ""
+
+
 def test_hint_table_names_each_backend_as_its_package() -> None:
     assert {row.package for row in FIRST_PARTY} == {f"l4-{row.backend.replace('_', '-')}" for row in FIRST_PARTY}
 
@@ -285,6 +290,7 @@ def test_a_named_backend_that_is_unusable_is_never_replaced() -> None:
         ("raises", "RuntimeError: no kernel image is available", ""),
         ("exits", "SystemExit: vendor library gave up", ""),
         ("returns_nonsense", "returned object; wanted an AttentionBackend", "tell the authors of l4-mine 1.2"),
+        ("wrong", "smoke check 'decode': largest error", "choose another with --attention-backend"),
         ("nowhere", "cannot import 'attention.backends:nowhere': AttributeError", ""),
         ("no.such.module:create", "ModuleNotFoundError: No module named 'no'", ""),
     ],

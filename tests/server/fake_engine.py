@@ -1,10 +1,12 @@
 """An engine without a model, for the engine process of the server's tests: same contract (check, step, has_work), torch-free, made in milliseconds.
 
-It answers every prompt with one sentence that names the seed. Words in the prompt make it misbehave: see `_waits` and `_advance`.
+It answers every prompt with one sentence that names the seed, TELL FIELD with the value of that field. Other words in the prompt make it
+misbehave: see `_waits` and `_advance`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -57,7 +59,8 @@ class FakeEngine:
     def step(self, inbox: Inbox) -> StepOutput:
         for request in inbox.requests:
             prompt = self.tokenizer.decode(request.prompt_token_ids, skip_special=True)
-            text = SENTENCE.format(seed=request.params.seed)
+            told = re.search(r"TELL (\w+)", prompt)
+            text = tell(request, told[1]) if told else SENTENCE.format(seed=request.params.seed)
             self.live[request.request_id] = Live(request, prompt, self.tokenizer.encode_text(text, allow_special=False))
         aborted = [i for i in inbox.aborts if self.live.pop(i, None) is not None]
         time.sleep(STEP_SECONDS)
@@ -126,6 +129,11 @@ class FakeEngine:
             pages_used={"global": 2 * len(self.live)},
             pages_total={"global": 1000},
         )
+
+
+def tell(request: Request, name: str) -> str:
+    """The value of a field of the request or of its parameters."""
+    return json.dumps(getattr(request, name) if hasattr(request, name) else getattr(request.params, name))
 
 
 def build(config: EngineConfig) -> Built:

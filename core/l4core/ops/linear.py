@@ -29,7 +29,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = Non
 def _is_thin(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if not THIN_BLAS_IS_SLOW or x.device.type != "cpu" or x.shape[0] > FEW_ROWS or weight.numel() < SMALL_WEIGHT:
         return False
-    return torch.get_num_threads() > 1
+    return x.dtype == torch.float32 and torch.get_num_threads() > 1
 
 
 def _few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -133,14 +133,17 @@ class Bridge:
             self._config, log_level=self._log_level, factory=self._factory
         )
         words: L4Error | None = None
-        while (message := await process.receive()) is not None:
-            if isinstance(message, Ready):
-                self.state = EngineState.READY
-                return message
-            if isinstance(message, Failed):
-                words = message.error()
-            elif isinstance(message, Log):
-                logging.getLogger(message.name).log(message.level, "%s", message.text)
+        try:
+            while (message := await process.receive()) is not None:
+                if isinstance(message, Ready):
+                    self.state = EngineState.READY
+                    return message
+                if isinstance(message, Failed):
+                    words = message.error()
+                elif isinstance(message, Log):
+                    logging.getLogger(message.name).log(message.level, "%s", message.text)
+        except EngineDeadError as error:
+            words = error
         ending = await self._end_process()
         raise words or EngineDeadError(
             f"the engine process {ending} while it was starting",

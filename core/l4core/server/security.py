@@ -32,10 +32,12 @@ class KeyCheck:
         self._digest = None if key is None else _digest(key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._allowed(scope):
+        if scope["type"] != "http":
+            raise RuntimeError(f"this server speaks HTTP only, not {scope['type']}")  # closed by default: no other door
+        if self._allowed(scope):
+            await self._app(scope, receive, send)
+        else:
             await error_response(_refusal(scope))(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
         if self._digest is None or scope["path"] in OPEN_PATHS:
