@@ -311,6 +311,15 @@ def test_a_prompt_without_pages_waits_for_younger_decodes_to_end() -> None:
     assert seen == [["p"], ["p", "d"], *[["d", "p"]] * 5, *[["d"]] * 2, ["p"]]
 
 
+def test_a_worse_prompt_does_not_take_the_pages_a_better_one_waits_for() -> None:
+    """In step 10 three pages are free: p needs four for its last piece, e two. Pages that d gives back later must come to p first."""
+    made = engine(pages=80, max_tokens_per_step=17, max_context=100)
+    for name, prompt_len, max_tokens in (("p", 80, 1), ("e", 75, 1), ("d", 1, 16)):
+        made.scheduler.add(ask(name, prompt_len, max_tokens=max_tokens, max_total_tokens=100))
+    names = [[name for name, _, _ in step] for step in steps(made)]
+    assert names == [["p", "e", "d"], *[["d", "p", "e"]] * 8, *[["d"]] * 7, ["p", "e"]]
+
+
 # --- ends ------------------------------------------------------------------------------------------------------------------------------
 
 
