@@ -22,7 +22,7 @@ SCOUT = (
 
 def plan(**changed: Any) -> KVPlan:
     """One rank of eight of Scout in bfloat16: 6,144 B a global token, 18,432 B a local one."""
-    given_ = {
+    given_: dict[str, Any] = {
         "groups": SCOUT,
         "page_size": 64,
         "num_kv_heads": 1,
@@ -92,6 +92,11 @@ def test_the_context_stops_at_the_models_limit() -> None:
     assert made.max_context == made.largest_context == 1_048_576
     with pytest.raises(ConfigError, match="1048577 is above the model's limit of 1048576"):
         plan(model_limit=1_048_576, context_length=1_048_577)
+
+
+def test_a_context_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="context length is 0; wanted at least 1"):
+        plan(context_length=0)
 
 
 def test_a_context_without_whole_pages_is_honoured() -> None:

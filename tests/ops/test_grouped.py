@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from l4core.ops.grouped import _every_expert, group_rows, grouped_linear
-from l4core.ops.linear import FEW_ROWS
+from l4core.ops.grouped import JOIN_ROWS, _every_expert, group_rows, grouped_linear
 
 E, K, N = 5, 16, 24
 
@@ -19,7 +18,7 @@ def rows(experts: list[int], dtype: torch.dtype = torch.float64) -> tuple[torch.
     return x, torch.tensor(experts)
 
 
-CASES = [[3], [0, 0], [4, 1, 1, 4, 2], [2] * 7, list(range(5)) * 3, [0] * (FEW_ROWS + 9) + [4, 3] * 3]
+CASES = [[3], [0, 0], [4, 1, 1, 4, 2], [2] * 7, list(range(5)) * 3, [0] * (JOIN_ROWS + 9) + [4, 3] * 3]
 
 
 @pytest.mark.parametrize("experts", CASES, ids=len)
@@ -28,7 +27,7 @@ def test_every_row_meets_its_own_expert(experts: list[int], out_by_in: bool) -> 
     (x, ids), weight = rows(experts), weights(out_by_in=out_by_in)
     groups = group_rows(ids, E)
     wanted = torch.stack([x[t] @ weight[e] for t, e in enumerate(experts)])
-    torch.testing.assert_close(groups.unsort(grouped_linear(groups.sort(x), weight, groups)), wanted)
+    torch.testing.assert_close(groups.unpack(grouped_linear(groups.pack(x), weight, groups)), wanted)
 
 
 def test_only_experts_that_were_hit_are_read() -> None:
@@ -36,7 +35,7 @@ def test_only_experts_that_were_hit_are_read() -> None:
     weight[[0, 2, 3]] = torch.nan
     groups = group_rows(ids, E)
     assert groups.spans == ((1, 0, 2), (4, 2, 3))
-    assert grouped_linear(groups.sort(x), weight, groups).isfinite().all()
+    assert grouped_linear(groups.pack(x), weight, groups).isfinite().all()
 
 
 @pytest.mark.parametrize("experts", CASES, ids=len)
@@ -56,7 +55,7 @@ def test_on_an_accelerator_nothing_is_read_back(dtype: torch.dtype) -> None:
     )
     groups = group_rows(ids, E)
     assert groups.spans is None
-    assert groups.unsort(grouped_linear(groups.sort(x), weight, groups)).shape == (9, N)
+    assert groups.unpack(grouped_linear(groups.pack(x), weight, groups)).shape == (9, N)
 
 
 @pytest.mark.parametrize("experts", CASES, ids=len)

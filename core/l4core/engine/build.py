@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ def _load_model(
     if config.load_format == "dummy":
         fill_dummy(parameters, config.random_seed)
     else:
-        load_weights(parameters, folder, model_config, progress=progress)
+        load_weights(parameters, folder, model_config, progress=progress and sys.stderr.isatty())
     return model
 
 

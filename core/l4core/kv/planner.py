@@ -164,6 +164,10 @@ def _no_page(page_size: int, page_bytes: int, budget_bytes: int, max_total_token
 def _check_context(
     context_length: int, largest: int, model_limit: int, budget_bytes: int, max_total_tokens: int | None
 ) -> None:
+    if context_length < 1:
+        raise ConfigError(
+            f"context length is {context_length}; wanted at least 1 token", fix=f"--context-length {largest}"
+        )
     if context_length > model_limit:
         raise ConfigError(
             f"context length {context_length} is above the model's limit of {model_limit} tokens",

@@ -11,8 +11,9 @@ from l4core.ops.silu_mul import silu_mul
 
 
 def parameter(*shape: int, transposed: bool = False) -> nn.Parameter:
-    """An empty parameter. transposed: the last two dimensions change places in the shape that is seen, not in memory."""
-    data = torch.empty(shape)
+    """An empty parameter. transposed: its last two dimensions lie the other way round in memory."""
+    order = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
+    data = torch.empty(order)
     return nn.Parameter(data.transpose(-1, -2) if transposed else data, requires_grad=False)
 
 

@@ -7,19 +7,18 @@ from torch import nn
 
 from l4core.model.config import ModelConfig
 from l4core.model.layers import Linear, SwiGLU, parameter
-from l4core.ops.grouped import group_rows, grouped_linear
+from l4core.ops.grouped import OUT_BY_IN, group_rows, grouped_linear
 from l4core.ops.silu_mul import silu_mul
 
 
 class Experts(nn.Module):
-    """The routed experts. Shapes are the checkpoint's (in by out); in memory each expert lies out by in, the order in which a product with few
-    rows reads a weight fastest and which grouped kernels want."""
+    """The routed experts. Shapes are the checkpoint's, in by out; how an expert lies in memory is chosen for the machine."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         num_experts, hidden, inter = config.num_experts, config.hidden_size, config.intermediate_size
-        self.gate_up = parameter(num_experts, 2 * inter, hidden, transposed=True)  # [E, H, 2I], gate columns first
-        self.down = parameter(num_experts, hidden, inter, transposed=True)  # [E, I, H]
+        self.gate_up = parameter(num_experts, hidden, 2 * inter, transposed=OUT_BY_IN)  # gate columns first
+        self.down = parameter(num_experts, inter, hidden, transposed=OUT_BY_IN)
 
 
 class MoE(nn.Module):
@@ -37,8 +36,8 @@ class MoE(nn.Module):
         best, expert_ids = self.router(x).max(dim=-1)  # [T], [T]
         score = best.to(torch.promote_types(best.dtype, torch.float32)).sigmoid().to(x.dtype)  # [T]
         groups = group_rows(expert_ids, self.router.weight.shape[0])
-        routed = groups.sort(x * score.unsqueeze(1))  # [T, H]
+        routed = groups.pack(x * score.unsqueeze(1))  # [T, H]
         routed = silu_mul(grouped_linear(routed, self.experts.gate_up, groups))  # [T, I]
         routed = grouped_linear(routed, self.experts.down, groups)  # [T, H]
         out: torch.Tensor = self.shared(x)
-        return out.add_(groups.unsort(routed))
+        return out.add_(groups.unpack(routed))

@@ -65,7 +65,7 @@ def load_weights(
 ) -> LoadReport:
     """Fills every parameter of the model from the shards in `folder`. progress: a bar in bytes on stderr.
 
-    model_params: by our names, this rank's shapes, any device and any of float32, bfloat16, float16 (values are converted).
+    model_params: by our names, this rank's shapes, any device and any of float64, float32, bfloat16, float16 (values are converted).
     Raises CheckpointError naming the tensor or shard at fault, NotBuiltError for quantised weights; then no parameter was written.
     """
     scheme = scheme_of(with_folder_scheme(config, folder).quantization_config)
@@ -106,7 +106,7 @@ def _check_params(plan: WeightPlan, model_params: Mapping[str, torch.Tensor]) ->
             raise CheckpointError(
                 f"parameter {name} is {list(param.shape)}; rank {plan.rank} wants {list(target.shape)}"
             )
-        if param.is_meta or param.dtype not in DTYPES.values():
+        if param.is_meta or param.dtype not in (*DTYPES.values(), torch.float64):
             raise CheckpointError(
                 f"parameter {name} is {param.dtype} on {param.device}; wanted real memory in a float type"
             )
@@ -121,7 +121,7 @@ def _copy_all(plan: WeightPlan, index: FolderIndex, model_params: Mapping[str, t
     with ExitStack() as stack:
         files = {shard: stack.enter_context(FileIO(index.folder / shard)) for shard in index.shards}
         bar = stack.enter_context(
-            tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=None if progress else True, file=sys.stderr)
+            tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=not progress, file=sys.stderr)
         )
         calls = (
             call

@@ -1,50 +1,68 @@
-"""One product a token group: row t of the sorted input meets the weight of its own expert. The only place that chooses how."""
+"""One product an expert: every row of the packed input meets the weight of its own expert. The only place that chooses how.
+
+CPU          only the experts that were hit are read; on AVX2 two of them at a time, so that each has a thread and its memory stream
+accelerator  bfloat16: torch's grouped_mm.  Other dtypes: every expert sees every row, E times the work but no host sync
+Measured in docs/decisions/001-cpu-experts.md.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from l4core.ops.linear import FEW_ROWS, linear
+from l4core.ops.linear import linear
+
+OUT_BY_IN = torch.backends.cpu.get_cpu_capability() != "AVX2"
+"""How an expert's weight best lies in memory on this machine. Both orders are right everywhere; the shape is [E, in, out] in either."""
+PAIRS = not OUT_BY_IN
+"""Whether small groups are multiplied in pairs."""
+MAX_PAIR_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Packed rows [begin, begin + num_rows · len(experts)): num_rows of the first expert, then as many of the second, if there is one."""
+
+    experts: tuple[int, ...]
+    begin: int
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """Rows sorted by expert. order: int64 [T], sorted row → original row, None when sorting changes nothing (one row).  expert_ids: int64
-    [T], sorted.  spans: (expert, begin, end) of the experts that were hit, known on a CPU only, where reading them costs nothing."""
+    """How T rows are packed by expert. order: int64 [P], packed row → row; a row may stand twice, as padding.  place: int64 [T], row → packed
+    row.  Both None when packing changes nothing.  expert_ids: int64 [P] (accelerator).  blocks: known on a CPU, where reading costs nothing."""
 
     order: torch.Tensor | None
+    place: torch.Tensor | None
     expert_ids: torch.Tensor
     num_experts: int
-    spans: tuple[tuple[int, int, int], ...] | None
+    blocks: tuple[Block, ...] | None
 
-    def sort(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of x [T, …] in expert order."""
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, …] → [P, …]."""
         return x if self.order is None else x.index_select(0, self.order)
 
-    def unsort(self, x: torch.Tensor) -> torch.Tensor:
-        """The inverse of `sort`."""
-        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """x [P, …] → [T, …]."""
+        return x if self.place is None else x.index_select(0, self.place)
 
 
 def group_rows(expert_ids: torch.Tensor, num_experts: int) -> Groups:
     """expert_ids: int64 [T], the expert of each row. No host sync on an accelerator."""
-    on_cpu = expert_ids.device.type == "cpu"
-    if on_cpu and expert_ids.shape[0] == 1:
-        expert = int(expert_ids[0])
-        return Groups(order=None, expert_ids=expert_ids, num_experts=num_experts, spans=((expert, 0, 1),))
+    if expert_ids.is_cpu:
+        return _group_on_cpu(expert_ids, num_experts, pairs=PAIRS)
     sorted_ids, order = expert_ids.sort(stable=True)
-    spans = _spans(expert_ids.bincount(minlength=num_experts).tolist()) if on_cpu else None
-    return Groups(order=order, expert_ids=sorted_ids, num_experts=num_experts, spans=spans)
+    return Groups(order=order, place=order.argsort(), expert_ids=sorted_ids, num_experts=num_experts, blocks=None)
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """x [T, K] sorted by expert, weight [E, K, N] → [T, N]. On a CPU only the experts that were hit are read; on an accelerator in bfloat16 one
-    grouped product; in other dtypes there every expert sees every row, which is E times the work but needs no host sync."""
-    if groups.spans is not None:
-        return _hit_experts(x, weight, groups.spans)
+    """x [P, K] packed, weight [E, K, N] → [P, N]."""
+    if groups.blocks is not None:
+        return _by_block(x, weight, groups.blocks)
     if x.dtype == torch.bfloat16:
         return F.grouped_mm(x, weight, offs=group_ends(groups.expert_ids, groups.num_experts))
     return _every_expert(x, weight, groups.expert_ids)
@@ -56,25 +74,69 @@ def group_ends(sorted_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     return torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
 
 
-def _spans(counts: list[int]) -> tuple[tuple[int, int, int], ...]:
-    spans, begin = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            spans.append((expert, begin, begin + count))
-        begin += count
-    return tuple(spans)
+def _group_on_cpu(expert_ids: torch.Tensor, num_experts: int, *, pairs: bool) -> Groups:
+    """Largest groups first, so that those paired are about equally large."""
+    rows: dict[int, list[int]] = {}
+    for row, expert in enumerate(expert_ids.tolist()):
+        rows.setdefault(expert, []).append(row)
+    if len(rows) == 1:
+        block = Block(experts=tuple(rows), begin=0, num_rows=expert_ids.shape[0])
+        return Groups(order=None, place=None, expert_ids=expert_ids, num_experts=num_experts, blocks=(block,))
+    order: list[int] = []
+    blocks = []
+    for experts in _partners({expert: len(found) for expert, found in rows.items()}, pairs):
+        num_rows = max(len(rows[expert]) for expert in experts)
+        blocks.append(Block(experts=experts, begin=len(order), num_rows=num_rows))
+        for expert in experts:
+            order += rows[expert] + rows[expert][:1] * (num_rows - len(rows[expert]))
+    packed = torch.tensor(order)
+    place = torch.empty_like(expert_ids).index_copy_(0, packed, torch.arange(len(order)))  # any copy of a row will do
+    return Groups(order=packed, place=place, expert_ids=expert_ids, num_experts=num_experts, blocks=tuple(blocks))
 
 
-def _hit_experts(x: torch.Tensor, weight: torch.Tensor, spans: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
-    out_by_in = weight.transpose(1, 2)  # [E, N, K]
-    if x.shape[0] <= FEW_ROWS:
-        pieces = torch.split(x, [end - begin for _, begin, end in spans])
-        found = [linear(rows, out_by_in[span[0]]) for rows, span in zip(pieces, spans, strict=True)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+def _partners(counts: dict[int, int], pairs: bool) -> list[tuple[int, ...]]:
+    """Experts in blocks of one or two, the lower id first; a pair's padding stays below half of its larger group, or below four rows."""
+    found: list[tuple[int, ...]] = []
+    waiting: int | None = None
+    for expert in sorted(counts, key=lambda e: -counts[e]):
+        if not pairs or counts[expert] > MAX_PAIR_ROWS:
+            found.append((expert,))
+        elif waiting is None:
+            waiting = expert
+        elif counts[waiting] - counts[expert] <= max(4, counts[waiting] // 2):
+            found.append((min(waiting, expert), max(waiting, expert)))
+            waiting = None
+        else:
+            found.append((waiting,))
+            waiting = expert
+    return found if waiting is None else [*found, (waiting,)]
+
+
+def _by_block(x: torch.Tensor, weight: torch.Tensor, blocks: Sequence[Block]) -> torch.Tensor:
+    if len(blocks) == 1 and len(blocks[0].experts) == 1:
+        return linear(x, weight[blocks[0].experts[0]].t())
     out = x.new_empty(x.shape[0], weight.shape[2])
-    for expert, begin, end in spans:
-        linear(x[begin:end], out_by_in[expert], out=out[begin:end])
+    for block in blocks:
+        if len(block.experts) == 2:
+            _pair(x, weight, out, block)
+        else:
+            rows = slice(block.begin, block.begin + block.num_rows)
+            linear(x[rows], weight[block.experts[0]].t(), out=out[rows])
     return out
+
+
+def _pair(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, block: Block) -> None:
+    """Two experts as one batch; any two weights are one strided tensor."""
+    (first, second), begin, n = block.experts, block.begin, block.num_rows
+    num_in, num_out = weight.shape[1:]
+    stride, row, column = weight.stride()
+    torch.bmm(
+        x.as_strided((2, n, num_in), (n * num_in, num_in, 1), x.storage_offset() + begin * num_in),
+        weight.as_strided(
+            (2, num_in, num_out), ((second - first) * stride, row, column), weight.storage_offset() + first * stride
+        ),
+        out=out.as_strided((2, n, num_out), (n * num_out, num_out, 1), begin * num_out),
+    )
 
 
 def _every_expert(x: torch.Tensor, weight: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:

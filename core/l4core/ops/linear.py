@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
-FEW_ROWS = 64
-"""Up to this many rows a CPU product is bound by reading the weight once."""
-SMALL_WEIGHT = 1 << 16
-"""Elements of a weight below which one plain call is cheapest."""
-THIN_BLAS_IS_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
-"""On AVX2 the BLAS gives a product of few rows to one thread and half the bandwidth; on AVX512 the plain call is best. Both were measured:
+THIN = {"AVX2": range(1, 65), "AVX512": range(9, 65)}.get(torch.backends.cpu.get_cpu_capability(), range(0))
+"""Numbers of rows for which this processor's BLAS is faster on weight · xᵀ than on x · weightᵀ: up to three times, measured in
 docs/decisions/001-cpu-experts.md."""
+SMALL_WEIGHT = 1 << 18
+"""Elements up to which a weight stays in the cache, and one plain call is cheap."""
+SAME_ORDER_ROWS = 4
+"""From this many rows on BLAS adds the terms of a small product in one order, so that a request alone gets the bits it gets in a batch."""
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K] · weight [N, K]ᵀ → [T, N]; written to `out` where given, else the result's memory order is free (it may be a transposed view)."""
-    if _is_thin(x, weight):
+    if x.shape[0] in THIN and _is_thin(x, weight):
         result = _one_row(x, weight) if x.shape[0] == 1 else _few_rows(x, weight)
+        return result if out is None else out.copy_(result)
+    if x.shape[0] < SAME_ORDER_ROWS and x.is_cpu and weight.numel() <= SMALL_WEIGHT:
+        result = F.linear(F.pad(x, (0, 0, 0, SAME_ORDER_ROWS - x.shape[0])), weight)[: x.shape[0]]
         return result if out is None else out.copy_(result)
     if out is None:
         return F.linear(x, weight)
@@ -27,19 +31,28 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = Non
 
 
 def _is_thin(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if not THIN_BLAS_IS_SLOW or x.device.type != "cpu" or x.shape[0] > FEW_ROWS or weight.numel() < SMALL_WEIGHT:
-        return False
-    return x.dtype == torch.float32 and torch.get_num_threads() > 1
+    return x.is_cpu and x.dtype == torch.float32 and weight.numel() > SMALL_WEIGHT and _num_threads() > 1
+
+
+@functools.cache
+def _num_threads() -> int:
+    """Asking torch takes longer than a small product; threads are set before the first step."""
+    return torch.get_num_threads()
 
 
 def _few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """weight · xᵀ: the long side is the one that is dealt to the threads."""
+    """weight · xᵀ: the long side is the one that is dealt to the threads. Not for a transposed weight, where BLAS is ten times slower."""
+    if not weight.is_contiguous():
+        return F.linear(x, weight)
     return torch.mm(weight, x.contiguous().t()).t()
 
 
 def _one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Output rows dealt to the threads as a batch: BLAS leaves a matrix-vector product to one thread."""
+    """Output columns dealt to the threads as a batch: BLAS leaves a matrix-vector product to one thread."""
     num_out, num_in = weight.shape
-    parts = math.gcd(num_out, 2 * torch.get_num_threads())
-    columns = x.t().expand(parts, num_in, 1)  # as a transposed view: BLAS is several times slower on a column of stride 1
-    return torch.bmm(weight.view(parts, num_out // parts, num_in), columns).view(1, num_out)
+    parts = math.gcd(num_out, 2 * _num_threads())
+    if weight.is_contiguous():
+        columns = x.t().expand(parts, num_in, 1)  # as a transposed view: BLAS is several times slower on a column of stride 1
+        return torch.bmm(weight.view(parts, num_out // parts, num_in), columns).view(1, num_out)
+    in_by_out = weight.t().view(num_in, parts, num_out // parts).transpose(0, 1)
+    return torch.bmm(x.expand(parts, 1, num_in), in_by_out).view(1, num_out)
