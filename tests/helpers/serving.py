@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-READY_SECONDS = 120
+READY_SECONDS = 300
 L4_SERVE = (Path(sys.executable).with_name("l4").as_posix(), "serve")
 
 
@@ -73,7 +73,7 @@ def serve(
     try:
         yield served.wait(), served
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0, served.output
+        assert process.wait(timeout=300) == 0, served.output
     finally:
         if process.poll() is None:
             process.kill()

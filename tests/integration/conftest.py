@@ -21,5 +21,5 @@ def server(tiny: Path) -> Iterator[str]:
 
 @pytest.fixture
 def client(server: str) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0) as client:
+    with OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=300) as client:
         yield client

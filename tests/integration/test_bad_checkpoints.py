@@ -62,7 +62,7 @@ def test_a_bad_checkpoint_is_named_before_anything_is_served(
     shutil.copytree(tiny, folder)
     named = damage(folder)
     done = subprocess.run(
-        [L4, "serve", folder.as_posix(), "--device", "cpu", "--port", "0"], capture_output=True, text=True, timeout=120
+        [L4, "serve", folder.as_posix(), "--device", "cpu", "--port", "0"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "error:" in done.stderr

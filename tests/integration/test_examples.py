@@ -32,7 +32,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "--target",
         target.as_posix(),
     ]
-    subprocess.run([*command, *(EXAMPLES.joinpath(p).as_posix() for p in PACKAGES)], check=True, timeout=120)
+    subprocess.run([*command, *(EXAMPLES.joinpath(p).as_posix() for p in PACKAGES)], check=True, timeout=300)
     return {"PYTHONPATH": target.as_posix()}
 
 
@@ -57,7 +57,7 @@ def url(installed: dict[str, str], chatml_tiny: Path) -> Iterator[str]:
 
 
 def chat(url: str, **body: object) -> httpx.Response:
-    return httpx.post(f"{url}/v1/chat/completions", json={"model": "tiny", "messages": QUESTION, **body}, timeout=60)
+    return httpx.post(f"{url}/v1/chat/completions", json={"model": "tiny", "messages": QUESTION, **body}, timeout=300)
 
 
 def test_the_backend_gives_the_tokens_of_the_built_in_one(

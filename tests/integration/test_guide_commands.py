@@ -48,7 +48,7 @@ def hub_env(make_tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 
 def answers(url: str, model: str) -> bool:
     body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
-    reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
     return reply.status_code == 200 and bool(reply.json()["choices"][0]["message"])
 
 
@@ -66,7 +66,7 @@ def test_the_guides_serving_commands_serve(hub_env: dict[str, str], flags: str, 
 
 
 def test_the_guides_eagle3_command_says_what_is_not_built_yet(hub_env: dict[str, str]) -> None:
-    done = subprocess.run([*LAUNCH, *shlex.split(EAGLE3)], env={**hub_env}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*LAUNCH, *shlex.split(EAGLE3)], env={**hub_env}, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "--speculative-algorithm is not built yet" in done.stderr
     assert "Traceback" not in done.stderr

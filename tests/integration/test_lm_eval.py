@@ -75,7 +75,7 @@ def run_lm_eval(arguments: list[str], out: Path, home: Path) -> list[dict[str, A
         "OPENAI_API_KEY": "none",
     }
     command = [sys.executable, "-m", "lm_eval", "run", *arguments, "--output_path", out.as_posix(), "--log_samples"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (samples,) = out.rglob("samples_*.jsonl")
     return [json.loads(line) for line in samples.read_text().splitlines()]

@@ -120,6 +120,20 @@ def test_low_precision_stays_near_float32(small, dtype: torch.dtype) -> None:
     assert (out - c.logits(150)).abs().median() < 0.05
 
 
+def test_thin_products_on_every_processor(case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their transposed results flow through the whole model, also where this processor would not choose them."""
+    monkeypatch.setattr("l4core.ops.linear.THIN", range(1, 65))
+    monkeypatch.setattr("l4core.ops.linear._num_threads", lambda: 2)
+    c = case(step=2)
+    harness = Harness(c.model(), num_seqs=3)
+    pieces = [harness.prefill(c.prompt(75), 33, seq) for seq in range(3)][0:1]
+    for token in c.prompt(90)[75:85]:
+        pieces.append(harness.step({0: [token], 1: [token], 2: [token]})[0])
+    for token in c.prompt(90)[85:]:
+        pieces.append(harness.step({0: [token]})[0])
+    assert difference(torch.cat(pieces), c.logits(90)) <= TOLERANCE
+
+
 def test_names_and_shapes_are_the_ones_the_loader_fills() -> None:
     config = ModelConfig.from_dict(
         {

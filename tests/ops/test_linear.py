@@ -38,6 +38,9 @@ def test_both_thin_products_are_that_product_too(rows: int, shape: tuple[int, in
     wanted = torch.einsum("tk,nk->tn", x, weight)
     torch.testing.assert_close(_few_rows(x, weight), wanted)
     torch.testing.assert_close(_one_row(x[:1], weight), wanted[:1])
+    transposed = weight.t().contiguous().t()
+    torch.testing.assert_close(_few_rows(x, transposed), wanted)
+    torch.testing.assert_close(_one_row(x[:1], transposed), wanted[:1])
 
 
 def test_the_shapes_above_reach_both_sides_of_the_limit() -> None:

@@ -7,18 +7,19 @@ from torch import nn
 
 from l4core.model.config import ModelConfig
 from l4core.model.layers import Linear, SwiGLU, parameter
-from l4core.ops.grouped import OUT_BY_IN, group_rows, grouped_linear
+from l4core.ops.grouped import group_rows, grouped_linear
 from l4core.ops.silu_mul import silu_mul
 
 
 class Experts(nn.Module):
-    """The routed experts. Shapes are the checkpoint's, in by out; how an expert lies in memory is chosen for the machine."""
+    """The routed experts. Shapes are the checkpoint's, in by out; in memory each expert lies out by in, the order in which a product of few
+    rows, and any product in bfloat16 on a CPU, reads a weight fastest."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         num_experts, hidden, inter = config.num_experts, config.hidden_size, config.intermediate_size
-        self.gate_up = parameter(num_experts, hidden, 2 * inter, transposed=OUT_BY_IN)  # gate columns first
-        self.down = parameter(num_experts, inter, hidden, transposed=OUT_BY_IN)
+        self.gate_up = parameter(num_experts, hidden, 2 * inter, transposed=True)  # gate columns first
+        self.down = parameter(num_experts, inter, hidden, transposed=True)
 
 
 class MoE(nn.Module):

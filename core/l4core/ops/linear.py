@@ -41,18 +41,15 @@ def _num_threads() -> int:
 
 
 def _few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """weight · xᵀ: the long side is the one that is dealt to the threads. Not for a transposed weight, where BLAS is ten times slower."""
-    if not weight.is_contiguous():
-        return F.linear(x, weight)
+    """weight · xᵀ: the long side is the one that is dealt to the threads."""
     return torch.mm(weight, x.contiguous().t()).t()
 
 
 def _one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Output columns dealt to the threads as a batch: BLAS leaves a matrix-vector product to one thread."""
+    """Output rows dealt to the threads as a batch: BLAS leaves a matrix-vector product to one thread."""
     num_out, num_in = weight.shape
     parts = math.gcd(num_out, 2 * _num_threads())
-    if weight.is_contiguous():
-        columns = x.t().expand(parts, num_in, 1)  # as a transposed view: BLAS is several times slower on a column of stride 1
-        return torch.bmm(weight.view(parts, num_out // parts, num_in), columns).view(1, num_out)
-    in_by_out = weight.t().view(num_in, parts, num_out // parts).transpose(0, 1)
-    return torch.bmm(x.expand(parts, 1, num_in), in_by_out).view(1, num_out)
+    columns = x.t().expand(
+        parts, num_in, 1
+    )  # as a transposed view: BLAS is several times slower on a column of stride 1
+    return torch.bmm(weight.view(parts, num_out // parts, num_in), columns).view(1, num_out)
