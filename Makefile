@@ -36,7 +36,7 @@ docs: $(VENV)/.test
 	$(BIN)/python -m l4core.cli.options_page > docs/options.md
 
 bench: $(VENV)/.test
-	$(BIN)/python -m benchmarks.cpu_speed
+	$(BIN)/python benchmarks/cpu/table.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
