@@ -19,9 +19,11 @@ from l4core.model.llama4 import Llama4
 from l4core.plugin_api import AttentionBackend, AttentionMetadata
 
 
-def ours(hf, dtype: torch.dtype = torch.float32, max_positions: int = 4096, device: str = "cpu") -> Llama4:
-    """Our model with the weights of a transformers model."""
-    raw = hf.config.to_dict() | {"architectures": [type(hf).__name__]}
+def ours(
+    hf, dtype: torch.dtype = torch.float32, max_positions: int = 4096, device: str = "cpu", **config_keys: object
+) -> Llama4:
+    """Our model with the weights of a transformers model. config_keys: replace keys of its config.json."""
+    raw = hf.config.to_dict() | {"architectures": [type(hf).__name__]} | config_keys
     config = ModelConfig.from_dict(raw)
     with torch.device("meta"):
         model = Llama4(config, max_positions=max_positions)

@@ -15,8 +15,9 @@ TOLERANCE = 1e-4
 LOUD = 1e-2
 
 
-def error(c, length: int = LENGTH) -> float:
-    return float((Harness(c.model()).prefill(c.prompt(length), 50) - c.logits(length)).abs().max())
+def error(c, length: int = LENGTH, **config_keys: object) -> float:
+    model = ours(c.hf, **config_keys)
+    return float((Harness(model).prefill(c.prompt(length), 50) - c.logits(length)).abs().max())
 
 
 def test_rope_turns_interleaved_pairs(small) -> None:
@@ -113,9 +114,12 @@ def test_explicit_list_of_layers_without_rope(small, listed: list[int]) -> None:
     assert error(c) <= TOLERANCE
 
 
-@pytest.mark.parametrize("interval", [2, 3])
-def test_interval_of_layers_without_rope(small, interval: int) -> None:
-    assert error(small(no_rope_interval=interval)) <= TOLERANCE
+@pytest.mark.parametrize("interval", [2, 3, 4])
+@pytest.mark.parametrize("listed", [None, []])
+def test_interval_of_layers_without_rope(small, interval: int, listed: list[int] | None) -> None:
+    """transformers writes the list out; a config with an empty one, or none, is the same model."""
+    c = small(no_rope_interval=interval)
+    assert error(c, no_rope_layers=listed, layer_types=None) <= TOLERANCE
 
 
 def test_scaled_rope(small) -> None:
@@ -130,6 +134,7 @@ def test_interleaved_dense_layers(small, step: int) -> None:
     c = small(step=step)
     assert c.model().config.moe_layers == tuple((i + 1) % step == 0 for i in range(4))
     assert error(c) <= TOLERANCE
+    assert error(c, moe_layers=None) <= TOLERANCE  # transformers writes the list out; here the step alone says it
 
 
 def test_tied_head(small) -> None:

@@ -25,4 +25,5 @@ def test_low_precision_is_normed_in_float32(dtype: torch.dtype) -> None:
     wide = x.double()
     wanted = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(qk_norm_(x.clone(), 1e-5).double(), wanted, rtol=2**-7, atol=0)
-    torch.testing.assert_close(rms_norm(x, torch.ones(256, dtype=dtype), 1e-5).double(), wanted, rtol=2**-7, atol=0)
+    weight = torch.linspace(0.5, 2, 256).to(dtype)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), wanted * weight.double(), rtol=2**-6, atol=0)

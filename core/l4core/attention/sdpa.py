@@ -7,11 +7,12 @@ a bounded share. On an accelerator shapes come from host bounds only and masks d
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from l4core.attention.gather import Gather, Scratch
 from l4core.attention.sdpa_device import DevicePlan, attend_padded, plan_padded
 from l4core.plugin_api import AttentionBackend, AttentionContext, AttentionMetadata, KVView, Plan
 
@@ -23,21 +24,11 @@ MIN_FILL = 0.75
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Keys:
-    """Where the keys of a call lie: page and offset of each, int64 [n]; the null page's first slot stands for padding.
-    rows: page stride in tokens → index into the KV seen as one list of token rows (filled on first use, the same for every layer)."""
-
-    pages: torch.Tensor
-    offsets: torch.Tensor
-    rows: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Decodes:
     """Sequences with one query each and about equally many keys. rows: int64 [B] of q, None = all of q in order.  num_keys: of the longest.
     mask: [B, 1, 1, num_keys], 0 or −inf, None when all are equally long."""
 
-    keys: _Keys
+    gather: Gather
     rows: torch.Tensor | None
     num_keys: int
     mask: torch.Tensor | None
@@ -47,7 +38,7 @@ class _Decodes:
 class _Prefill:
     """One sequence: query rows [begin, end), the last num_queries of its num_keys tokens."""
 
-    keys: _Keys
+    gather: Gather
     begin: int
     end: int
     num_keys: int
@@ -63,13 +54,13 @@ class _HostPlan:
 
 
 class SdpaBackend(AttentionBackend):
-    """Keeps one scratch buffer for gathered keys and one for values, used within a single `attend`."""
+    """Keeps scratch memory for gathered keys and values, used within a single `attend`."""
 
     def __init__(self, page_size: int, q_dtype: torch.dtype, *, host_lengths: bool) -> None:
         """host_lengths: lengths may be read on the host (a CPU)."""
         self._page_size, self._q_dtype = page_size, q_dtype
         self.host_lengths = host_lengths
-        self._scratch: list[torch.Tensor | None] = [None, None]
+        self._scratch = Scratch()
 
     def plan(self, meta: AttentionMetadata) -> Plan:
         if meta.tree is not None or meta.chunk is not None:
@@ -97,7 +88,7 @@ class SdpaBackend(AttentionBackend):
         buckets = _bucket([b for b in live if counts[b] == 1], lens)
         prefills = tuple(
             _Prefill(
-                keys=self._keys(meta.block_table[b : b + 1], [lens[b]]),
+                gather=self._gather(meta.block_table[b : b + 1], [lens[b]]),
                 begin=rows[b],
                 end=rows[b + 1],
                 num_keys=lens[b],
@@ -119,20 +110,20 @@ class SdpaBackend(AttentionBackend):
             hidden = torch.arange(max(own)) >= torch.tensor(own).unsqueeze(1)  # [B, num_keys]
             mask = torch.zeros(hidden.shape, dtype=self._q_dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
         return _Decodes(
-            keys=self._keys(table if is_all else table[torch.tensor(bucket)], own),
+            gather=self._gather(table if is_all else table[torch.tensor(bucket)], own),
             rows=None if is_all else torch.tensor([rows[b] for b in bucket]),
             num_keys=max(own),
             mask=mask,
         )
 
-    def _keys(self, table: torch.Tensor, lens: list[int]) -> _Keys:
+    def _gather(self, table: torch.Tensor, lens: list[int]) -> Gather:
         """table [B, W], lens [B] → B · max(lens) keys, each sequence padded to the longest with the null page."""
         token = torch.arange(max(lens))
         pages, offsets = table[:, token // self._page_size].long(), (token % self._page_size).expand(len(lens), -1)
         if min(lens) != max(lens):
             owned = token < torch.tensor(lens).unsqueeze(1)
             pages, offsets = pages * owned, offsets * owned
-        return _Keys(pages=pages.flatten(), offsets=offsets.flatten())
+        return Gather(pages.flatten(), offsets.flatten(), self._scratch)
 
     def _corner_mask(self, prefills: tuple[_Prefill, ...]) -> torch.Tensor | None:
         behind_prefix = [p for p in prefills if p.num_keys > p.end - p.begin]
@@ -147,7 +138,7 @@ class SdpaBackend(AttentionBackend):
 
     def _decode(self, q: torch.Tensor, kv: KVView, plan: _Decodes, out: torch.Tensor) -> None:
         """Query heads of one KV head are the query rows of one attention: [B, Hkv, G, D] against [B, Hkv, S, D]."""
-        k, v = self._gather(kv, plan.keys)  # [B·S, Hkv, D]
+        k, v = plan.gather(kv, self._q_dtype)  # [B·S, Hkv, D]
         num_kv_heads, head_dim = k.shape[1:]
         rows = q if plan.rows is None else q.index_select(0, plan.rows)
         batch = rows.shape[0]
@@ -166,7 +157,7 @@ class SdpaBackend(AttentionBackend):
         self, q: torch.Tensor, kv: KVView, plan: _Prefill, mask: torch.Tensor | None, out: torch.Tensor
     ) -> None:
         """KV heads are the batch, their query heads share keys of stride 0: [Hkv, G, n, D] against [Hkv, G, S, D]."""
-        k, v = self._gather(kv, plan.keys)  # [S, Hkv, D]
+        k, v = plan.gather(kv, self._q_dtype)  # [S, Hkv, D]
         num_kv_heads = k.shape[1]
         num_queries, prefix = plan.end - plan.begin, plan.num_keys - (plan.end - plan.begin)
         grouped = (num_queries, num_kv_heads, -1, k.shape[2])
@@ -184,33 +175,6 @@ class SdpaBackend(AttentionBackend):
                 queries[:, :, begin:end], keys[:, :, :visible], values[:, :, :visible], attn_mask=block
             )
 
-    def _gather(self, kv: KVView, keys: _Keys) -> tuple[torch.Tensor, torch.Tensor]:
-        """k and v of `keys`, [n, Hkv, D] in q's dtype, valid until the next call."""
-        k, v = self._gather_one(0, kv.k, keys), self._gather_one(1, kv.v, keys)
-        return _scaled(k, kv.k_scale, self._q_dtype), _scaled(v, kv.v_scale, self._q_dtype)
-
-    def _gather_one(self, which: int, paged: torch.Tensor, keys: _Keys) -> torch.Tensor:
-        page_stride, token_stride = paged.stride(0), paged.stride(1)
-        if page_stride % token_stride:
-            return paged[keys.pages, keys.offsets]
-        ratio = page_stride // token_stride
-        if ratio not in keys.rows:
-            keys.rows[ratio] = keys.pages * ratio + keys.offsets
-        num_pages, page_size, num_kv_heads, head_dim = paged.shape
-        tokens = paged.as_strided(
-            ((num_pages - 1) * ratio + page_size, num_kv_heads, head_dim), (token_stride, *paged.stride()[2:])
-        )
-        out = self._buffer(which, keys.pages.shape[0], tokens)
-        return torch.index_select(tokens, 0, keys.rows[ratio], out=out)
-
-    def _buffer(self, which: int, num_tokens: int, like: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, Hkv, D] of the scratch buffer, grown when too small: fresh memory a layer would cost more than the copy."""
-        needed = num_tokens * like.shape[1] * like.shape[2]
-        scratch = self._scratch[which]
-        if scratch is None or scratch.numel() < needed or scratch.dtype != like.dtype:
-            scratch = self._scratch[which] = torch.empty(needed, dtype=like.dtype)
-        return scratch[:needed].view(num_tokens, like.shape[1], like.shape[2])
-
 
 def create(ctx: AttentionContext) -> AttentionBackend:
     host_lengths = torch.device(ctx.device).type == "cpu"
@@ -227,8 +191,3 @@ def _bucket(sequences: list[int], lens: list[int]) -> list[list[int]]:
         else:
             buckets.append([b])
     return [sorted(bucket) for bucket in buckets]
-
-
-def _scaled(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    x = x.to(dtype)
-    return x if scale is None else x * scale.to(dtype)

@@ -5,14 +5,22 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, H] / rms(x) · weight [H], the mean taken in float32 or wider."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+    if x.dtype in HALF:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return x.mul(_inverse_rms(x, eps)).mul_(weight)
 
 
 def qk_norm_(qk: torch.Tensor, eps: float) -> torch.Tensor:
     """Divides every head of qk [T, heads, D] by its rms, in place, without a weight; low precision is normed in float32."""
-    wide = qk.float() if qk.dtype in (torch.bfloat16, torch.float16) else qk
-    inverse_rms = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # [T, heads, 1]
-    return qk.mul_(inverse_rms)
+    return qk.mul_(_inverse_rms(qk.float() if qk.dtype in HALF else qk, eps))
+
+
+def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / rms of the last dimension, [..., 1]; one pass over x and no copy of it."""
+    norm: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
