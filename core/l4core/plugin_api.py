@@ -103,7 +103,9 @@ class AttentionRequirements:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usable:
     """Verdict: the backend can do all that was required. page_sizes: None = any.  page_stride: "free" = the distance between pages may be
-    anything; "dense" = pages must lie back to back.  native_chunk: wants `AttentionMetadata.chunk` instead of virtual batches."""
+    anything; "dense" = pages must lie back to back.  native_chunk: wants `AttentionMetadata.chunk` instead of virtual batches.
+    tree_mask: honours `AttentionMetadata.tree`.  empty_rows: takes decode rows without keys and virtual batches without queries.
+    workspace_bytes: device memory it holds for life, plus the most a plan and one attend take beside q and out."""
 
     tier: Tier
     page_sizes: tuple[int, ...] | None = None
@@ -113,6 +115,7 @@ class Usable:
     tree_mask: bool = False
     native_chunk: bool = False
     empty_rows: bool = True
+    workspace_bytes: int = 0
     provider: str = ""
     note: str = ""
 
@@ -158,16 +161,24 @@ class AttentionContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkInfo:
-    """Only for backends with `native_chunk`: token at absolute position p attends to [p // size * size, p]."""
+    """Only for backends with `native_chunk`: token at absolute position p attends to [p // size * size, p]. `seq_lens` then count from the
+    sequence's start, and the block table is a ring: the page of page index i (= position // page_size) is in column i % width. A full table
+    is the ring that never wraps; pages of earlier chunks may be gone from either."""
 
     size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeMask:
-    """Tree verification: node i of a sequence sees the prefix and the nodes whose bit is set. ancestors: int64 [num_tokens] bitmaps."""
+    """Tree verification: a sequence's last q_len slots hold its nodes (at most 64), its earlier ones the prefix. Node row i sees the prefix and
+    the nodes whose bit is set in ancestors[i] (bit j = j-th node of its sequence; its own bit is set). Replaces causal masking.
+
+    ancestors: int64 [num_tokens].  sees_prefix: bool [num_tokens], None = all do; in a chunked layer the nodes past a border see no prefix.
+    In chunked layers core has cut table, lengths and bitmaps to the chunk: `chunk` is None beside a tree, for every backend.
+    """
 
     ancestors: torch.Tensor
+    sees_prefix: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l4core.attention.chunked import ring_width, single_chunk_metadata, virtual_batches
+from l4core.attention.chunked import ring_width, single_chunk_metadata, tree_chunk_metadata, virtual_batches
 from l4core.plugin_api import AttentionMetadata, TreeMask
 
 PAGES = [1, 16, 32, 64]
@@ -195,3 +195,103 @@ def test_nothing_is_read_on_the_host() -> None:
     meta = metadata(sequences, cu_seqlens_q=meta.cu_seqlens_q.to("meta"), seq_lens=meta.seq_lens.to("meta"))
     assert single_chunk_metadata(meta, ring, CHUNK, 16).block_table.shape == (2, 4)
     assert virtual_batches(meta, ring, CHUNK, 16, 2).block_table.shape == (4, 4)
+
+
+# ---------------------------------------------------------------- trees
+
+Parents = list[int]  # of node i, a smaller index; −1 = hangs on the prefix
+
+
+def tree_metadata(prefixes: list[int], trees: list[Parents]) -> tuple[AttentionMetadata, torch.Tensor]:
+    """Nodes in order of depth → metadata of a verify step and every node's position."""
+    ancestors, positions = [], []
+    for prefix, parents in zip(prefixes, trees, strict=True):
+        bits: list[int] = []
+        depths: list[int] = []
+        for i, parent in enumerate(parents):
+            bits.append((bits[parent] if parent >= 0 else 0) | 1 << i)
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        ancestors += bits
+        positions += [prefix + depth for depth in depths]
+    sequences = [(prefix, len(parents)) for prefix, parents in zip(prefixes, trees, strict=True)]
+    mask = TreeMask(ancestors=torch.tensor(ancestors))
+    return metadata(sequences, tree=mask, phase="verify"), torch.tensor(positions)
+
+
+def seen_in_tree(meta: AttentionMetadata, page: int) -> list[list[tuple[int, int]]]:
+    """As `seen`, for a batch with a tree."""
+    rows = []
+    cu, lens = meta.cu_seqlens_q.tolist(), meta.seq_lens.tolist()
+    assert meta.tree is not None
+    for b in range(meta.num_seqs):
+        n = cu[b + 1] - cu[b]
+        prefix = lens[b] - n
+        assert lens[b] <= meta.max_seqlen_k
+        for row in range(cu[b], cu[b + 1]):
+            sees_prefix = meta.tree.sees_prefix is None or bool(meta.tree.sees_prefix[row])
+            keys = list(range(prefix)) if sees_prefix else []
+            keys += [prefix + j for j in range(n) if int(meta.tree.ancestors[row]) >> j & 1]
+            rows.append([(int(meta.block_table[b, j // page]), j % page) for j in keys])
+    return rows
+
+
+def expected_in_tree(
+    prefixes: list[int], trees: list[Parents], positions: torch.Tensor, page: int
+) -> list[list[tuple[int, int]]]:
+    """The definition: ancestors and prefix tokens of the node's own chunk, the node at `position` standing in slot prefix + i."""
+    rows, first = [], 0
+    for b, (prefix, parents) in enumerate(zip(prefixes, trees, strict=True)):
+        at = positions[first : first + len(parents)].tolist()
+        first += len(parents)
+        for i in range(len(parents)):
+            begin = at[i] // CHUNK * CHUNK
+            path, node = [], i
+            while node >= 0:
+                path.append(node)
+                node = parents[node]
+            keys = [*range(begin, prefix), *(prefix + j for j in sorted(path) if at[j] >= begin)]
+            rows.append([(page_of(b, key // page), key % page) for key in keys])
+    return rows
+
+
+def parents_of(num: int, choose: st.DataObject | None = None) -> Parents:
+    """Node 0 hangs on the prefix; each later node hangs on any earlier one, then they are put in order of depth."""
+    if choose is None:
+        return [-1, 0, 0, 1, 1, 2, 3, 5][:num]
+    drawn = [-1] + [choose.draw(st.integers(-1, i - 1)) for i in range(1, num)]
+    depths: list[int] = []
+    for parent in drawn:
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    order = sorted(range(num), key=lambda i: depths[i])
+    place = {old: new for new, old in enumerate(order)}
+    return [place[drawn[old]] if drawn[old] >= 0 else -1 for old in order]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tree_nodes_belong_to_chunks_by_position(page: int) -> None:
+    prefixes = [10, 61, 62, 63, 64, 126, 127, 190, 0]
+    trees = [parents_of(8)] * len(prefixes)
+    meta, positions = tree_metadata(prefixes, trees)
+    sequences = [(prefix, 8) for prefix in prefixes]
+    for table in (ring_table(sequences, page), full_table(sequences, page)):
+        local = tree_chunk_metadata(meta, table, positions, CHUNK, page)
+        assert seen_in_tree(local, page) == expected_in_tree(prefixes, trees, positions, page)
+
+
+@given(
+    data=st.data(),
+    page=st.sampled_from([1, 8, 32, 64]),
+    shapes=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 20)), min_size=1, max_size=4),
+)
+def test_any_tree_sees_what_the_definition_says(data: st.DataObject, page: int, shapes: list[tuple[int, int]]) -> None:
+    prefixes = [prefix for prefix, _ in shapes]
+    trees = [parents_of(num, data) for _, num in shapes]
+    meta, positions = tree_metadata(prefixes, trees)
+    local = tree_chunk_metadata(meta, ring_table(shapes, page), positions, CHUNK, page)
+    assert seen_in_tree(local, page) == expected_in_tree(prefixes, trees, positions, page)
+
+
+def test_the_tree_function_wants_a_tree() -> None:
+    meta = metadata([(3, 2)])
+    with pytest.raises(ValueError, match="TreeMask"):
+        tree_chunk_metadata(meta, full_table([(3, 2)], 16), torch.tensor([3, 4]), CHUNK, 16)

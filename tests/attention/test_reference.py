@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -47,13 +48,25 @@ def test_empty_rows_are_left_alone() -> None:
     assert b.error(ReferenceBackend(16)) < 1e-6
 
 
-def test_trees_and_chunks_are_refused() -> None:
-    import dataclasses
+def test_a_tree_replaces_the_causal_mask() -> None:
+    """Two branches of one root: as two chains over the same keys."""
+    b = make_batch([(5, 3)], dtype=torch.float64)
+    tree = TreeMask(ancestors=torch.tensor([0b001, 0b011, 0b101]), sees_prefix=torch.tensor([True, True, False]))
+    found = torch.zeros_like(b.q)
+    backend = ReferenceBackend(16)
+    backend.attend(b.q, b.kv, backend.plan(dataclasses.replace(b.meta, tree=tree)), found)
+    k, v = b.kv.k[b.meta.block_table[0].long()].flatten(0, 1), b.kv.v[b.meta.block_table[0].long()].flatten(0, 1)
+    for row, keys in enumerate(([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6], [5, 7])):
+        group = b.q.shape[1] // k.shape[1]
+        seen_k, seen_v = (x[keys].repeat_interleave(group, dim=1) for x in (k, v))
+        weights = (torch.einsum("hd,khd->hk", b.q[row], seen_k) * b.q.shape[2] ** -0.5).softmax(-1)
+        torch.testing.assert_close(found[row], torch.einsum("hk,khd->hd", weights, seen_v))
 
-    meta = make_batch([(5, 2)]).meta
-    for change in ({"tree": TreeMask(ancestors=torch.ones(2, dtype=torch.int64))}, {"chunk": ChunkInfo(size=64)}):
-        with pytest.raises(ValueError, match="neither a tree nor a chunk"):
-            ReferenceBackend(16).plan(dataclasses.replace(meta, **change))
+
+def test_chunks_are_refused() -> None:
+    meta = dataclasses.replace(make_batch([(5, 2)]).meta, chunk=ChunkInfo(size=64))
+    with pytest.raises(ValueError, match="takes no chunk"):
+        ReferenceBackend(16).plan(meta)
 
 
 def test_create_takes_the_page_size_from_the_context() -> None:

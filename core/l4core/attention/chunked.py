@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 
-from l4core.plugin_api import AttentionMetadata
+from l4core.plugin_api import AttentionMetadata, TreeMask
 
 
 def ring_width(chunk_size: int, page_size: int) -> int:
@@ -88,6 +88,39 @@ def _chunk_columns(
     return table.gather(1, (page_index % table.shape[1]).long())
 
 
+def tree_chunk_metadata(
+    meta: AttentionMetadata, table: torch.Tensor, positions: torch.Tensor, chunk_size: int, page_size: int
+) -> AttentionMetadata:
+    """The local view of a tree verify step. Node i stands in slot prefix + i but at position prefix + depth(i), and chunks go by position.
+
+    table: int32 [B, W], a ring or a full one that holds the chunk of the last committed token's successor and the nodes' slots.
+    positions: int64 [T], of every node.  → keys from the first chunk touched on; a node past the border sees no prefix and only the ancestors
+    past the border, a node before it sees the prefix since the chunk's start. A tree is shallower than a chunk, so it meets one border at most.
+    """
+    if meta.tree is None:
+        raise ValueError("a tree verify step carries a TreeMask; without one use virtual_batches")
+    q_lens = meta.cu_seqlens_q.diff()
+    prefix = meta.seq_lens - q_lens
+    chunk = prefix // chunk_size
+    owner = torch.repeat_interleave(q_lens, output_size=positions.shape[0])
+    past = positions >= ((chunk + 1) * chunk_size)[owner]  # [T] nodes in the second chunk
+    node = torch.arange(positions.shape[0], device=table.device) - meta.cu_seqlens_q[owner]
+    bits = torch.where(past, torch.ones_like(node) << node, 0)
+    second = torch.zeros_like(prefix, dtype=torch.int64).index_add_(0, owner, bits)  # [B] bitmap of those nodes
+    tree = meta.tree
+    sees_prefix = ~past if tree.sees_prefix is None else ~past & tree.sees_prefix
+    max_len = min(meta.max_seqlen_k, chunk_size + meta.max_seqlen_q)
+    return dataclasses.replace(
+        meta,
+        seq_lens=torch.where(meta.seq_lens > 0, meta.seq_lens - chunk * chunk_size, 0).int(),
+        block_table=_chunk_columns(table, chunk.clamp(min=0), chunk_size, page_size, max_len),
+        max_seqlen_k=max_len,
+        tree=TreeMask(
+            ancestors=torch.where(past, tree.ancestors & second[owner], tree.ancestors), sees_prefix=sees_prefix
+        ),
+    )
+
+
 def _refuse_tree(meta: AttentionMetadata) -> None:
     if meta.tree is not None:
-        raise ValueError("a tree's nodes belong to chunks by position, not by slot; tree verification is not built yet")
+        raise ValueError("a tree's nodes belong to chunks by position, not by slot: use tree_chunk_metadata")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from l4core.plugin_api import AttentionBackend, AttentionContext, AttentionMetadata, KVView, Plan
+from l4core.plugin_api import AttentionBackend, AttentionContext, AttentionMetadata, KVView, Plan, TreeMask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,7 @@ class _Sequence:
     num_rows: int
     num_keys: int
     pages: torch.Tensor  # int64 [pages of num_keys]
+    visible: tuple[torch.Tensor, ...]  # one bool [num_keys] a row
 
 
 class ReferenceBackend(AttentionBackend):
@@ -29,8 +30,8 @@ class ReferenceBackend(AttentionBackend):
         self._page_size = page_size
 
     def plan(self, meta: AttentionMetadata) -> Plan:
-        if meta.tree is not None or meta.chunk is not None:
-            raise ValueError("the reference backend takes neither a tree nor a chunk; core splits chunks before")
+        if meta.chunk is not None:
+            raise ValueError("the reference backend takes no chunk; core splits chunks before")
         rows, lens = meta.cu_seqlens_q.tolist(), meta.seq_lens.tolist()
         return tuple(
             _Sequence(
@@ -38,6 +39,10 @@ class ReferenceBackend(AttentionBackend):
                 num_rows=rows[b + 1] - rows[b],
                 num_keys=lens[b],
                 pages=meta.block_table[b, : -(-lens[b] // self._page_size)].long(),
+                visible=tuple(
+                    _visible(meta.tree, rows[b] + i, i, rows[b + 1] - rows[b], lens[b]).to(meta.block_table.device)
+                    for i in range(rows[b + 1] - rows[b])
+                ),
             )
             for b in range(meta.num_seqs)
             if rows[b + 1] > rows[b] and lens[b] > 0
@@ -48,14 +53,23 @@ class ReferenceBackend(AttentionBackend):
         for sequence in plan:
             k = _read(kv.k, kv.k_scale, sequence, q.dtype)  # [S, Hkv, D]
             v = _read(kv.v, kv.v_scale, sequence, q.dtype)
-            for i in range(sequence.num_rows):
+            for i, visible in enumerate(sequence.visible):
                 row = sequence.first_row + i
-                visible = sequence.num_keys - sequence.num_rows + i + 1
-                out[row] = _one_query(q[row], k[:visible], v[:visible])
+                out[row] = _one_query(q[row], k[visible], v[visible])
 
 
 def create(ctx: AttentionContext) -> AttentionBackend:
     return ReferenceBackend(ctx.page_size)
+
+
+def _visible(tree: TreeMask | None, row: int, i: int, num_rows: int, num_keys: int) -> torch.Tensor:
+    """bool [num_keys]: what row i of num_rows of its sequence sees; `row` is its place in the batch."""
+    prefix = num_keys - num_rows
+    if tree is None:
+        return torch.arange(num_keys) <= prefix + i
+    bits = int(tree.ancestors[row])
+    sees_prefix = tree.sees_prefix is None or bool(tree.sees_prefix[row])
+    return torch.tensor([sees_prefix] * prefix + [bool(bits >> j & 1) for j in range(num_rows)])
 
 
 def _read(paged: torch.Tensor, scale: torch.Tensor | None, sequence: _Sequence, dtype: torch.dtype) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch import nn
 from l4core.kv.memory import KVMemory
 from l4core.model.batch import AttentionSegment, ForwardBatch
 from l4core.model.config import ModelConfig
+from l4core.model.huge_pages import advise_huge_pages
 from l4core.model.layers import Linear, RMSNorm, SwiGLU, parameter
 from l4core.model.moe import MoE
 from l4core.model.rotary import Rotary, temperature
@@ -117,6 +118,12 @@ class Llama4(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.vocab_size, config.hidden_size)
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Llama4:
+        """torch's own, with large weights on a CPU in huge pages."""
+        super().to_empty(device=device, recurse=recurse)
+        advise_huge_pages(self.parameters())
+        return self
 
     def forward(self, batch: ForwardBatch, kv: KVMemory, backend: AttentionBackend) -> torch.Tensor:
         """Computes the batch's tokens, writes their keys and values, returns hidden states after the last norm: [T, H].

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 THIN = {"AVX2": range(1, 65), "AVX512": range(9, 65)}.get(torch.backends.cpu.get_cpu_capability(), range(0))
 """Numbers of rows for which this processor's BLAS is faster on weight · xᵀ than on x · weightᵀ: up to three times, measured in
 docs/decisions/001-cpu-experts.md."""
-SMALL_WEIGHT = 1 << 18
+SMALL_WEIGHT = 1 << 17
 """Elements up to which a weight stays in the cache, and one plain call is cheap."""
 SAME_ORDER_ROWS = 4
 """From this many rows on BLAS adds the terms of a small product in one order, so that a request alone gets the bits it gets in a batch."""
@@ -23,7 +23,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = Non
         result = _one_row(x, weight) if x.shape[0] == 1 else _few_rows(x, weight)
         return result if out is None else out.copy_(result)
     if x.shape[0] < SAME_ORDER_ROWS and x.is_cpu and weight.numel() <= SMALL_WEIGHT:
-        result = F.linear(F.pad(x, (0, 0, 0, SAME_ORDER_ROWS - x.shape[0])), weight)[: x.shape[0]]
+        padded = x.expand(SAME_ORDER_ROWS, -1) if x.shape[0] == 1 else F.pad(x, (0, 0, 0, SAME_ORDER_ROWS - x.shape[0]))
+        result = F.linear(padded, weight)[: x.shape[0]]
         return result if out is None else out.copy_(result)
     if out is None:
         return F.linear(x, weight)
@@ -49,7 +50,7 @@ def _one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Output rows dealt to the threads as a batch: BLAS leaves a matrix-vector product to one thread."""
     num_out, num_in = weight.shape
     parts = math.gcd(num_out, 2 * _num_threads())
-    columns = x.t().expand(
-        parts, num_in, 1
-    )  # as a transposed view: BLAS is several times slower on a column of stride 1
+    columns = x.as_strided(
+        (parts, num_in, 1), (0, x.stride(1), num_in)
+    )  # BLAS is several times slower on columns of stride 1
     return torch.bmm(weight.view(parts, num_out // parts, num_in), columns).view(1, num_out)
