@@ -48,6 +48,20 @@ def test_a_page_holds_all_layers_of_its_group(memory: KVMemory) -> None:
     assert memory.num_bytes == (7 * 1 + 5 * 3) * 2 * 16 * 2 * 8 * 4
 
 
+def test_dense_units_are_the_same_bytes() -> None:
+    """Page p of a table, scaled, names the same keys and values through the unit views as through the pages."""
+    memory = KVMemory(GROUPS, plan(**{"global": 7, "local": 5}), 2, 8, torch.float32, "cpu", dense=True)
+    for layer in range(4):
+        pages, view = memory.pages(layer), memory.view(layer)
+        pages.copy_(torch.arange(pages.numel()).view(pages.shape))
+        assert view.k.is_contiguous()
+        assert view.v.is_contiguous()
+        scale = memory.table_scale[memory.group_of(layer)]
+        for page in range(len(pages)):
+            assert torch.equal(view.k[page * scale], pages[page, 0])
+            assert torch.equal(view.v[page * scale], pages[page, 1])
+
+
 def test_no_two_layers_keys_or_values_overlap(memory: KVMemory) -> None:
     for layer in range(4):
         memory.view(layer).k.fill_(10 * layer + 1)

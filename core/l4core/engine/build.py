@@ -57,7 +57,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
     plugins = load_plugins()
     selected = _select(config, model_config, platform, plugins, dtype, kv_dtype)
     weight_bytes = sum(p.numel() for p in _meta_model(model_config, 1).parameters()) * dtype.itemsize
-    plan = _plan(config, model_config, platform, selected.page_size, kv_dtype, weight_bytes)
+    plan = _plan(config, model_config, platform, selected, kv_dtype, weight_bytes)
     model = _load_model(config, model_config, folder, device, dtype, plan.max_context, progress)
     engine = _wire(config, model_config, model, plan, selected, plugins, device, kv_dtype)
     report = _report(
@@ -170,17 +170,18 @@ def _plan(
     config: EngineConfig,
     model: ModelConfig,
     platform: Platform,
-    page_size: int,
+    selected: Selected,
     kv_dtype: torch.dtype,
     weight_bytes: int,
 ) -> KVPlan:
+    taken = weight_bytes + selected.verdict.workspace_bytes
     return plan_kv(
         model.kv_groups(),
-        page_size=page_size,
+        page_size=selected.page_size,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         bytes_per_element=kv_dtype.itemsize,
-        budget_bytes=kv_budget(platform, weight_bytes, config.mem_fraction_static),
+        budget_bytes=kv_budget(platform, taken, config.mem_fraction_static),
         context_length=config.context_length,
         model_limit=model.max_position_embeddings,
         max_running=config.max_running_requests,
@@ -206,6 +207,7 @@ def _wire(
         head_dim=model_config.head_dim,
         dtype=kv_dtype,
         device=device,
+        dense=selected.verdict.page_stride == "dense",
     )
     samplers = {
         provided.entry.name: create_object(provided, Sampler)  # type: ignore[type-abstract]
@@ -225,6 +227,7 @@ def _wire(
         max_running=plan.max_running,
         max_context=plan.max_context,
         device=device,
+        native_chunk=selected.verdict.native_chunk,
     )
     limits = SchedulerLimits(
         max_running=plan.max_running,

@@ -17,7 +17,7 @@ from l4core.kv.blocks import KVGroup
 from l4core.kv.memory import KVMemory
 from l4core.model.batch import AttentionSegment, ForwardBatch
 from l4core.model.llama4 import Llama4
-from l4core.plugin_api import AttentionBackend, AttentionMetadata
+from l4core.plugin_api import AttentionBackend, AttentionMetadata, ChunkInfo
 from l4core.request import TokenLogprobs
 from l4core.sampling.logprobs import prompt_logprobs
 from l4core.sampling.pipeline import Draw, DrawRow, SamplingPipeline
@@ -52,7 +52,9 @@ class Runner:
         max_running: int,
         max_context: int,
         device: torch.device,
+        native_chunk: bool = False,
     ) -> None:
+        """native_chunk: the backend cuts chunks itself and is given rings as they are."""
         self.model = model
         self.memory = memory
         self.backend = backend
@@ -60,6 +62,7 @@ class Runner:
         self._groups = groups
         self._page_size = page_size
         self._device = device
+        self._native_chunk = native_chunk
         self._tables = BlockTables(
             groups, page_size=page_size, max_running=max_running, max_context=max_context, device=device
         )
@@ -141,8 +144,12 @@ class Runner:
         return AttentionSegment(begin=begin, end=end, plans=plans)
 
     def _group_metadata(self, meta: AttentionMetadata, group: KVGroup, table: torch.Tensor) -> AttentionMetadata:
+        scale = self.memory.table_scale[group.name]
+        table = table if scale == 1 else table * scale
         if group.chunk_size is None:
             return replace(meta, block_table=table)
+        if self._native_chunk:
+            return replace(meta, block_table=table, chunk=ChunkInfo(size=group.chunk_size))
         return single_chunk_metadata(meta, table, group.chunk_size, self._page_size)
 
     def _step_tables(self, layout: _Layout) -> dict[str, torch.Tensor]:

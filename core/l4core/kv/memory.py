@@ -21,6 +21,9 @@ class KVMemory:
     page of 36 local layers and three pages of 12 global ones are the same bytes, and the allocator can later exchange them. A layer's view
     therefore has a page stride larger than a page; element offsets pass 2³² and are 64-bit everywhere.
 
+    For a backend that wants its pages back to back (`page_stride` "dense") the same bytes are shown as units of one page of one layer's keys or
+    values: the layer is the view's base offset, and block tables count units (`table_scale`).
+
     Memory is reserved, not touched: only the null page (page 0, padding of block tables) is written here, with zeros.
     """
 
@@ -32,9 +35,12 @@ class KVMemory:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        *,
+        dense: bool = False,
     ) -> None:
         """plan: page_size and num_pages (group name → pages, the null page included).  num_kv_heads: of this rank."""
         self.page_size = plan.page_size
+        self.table_scale: dict[str, int] = {g.name: 2 * len(g.layer_ids) if dense else 1 for g in groups}
         self._group_names: dict[int, str] = {}
         self._layers: dict[int, torch.Tensor] = {}
         self._views: dict[int, KVView] = {}
@@ -48,7 +54,9 @@ class KVMemory:
                 self._group_names[layer_id] = group.name
                 pages = buffer[:, index]
                 self._layers[layer_id] = pages
-                self._views[layer_id] = KVView(k=pages[:, 0], v=pages[:, 1])
+                units = buffer.flatten(0, 2)[2 * index :]
+                k, v = (units, units[1:]) if dense else (pages[:, 0], pages[:, 1])
+                self._views[layer_id] = KVView(k=k, v=v)
 
     def group_of(self, layer_id: int) -> str:
         """Name of the KV group that holds this layer."""
@@ -59,7 +67,7 @@ class KVMemory:
         return self._layers[layer_id]
 
     def view(self, layer_id: int) -> KVView:
-        """The layer as an attention backend reads it."""
+        """The layer as an attention backend reads it: page i of a block table is row i · table_scale of the view."""
         return self._views[layer_id]
 
     def poison(self, group: str, pages: Sequence[int]) -> None:

@@ -1,34 +1,51 @@
-"""Attention cases and their answers in float64, computed from the definition: dense keys and a mask by position, no pages, no formulas of core's."""
+"""Attention cases: which sequences, how many queries, chunked or not, tree or not. Plain data; the lengths follow from the chunk's size.
+
+What becomes of a case as tensors is in `conformance_problem`, what it must give in `conformance_expected`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
-import torch
+__all__ = ["CASE_NAMES", "Case", "Heads", "Parents", "all_cases", "random_tree"]
 
-from l4core.attention.chunked import single_chunk_metadata, virtual_batches
-from l4core.plugin_api import AttentionMetadata, ChunkInfo, KVView, Usable
+Parents: TypeAlias = tuple[int, ...]
+"""A tree by its nodes' parents: Parents[i] < i, −1 for a node that follows the last committed token."""
 
-__all__ = ["Case", "Heads", "Problem", "build"]
-
-NULL_PAGE = 0
-SPARE_PAGES = 3
-SPARE_COLUMNS = 2
+MAX_NODES = 64
+DRAFTS = 4
+"""Tokens verified per sequence in the chain cases, so DRAFTS + 1 rows each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Sequences of `seq_lens` keys whose last `q_lens` positions are queried. chunk: tokens; position p then sees keys p // chunk * chunk … p.
-    virtual: core splits sequences at chunk borders into that many virtual batches each; 0 = each sequence's queries lie in one chunk."""
+    """Sequences of `seq_lens` keys whose last `q_lens` slots are queried. chunk: tokens; position p then sees keys p // chunk * chunk … p.
+    virtual: core splits sequences at chunk borders into that many virtual batches each; 0 = each sequence's queries lie in one chunk.
+    trees: a tree per sequence, whose nodes are its last q_lens slots.  null_rows: padding, further rows of one key on the null page.
+    loose: the host bounds are larger than any length, as they are under graphs."""
 
     name: str
-    seq_lens: Sequence[int]
-    q_lens: Sequence[int]
+    seq_lens: tuple[int, ...]
+    q_lens: tuple[int, ...]
     phase: Literal["decode", "prefill", "verify"]
     chunk: int | None = None
     virtual: int = 0
+    trees: tuple[Parents, ...] | None = None
+    null_rows: int = 0
+    loose: bool = False
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """What the requirements of a backend for this case say."""
+        return max(self.q_lens) - 1 if self.phase == "verify" else 0
+
+    @property
+    def has_empty_rows(self) -> bool:
+        """Rows without keys, or virtual batches without queries: only for backends that declare `empty_rows`."""
+        return self.virtual > 0 or 0 in self.seq_lens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,149 +55,101 @@ class Heads:
     head_dim: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """A case as tensors on the device. expected: float64 [T, num_q_heads, head_dim] on the CPU.  owned: bool [T], rows that have keys."""
-
-    meta: AttentionMetadata
-    q: torch.Tensor
-    kv: KVView
-    expected: torch.Tensor
-    owned: torch.Tensor
+def all_cases(chunk: int) -> Mapping[str, Case]:
+    """Every case by its name, for chunks of `chunk` tokens (at least 16)."""
+    return {case.name: case for case in (*_plain(), *_chunked(chunk), *_trees(chunk))}
 
 
-def build(
-    case: Case,
-    heads: Heads,
-    *,
-    page_size: int,
-    q_dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    verdict: Usable,
-    device: str,
-    seed: int = 0,
-) -> Problem:
-    """Pages are dealt in random order, every slot no sequence owns holds NaN, only the null page is zero; tables are wider than needed; queries
-    are a slice of a packed q|k|v tensor; pages lie apart unless the backend wants them dense."""
-    draw = torch.Generator().manual_seed(seed)
-    scale = 0.5 if kv_dtype.itemsize == 1 else 1.0
-    dense = [_dense(length, heads, kv_dtype, scale, draw) for length in case.seq_lens]
-    num_tokens = sum(case.q_lens)
-    packed = torch.randn(num_tokens, heads.num_q_heads + 2 * heads.num_kv_heads, heads.head_dim, generator=draw)
-    packed = (1.5 * packed).to(q_dtype)
-    q = packed[:, : heads.num_q_heads]
-    kv, table = _deal(case, heads, dense, page_size, kv_dtype, verdict.page_stride, draw)
-    meta = _metadata(case, table, page_size, native=verdict.native_chunk)
-    scales = torch.tensor(scale, device=device) if scale != 1.0 else None
-    return Problem(
-        meta=_on(meta, device),
-        q=packed.to(device)[:, : heads.num_q_heads],
-        kv=KVView(k=kv[0].to(device)[:, 0], v=kv[1].to(device)[:, 0], k_scale=scales, v_scale=scales),
-        expected=_expected(case, q.double(), [(k.double() * scale, v.double() * scale) for k, v in dense]),
-        owned=torch.tensor(
-            [length > 0 for length, n in zip(case.seq_lens, case.q_lens, strict=True) for _ in range(n)]
-        ),
+def random_tree(num_nodes: int, seed: int, *, width: int = 3) -> Parents:
+    """A tree of `num_nodes` nodes in order of depth, as drafters give them; width: most children of a node."""
+    draw = random.Random(seed)
+    levels: list[list[int]] = [[-1]]
+    parents: list[int] = []
+    while len(parents) < num_nodes:
+        level: list[int] = []
+        for parent in levels[-1]:
+            for _ in range(draw.randint(1, width) if parent >= 0 else 1):
+                if len(parents) < num_nodes:
+                    level.append(len(parents))
+                    parents.append(parent)
+        levels.append(draw.sample(level, min(len(level), 4)))
+        levels[-1].sort()
+    return tuple(parents)
+
+
+CHAIN: Parents = (-1, 0, 1, 2, 3)
+STAR: Parents = (-1, 0, 0, 0, 0)
+BINARY: Parents = (-1, 0, 0, 1, 1, 2, 2)
+
+
+def _plain() -> Iterator[Case]:
+    yield Case(name="one token", seq_lens=(1,), q_lens=(1,), phase="decode")
+    borders = (1, 15, 16, 17, 63, 64, 65, 130)
+    yield Case(name="decode at page borders", seq_lens=borders, q_lens=(1,) * 8, phase="decode")
+    yield Case(name="long decode", seq_lens=(700, 3, 513), q_lens=(1, 1, 1), phase="decode")
+    yield Case(name="whole prefill", seq_lens=(77, 1, 64), q_lens=(77, 1, 64), phase="prefill")
+    prefix = (90, 128, 66, 17)
+    yield Case(name="ragged prefill on a prefix", seq_lens=prefix, q_lens=(13, 64, 1, 16), phase="prefill")
+    mixed = (40, 97, 1, 130, 16)
+    yield Case(name="prefill and decode mixed", seq_lens=mixed, q_lens=(1, 33, 1, 1, 16), phase="prefill")
+    yield Case(name="chain verify", seq_lens=(66, 5, 130), q_lens=(DRAFTS + 1,) * 3, phase="verify")
+    yield Case(name="loose bounds", seq_lens=(33, 7, 128), q_lens=(1, 1, 1), phase="decode", loose=True)
+    yield Case(name="padded rows", seq_lens=(40, 64), q_lens=(1, 1), phase="decode", null_rows=3)
+    yield Case(name="empty rows", seq_lens=(0, 40, 0, 64), q_lens=(1, 1, 1, 1), phase="decode")
+
+
+def _chunked(c: int) -> Iterator[Case]:
+    piece = c // 4
+    lengths = (c - 1, c, c + 1, 2 * c - 1, 2 * c, 2 * c + 1, 3)
+    yield Case(name="local decode", seq_lens=lengths, q_lens=(1,) * 7, phase="decode", chunk=c)
+    yield Case(
+        name="local prefill, a piece a chunk",
+        seq_lens=(c - 1, c, c + 1, 2 * c - 1, 2 * c, 2 * c + 1, 3 * c - 7),
+        q_lens=(c - 1, c, 1, piece, 5, 1, 9),
+        phase="prefill",
+        chunk=c,
+    )
+    yield Case(
+        name="prefill over a border",
+        seq_lens=(c + piece, c + 4, c, 40, 2 * c + 3, 2 * c + 1),
+        q_lens=(2 * piece, 10, piece, min(40, c), 3, 2),
+        phase="prefill",
+        chunk=c,
+        virtual=2,
+    )
+    two, three = (2 * c + 10, c + 5), (3 * c + 5, c + 1)
+    yield Case(
+        name="prefill over two borders", seq_lens=two, q_lens=(c + 20, 6), phase="prefill", chunk=c, virtual=3
+    )
+    yield Case(
+        name="prefill over three borders", seq_lens=three, q_lens=(2 * c + 15, 2), phase="prefill", chunk=c, virtual=4
+    )
+    yield Case(
+        name="verify at a border",
+        seq_lens=(c, c + 1, c + 2, c + 5, 2 * c + 3, 9),
+        q_lens=(DRAFTS + 1,) * 6,
+        phase="verify",
+        chunk=c,
+        virtual=2,
     )
 
 
-def _dense(
-    length: int, heads: Heads, dtype: torch.dtype, scale: float, draw: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """k, v [length, num_kv_heads, head_dim] as stored (already divided by the scale and rounded)."""
-    shape = (2, length, heads.num_kv_heads, heads.head_dim)
-    k, v = (torch.randn(shape, generator=draw) / scale).to(dtype)
-    return k, v
+def _trees(c: int) -> Iterator[Case]:
+    shapes = (CHAIN, STAR, BINARY, random_tree(11, 1))
+    yield _tree_case("tree verify", (0, 5, 64, 130), shapes)
+    yield _tree_case("tree of 64 nodes", (17, 40), (random_tree(MAX_NODES, 2), random_tree(30, 3)))
+    prefixes = (c + 9, 2, c)
+    yield _tree_case("local tree inside a chunk", prefixes, (BINARY, STAR, CHAIN), chunk=c)
+    deep = random_tree(12, 4, width=2)
+    at_border = (c - 2, c - 1, 2 * c - 3, c - 1, 2 * c - 1, c - 4)
+    yield _tree_case("local tree over a border", at_border, (CHAIN, STAR, BINARY, deep, CHAIN, deep), chunk=c)
 
 
-def _expected(case: Case, q: torch.Tensor, dense: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """The definition: a query at position p sees the keys at positions p // chunk * chunk … p of its own sequence."""
-    out = torch.zeros_like(q)
-    first = 0
-    for length, queries, (k, v) in zip(case.seq_lens, case.q_lens, dense, strict=True):
-        rows = slice(first, first + queries)
-        first += queries
-        if not length:
-            continue
-        position, key = torch.arange(length - queries, length)[:, None], torch.arange(length)
-        visible = key <= position
-        if case.chunk is not None:
-            visible = visible & (key // case.chunk == position // case.chunk)
-        group = q.shape[1] // k.shape[1]
-        scores = torch.einsum("nhd,khd->hnk", q[rows], k.repeat_interleave(group, dim=1)) * q.shape[2] ** -0.5
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        out[rows] = torch.einsum("hnk,khd->nhd", weights, v.repeat_interleave(group, dim=1))
-    return out
+def _tree_case(name: str, prefixes: tuple[int, ...], trees: tuple[Parents, ...], chunk: int | None = None) -> Case:
+    nodes = tuple(len(tree) for tree in trees)
+    lengths = tuple(prefix + n for prefix, n in zip(prefixes, nodes, strict=True))
+    return Case(name=name, seq_lens=lengths, q_lens=nodes, phase="verify", chunk=chunk, trees=trees)
 
 
-def _deal(
-    case: Case,
-    heads: Heads,
-    dense: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    page_size: int,
-    dtype: torch.dtype,
-    page_stride: str,
-    draw: torch.Generator,
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """→ k and v memory [num_pages, layers, page_size, num_kv_heads, head_dim] (our layer is 0) and the full table [B, W]. Of a chunked case only
-    pages from the first query's chunk on are kept, as core keeps them; table entries of dropped pages point at the null page."""
-    counts = [-(-length // page_size) for length in case.seq_lens]
-    num_pages = 1 + sum(counts) + SPARE_PAGES
-    layers = 2 if page_stride == "free" else 1
-    shape = (num_pages, layers, page_size, heads.num_kv_heads, heads.head_dim)
-    memory = (torch.full(shape, torch.nan).to(dtype), torch.full(shape, torch.nan).to(dtype))
-    for x in memory:
-        x[NULL_PAGE] = 0
-    table = torch.full((len(counts), max(counts) + SPARE_COLUMNS), NULL_PAGE, dtype=torch.int32)
-    free = (torch.randperm(num_pages - 1, generator=draw) + 1).tolist()
-    for b, (length, queries) in enumerate(zip(case.seq_lens, case.q_lens, strict=True)):
-        first = (length - queries) // case.chunk * case.chunk // page_size if case.chunk else 0
-        pages, free = free[: counts[b] - first], free[counts[b] - first :]
-        table[b, first : counts[b]] = torch.tensor(pages, dtype=torch.int32)
-        padding = counts[b] * page_size - length
-        for x, stored in zip(memory, dense[b], strict=True):
-            padded = torch.cat(
-                [stored[first * page_size :], torch.full((padding, *stored.shape[1:]), torch.nan).to(dtype)]
-            )
-            x[pages, 0] = padded.view(len(pages), page_size, *stored.shape[1:])
-    return memory, table
-
-
-def _metadata(case: Case, table: torch.Tensor, page_size: int, *, native: bool) -> AttentionMetadata:
-    meta = AttentionMetadata(
-        cu_seqlens_q=torch.tensor([0, *case.q_lens]).cumsum(0).int(),
-        seq_lens=torch.tensor(case.seq_lens, dtype=torch.int32),
-        block_table=table,
-        max_seqlen_q=max(case.q_lens),
-        max_seqlen_k=max(case.seq_lens),
-        num_seqs=len(case.seq_lens),
-        phase=case.phase,
-    )
-    if case.chunk is None:
-        return meta
-    if native:
-        return replace(meta, chunk=ChunkInfo(size=case.chunk))
-    ring = _ring(table, case, page_size)
-    if case.virtual:
-        return virtual_batches(meta, ring, case.chunk, page_size, case.virtual)
-    return single_chunk_metadata(meta, ring, case.chunk, page_size)
-
-
-def _ring(table: torch.Tensor, case: Case, page_size: int) -> torch.Tensor:
-    """The local group's table as core keeps it: page index p in column p % (2 · chunk / page)."""
-    assert case.chunk is not None
-    columns = 2 * case.chunk // page_size
-    ring = torch.full((len(table), columns), NULL_PAGE, dtype=torch.int32)
-    for row, entries in zip(ring, table.tolist(), strict=True):
-        for index, page in enumerate(entries):
-            if page != NULL_PAGE:
-                row[index % columns] = page
-    return ring
-
-
-def _on(meta: AttentionMetadata, device: str) -> AttentionMetadata:
-    return replace(
-        meta,
-        cu_seqlens_q=meta.cu_seqlens_q.to(device),
-        seq_lens=meta.seq_lens.to(device),
-        block_table=meta.block_table.to(device),
-    )
+CASE_NAMES = tuple(all_cases(128))
+"""The names, which do not depend on the chunk's size."""
