@@ -100,9 +100,9 @@ def main() -> None:
     run = {"l4": l4, "hf": hf, "vllm": vllm}[args.engine](args.model, args.dtype)
     ready = time.perf_counter() - began
     result = measure(run, args.repeats)
-    rss = (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    ) / 1024
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if args.engine == "vllm":  # its engine is a child; other children only shared their parent's pages
+        rss += resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     print(
         json.dumps(
             {
@@ -110,7 +110,7 @@ def main() -> None:
                 "dtype": args.dtype,
                 "threads": args.threads,
                 "ready_s": round(ready, 1),
-                "rss_mib": round(rss),
+                "rss_mib": round(rss / 1024),
                 **result,
             }
         )

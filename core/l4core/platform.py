@@ -6,6 +6,7 @@ fake machine; selection tests use dozens of them.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import platform as _host
@@ -77,6 +78,12 @@ def detect(device: str = "auto") -> Platform:
         if wanted == "cpu"
         else _accelerator_platform(torch.device(device if device != "auto" else found))
     )
+
+
+@functools.cache
+def has_triton(device_type: str) -> bool:
+    """Whether core's own Triton kernels run on tensors of this device type; elsewhere their torch twins do."""
+    return device_type in ("cuda", "xpu") and importlib.util.find_spec("triton") is not None
 
 
 def free_memory(platform: Platform) -> int:

@@ -43,8 +43,16 @@ def oracle_logits(folder: Path, ids: list[int]) -> torch.Tensor:
     return oracle(folder)(torch.tensor([ids]), use_cache=False).logits[0]
 
 
+BACKENDS = ["reference", "sdpa"] if DEVICE == "cpu" else ["reference", "sdpa", "triton"]
+"""On a GPU l4-triton joins them: the one backend with IEEE float32 there."""
+
+
 @pytest.mark.parametrize(
-    ("variant", "backend"), [*((name, "sdpa") for name in VARIANTS), ("step1", "reference"), ("step2", "reference")]
+    ("variant", "backend"),
+    [
+        *((name, BACKENDS[-1]) for name in VARIANTS),
+        *((name, other) for name in ("step1", "step2") for other in BACKENDS[:-1]),
+    ],
 )
 def test_logits_of_prefill_and_decode_equal_transformers(make_tiny, variant: str, backend: str) -> None:
     """Whole prompt of 300 tokens (pieces end at chunk borders) and 20 decoded tokens: max |Δ logit| ≤ 1e-4 at every position."""

@@ -10,27 +10,13 @@ from pathlib import Path
 
 import httpx
 
+from helpers.packages import ROOT, build_wheel
 from helpers.serving import serve
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_an_environment_with_only_the_wheel_serves_a_chat_request(tiny: Path, tmp_path: Path) -> None:
     """The wheel is unpacked into a folder of its own and put before the source tree; its entry points are read from its own metadata."""
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path.as_posix(),
-        ROOT.as_posix(),
-    ]
-    subprocess.run(build, check=True, timeout=300)
-    (wheel,) = tmp_path.glob("l4core-*.whl")
+    wheel = build_wheel(ROOT, tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert "l4core/py.typed" in names

@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 
+from l4core.platform import has_triton
 from l4core.plugin_api import AttentionMetadata, TreeMask
 
 
@@ -29,10 +30,13 @@ def single_chunk_metadata(
     C/P columns, cu_seqlens_q unchanged. An empty row (seq_len 0) stays empty.
     """
     _refuse_tree(meta)
+    max_len = min(meta.max_seqlen_k, chunk_size)
+    if has_triton(ring_table.device.type):
+        _, lens, table = _fused(meta, ring_table, chunk_size, page_size, 1, max_len)
+        return dataclasses.replace(meta, seq_lens=lens, block_table=table, max_seqlen_k=max_len)
     last = meta.seq_lens - 1  # position of the last token; −1 for an empty row
     chunk = last // chunk_size
     lens = torch.where(last >= 0, last - chunk * chunk_size + 1, 0)
-    max_len = min(meta.max_seqlen_k, chunk_size)
     table = _chunk_columns(ring_table, chunk.clamp(min=0), chunk_size, page_size, max_len)
     return dataclasses.replace(meta, seq_lens=lens.int(), block_table=table, max_seqlen_k=max_len)
 
@@ -52,28 +56,57 @@ def virtual_batches(
         raise ValueError(
             f"{num_virtual} virtual batches given; {meta.max_seqlen_q} queries may touch {needed} chunks of {chunk_size}"
         )
-    q_lens = meta.cu_seqlens_q.diff()
-    prefix = (meta.seq_lens - q_lens).unsqueeze(1)  # [B, 1] tokens before the first query
-    end = meta.seq_lens.unsqueeze(1)
-    chunk = prefix // chunk_size + torch.arange(num_virtual, device=table.device, dtype=torch.int32)  # [B, N]
-    first, past = chunk * chunk_size, (chunk + 1) * chunk_size
-    low, high = torch.maximum(prefix, first), torch.minimum(end, past)
-    num_queries = (high - low).clamp(min=0)
-    lens = torch.where(num_queries > 0, high - first, 0)
-    cu_seqlens_q = torch.nn.functional.pad(num_queries.flatten().cumsum(0), (1, 0)).int()
     max_len = min(meta.max_seqlen_k, chunk_size)
-    columns = _chunk_columns(
-        table.repeat_interleave(num_virtual, dim=0), chunk.flatten(), chunk_size, page_size, max_len
-    )
+    split = _fused if has_triton(table.device.type) else _split
+    cu_seqlens_q, lens, columns = split(meta, table, chunk_size, page_size, num_virtual, max_len)
     return dataclasses.replace(
         meta,
         cu_seqlens_q=cu_seqlens_q,
-        seq_lens=lens.flatten().int(),
+        seq_lens=lens,
         block_table=columns,
         max_seqlen_q=min(meta.max_seqlen_q, chunk_size),
         max_seqlen_k=max_len,
         num_seqs=meta.num_seqs * num_virtual,
         phase="decode" if meta.max_seqlen_q == 1 else meta.phase,
+    )
+
+
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""int32: cu_seqlens_q [R+1], seq_lens [R], block_table [R, columns]."""
+
+
+def _split(
+    meta: AttentionMetadata, table: torch.Tensor, chunk_size: int, page_size: int, num_virtual: int, max_len: int
+) -> Rows:
+    q_lens = meta.cu_seqlens_q.diff()
+    prefix = (meta.seq_lens - q_lens).clamp(min=0).unsqueeze(1)  # [B, 1] tokens before the first query
+    chunk = prefix // chunk_size + torch.arange(num_virtual, device=table.device, dtype=torch.int32)  # [B, N]
+    first = chunk * chunk_size
+    high = torch.minimum(meta.seq_lens.unsqueeze(1), first + chunk_size)
+    lens = torch.where(high > torch.maximum(prefix, first), high - first, 0).flatten().int()
+    before = torch.minimum((first - prefix).clamp(min=0), q_lens.unsqueeze(1))  # queries in earlier chunks
+    begins = (meta.cu_seqlens_q[:-1].unsqueeze(1) + before).flatten()
+    columns = _chunk_columns(
+        table.repeat_interleave(num_virtual, dim=0), chunk.flatten(), chunk_size, page_size, max_len
+    )
+    return torch.cat([begins, meta.cu_seqlens_q[-1:]]).int(), lens, columns
+
+
+def _fused(
+    meta: AttentionMetadata, table: torch.Tensor, chunk_size: int, page_size: int, num_virtual: int, max_len: int
+) -> Rows:
+    """The same in one launch."""
+    from l4core.attention.chunked_triton import chunk_rows
+
+    ring_width(chunk_size, page_size)  # refuses a page size that does not divide the chunk
+    return chunk_rows(
+        meta.cu_seqlens_q,
+        meta.seq_lens,
+        table,
+        chunk_size=chunk_size,
+        page_size=page_size,
+        num_virtual=num_virtual,
+        width=-(-max_len // page_size),
     )
 
 
