@@ -16,6 +16,7 @@ from l4core.plugin_api import (
 )
 
 FLOATS = ("float32", "bfloat16", "float16")
+FP8 = ("float8_e4m3fn", "float8_e4m3fnuz")
 
 
 @hookimpl
@@ -46,10 +47,12 @@ def l4_chat_templates() -> list[ChatTemplateEntry]:
 
 
 def probe_reference(platform: Platform, requirements: AttentionRequirements) -> Usable | Unusable:
-    """Any device torch knows, any page size, float64 too: the oracle that the others are checked against."""
-    refused = _refuse(requirements, (*FLOATS, "float64"))
+    """Any device torch knows, any page size, trees, fp8 KV, float64 too: the oracle that the others are checked against."""
+    exact = (*FLOATS, "float64")
+    refused = _refuse(requirements, exact, (*exact, *FP8), tree_mask=True)
     return refused or Usable(
         tier=Tier.REFERENCE,
+        tree_mask=True,
         provider=f"torch {platform.torch_version}",
         note="the definition, one query row at a time: what others are compared with",
     )
@@ -57,22 +60,27 @@ def probe_reference(platform: Platform, requirements: AttentionRequirements) -> 
 
 def probe_sdpa(platform: Platform, requirements: AttentionRequirements) -> Usable | Unusable:
     """Any device torch knows. PORTABLE everywhere, so a backend with kernels tuned for an accelerator wins there."""
-    refused = _refuse(requirements, FLOATS)
+    refused = _refuse(requirements, FLOATS, FLOATS, tree_mask=False)
     return refused or Usable(tier=Tier.PORTABLE, provider=f"torch {platform.torch_version}")
 
 
-def _refuse(req: AttentionRequirements, dtypes: tuple[str, ...]) -> Unusable | None:
+def _refuse(
+    req: AttentionRequirements, q_dtypes: tuple[str, ...], kv_dtypes: tuple[str, ...], *, tree_mask: bool
+) -> Unusable | None:
     """What the two torch backends cannot do; None when nothing of it is asked."""
-    wanted = ", ".join(dtypes)
-    if req.q_dtype not in dtypes:
-        return Unusable(reason=f"queries are {req.q_dtype}; wanted one of {wanted}", fix="--dtype bfloat16")
-    if req.kv_dtype not in dtypes:
-        return Unusable(reason=f"KV is {req.kv_dtype}; wanted one of {wanted}", fix="--kv-cache-dtype auto")
+    if req.q_dtype not in q_dtypes:
+        return Unusable(
+            reason=f"queries are {req.q_dtype}; wanted one of {', '.join(q_dtypes)}", fix="--dtype bfloat16"
+        )
+    if req.kv_dtype not in kv_dtypes:
+        return Unusable(
+            reason=f"KV is {req.kv_dtype}; wanted one of {', '.join(kv_dtypes)}", fix="--kv-cache-dtype auto"
+        )
     if req.num_q_heads % req.num_kv_heads:
         return Unusable(
             reason=f"{req.num_q_heads} query heads on {req.num_kv_heads} KV heads; wanted a whole number of query heads per KV head"
         )
-    if req.needs_tree:
+    if req.needs_tree and not tree_mask:
         return Unusable(
             reason="a tree mask is asked for; torch's attention takes none here", fix="--speculative-eagle-topk 1"
         )

@@ -21,13 +21,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """What the table says of one field. unit: of the value.  not_built: the value (other than the default) is refused with this text."""
+    """What the table says of one field. unit: of the value.  not_built: the value (other than the default) is refused with this text.
+    later: values that will be choices, and are refused as not built yet."""
 
     help: str
     group: str
     aliases: tuple[str, ...] = ()
     unit: str = ""
     choices: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
     not_built: str = ""
@@ -99,7 +101,11 @@ class EngineConfig:
         minimum=1,
     )
     kv_cache_dtype: str = _opt(
-        "auto", "KV dtype; auto = the compute dtype", MEMORY, choices=("auto", "float32", "bfloat16", "float16")
+        "auto",
+        "KV dtype; auto = the compute dtype",
+        MEMORY,
+        choices=("auto", "float32", "bfloat16", "float16"),
+        later=("fp8", "fp8_e4m3", "fp8_e5m2"),
     )
     mem_fraction_static: float | None = _opt(
         None,
@@ -183,7 +189,15 @@ class ServerConfig:
     max_queued_requests: int = _opt(1024, "sequences waiting or running before 429 + Retry-After", SERVER, minimum=1)
     max_body_bytes: int = _opt(8 << 20, "largest request body before 413", SERVER, unit="bytes", minimum=1024)
     drain_seconds: float = _opt(
-        30.0, "after SIGTERM, time for running requests to finish", SERVER, unit="seconds", minimum=0
+        30.0, "after SIGTERM, time for running requests to finish", SERVER, unit="seconds", minimum=0, maximum=86_400
+    )
+    watchdog_timeout: float = _opt(
+        600.0,
+        "longest step before the engine process counts as hung and is started again; 0 = wait for ever",
+        SERVER,
+        unit="seconds",
+        minimum=0,
+        maximum=86_400,
     )
 
     def __post_init__(self) -> None:
@@ -230,18 +244,28 @@ def allowed_types(hint: Any) -> tuple[type[Any], ...]:
     return tuple(typing.get_origin(p) or p for p in parts)
 
 
+TYPE_WORDS = {type(None): "nothing", tuple: "a list"}
+"""Types as YAML and JSON know them."""
+
+
 def _check(config: Any) -> None:
     for name, hint, option in options(type(config)):
         value = getattr(config, name)
         allowed = allowed_types(hint)
         exact = type(value) in allowed or (isinstance(value, int) and float in allowed and not isinstance(value, bool))
         if not exact:
-            wanted = " or ".join("nothing" if t is type(None) else t.__name__ for t in allowed)
+            wanted = " or ".join(TYPE_WORDS.get(t, t.__name__) for t in allowed)
             raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); wanted {wanted}")
         if option.not_built and value != type(config).__dataclass_fields__[name].default:
             raise NotBuiltError(option.not_built)
         if value is None:
             continue
+        if value in option.later:
+            raise NotBuiltError(
+                f"--{name.replace('_', '-')} {value} {LATER}", fix=f"leave it out, or: {', '.join(option.choices)}"
+            )
+        if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{name} is {list(value)!r}; wanted a list of strings")
         if option.choices and value not in option.choices:
             raise ConfigError(f"{name} is {value!r}; wanted one of {', '.join(option.choices)}")
         if option.minimum is not None and not value >= option.minimum:

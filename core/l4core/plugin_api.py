@@ -105,7 +105,9 @@ class Usable:
     """Verdict: the backend can do all that was required. page_sizes: None = any.  page_stride: "free" = the distance between pages may be
     anything; "dense" = pages must lie back to back.  native_chunk: wants `AttentionMetadata.chunk` instead of virtual batches.
     tree_mask: honours `AttentionMetadata.tree`.  empty_rows: takes decode rows without keys and virtual batches without queries.
-    workspace_bytes: device memory it holds for life, plus the most a plan and one attend take beside q and out."""
+    workspace_bytes: device memory it holds for life, plus the most a plan and one attend take beside q and out.
+    named_only: never chosen by itself, whatever its tier; `note` says why.
+    finite_tail: multiplies what lies past a sequence's last key in its last page by zero, so that must be finite; others never let it count."""
 
     tier: Tier
     page_sizes: tuple[int, ...] | None = None
@@ -116,6 +118,8 @@ class Usable:
     native_chunk: bool = False
     empty_rows: bool = True
     workspace_bytes: int = 0
+    named_only: bool = False
+    finite_tail: bool = False
     provider: str = ""
     note: str = ""
 

@@ -7,7 +7,7 @@ All records are frozen and msgspec-friendly: dataclasses, or msgspec structs (a 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -17,7 +17,14 @@ import msgspec
 from l4core.errors import RequestError
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIASES = 1024
 MAX_LOGPROBS = 20
+MAX_SAMPLER_NAME = 100
+MIN_REPETITION_PENALTY = 0.01
+"""Logits are divided by it: far below, they leave float32."""
+MAX_SHOWN, MAX_LISTED = 200, 8
+"""Characters and entries of a wrong value that an error repeats."""
 
 
 class FinishReason(StrEnum):
@@ -35,10 +42,11 @@ class SamplingParams:
 
     n: answers per prompt.  max_tokens: None = until the context is full.  temperature: ≥ 0, 0 = greedy.  top_p ∈ (0, 1].  top_k: 0 or −1 = off.
     min_p ∈ [0, 1]: tokens below min_p × the best probability are dropped.  presence_penalty, frequency_penalty ∈ [−2, 2] over output tokens;
-    repetition_penalty > 0 over prompt and output.  logit_bias: token id → added.  seed: None = drawn by the front end.  stop: strings;
+    repetition_penalty ∈ [0.01, 10] over prompt and output.  logit_bias: token id → added.  seed: None = drawn by the front end.  stop: strings;
     stop_token_ids: ids, beside the checkpoint's eos ids unless ignore_eos.  min_tokens: no end before that many.  logprobs: number of top
     entries per output token (0 = the chosen one only), None = off; prompt_logprobs the same over the prompt.  Log-probabilities are those of
     the model's raw logits, before penalties and temperature.  sampler, sampler_args: a named sampler plugin and its arguments.
+    None for stop, stop_token_ids, logit_bias or sampler_args means none, as in vLLM.
     """
 
     n: int = 1
@@ -64,12 +72,14 @@ class SamplingParams:
     sampler_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        stop: str | Sequence[str] = self.stop  # users write stop="x" as often as stop=["x"]
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        for name in ("logit_bias", "sampler_args"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, {})
         for name, ok, wanted in self._rules():
             if not ok:
-                raise RequestError(f"{name} is {getattr(self, name)!r}; wanted {wanted}", param=name)
+                raise RequestError(f"{name} is {_shown(getattr(self, name))}; wanted {wanted}", param=name)
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         """(field, is it fine, what was wanted)."""
@@ -88,14 +98,15 @@ class SamplingParams:
             ("frequency_penalty", _in(self.frequency_penalty, -2.0, 2.0), "a number from −2 to 2"),
             (
                 "repetition_penalty",
-                _in(self.repetition_penalty, 0.0, 10.0) and self.repetition_penalty > 0,
-                "a number above 0 and at most 10",
+                _in(self.repetition_penalty, MIN_REPETITION_PENALTY, 10.0),
+                f"a number from {MIN_REPETITION_PENALTY} to 10",
             ),
             (
                 "logit_bias",
-                len(self.logit_bias) <= 1024
+                isinstance(self.logit_bias, Mapping)
+                and len(self.logit_bias) <= MAX_LOGIT_BIASES
                 and all(_is_int(k) and k >= 0 and _in(v, -100.0, 100.0) for k, v in self.logit_bias.items()),
-                "at most 1024 entries, token id → a number from −100 to 100",
+                f"at most {MAX_LOGIT_BIASES} entries, token id → a number from −100 to 100",
             ),
             (
                 "seed",
@@ -107,7 +118,12 @@ class SamplingParams:
                 len(self.stop) <= MAX_STOP_STRINGS and all(isinstance(s, str) and s for s in self.stop),
                 f"at most {MAX_STOP_STRINGS} non-empty strings",
             ),
-            ("stop_token_ids", all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "token ids"),
+            (
+                "stop_token_ids",
+                len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS
+                and all(_is_int(t) and t >= 0 for t in self.stop_token_ids),
+                f"at most {MAX_STOP_TOKEN_IDS} token ids",
+            ),
             (
                 "min_tokens",
                 _is_int(self.min_tokens)
@@ -126,7 +142,32 @@ class SamplingParams:
                 or (_is_int(self.prompt_logprobs) and 0 <= self.prompt_logprobs <= MAX_LOGPROBS),
                 f"a whole number from 0 to {MAX_LOGPROBS}",
             ),
+            *((name, isinstance(getattr(self, name), bool), "true or false") for name in _FLAGS),
+            (
+                "sampler",
+                isinstance(self.sampler, str) and len(self.sampler) <= MAX_SAMPLER_NAME,
+                f"a name of at most {MAX_SAMPLER_NAME} characters",
+            ),
+            ("sampler_args", isinstance(self.sampler_args, Mapping), "names and values"),
         ]
+
+
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """Users write stop="x" as often as stop=["x"]; what is inside is checked by the rules."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+
+
+def _shown(value: object) -> str:
+    """As an error repeats it: a wrong value may be megabytes long."""
+    if isinstance(value, (tuple, Mapping)) and len(value) > MAX_LISTED:
+        return f"a list of {len(value)} entries"
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _is_int(x: object) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from l4core.attention import reference
+from l4core.attention.chunked import virtual_batches
 from l4core.plugin_api import AttentionBackend, AttentionContext, AttentionMetadata, BackendUnavailable, KVView, Plan
 
 
@@ -53,6 +54,16 @@ class Wrong(AttentionBackend):
         if self.mistake == "rows shifted":
             rows = meta.cu_seqlens_q.diff().flip(0)
             meta = replace(meta, cu_seqlens_q=torch.nn.functional.pad(rows.cumsum(0), (1, 0)).int())
+        tree = meta.tree
+        if self.mistake == "tree ignored":
+            meta = replace(meta, tree=None)
+        if self.mistake == "tree of the first" and tree is not None:  # one static tree for the whole batch
+            nodes = meta.max_seqlen_q
+            meta = replace(meta, tree=replace(tree, ancestors=tree.ancestors[:nodes].repeat(meta.num_seqs)))
+        if self.mistake == "prefix always seen" and tree is not None:
+            meta = replace(meta, tree=replace(tree, sees_prefix=None))
+        if self.mistake == "one row a sequence" and 0 in meta.cu_seqlens_q.diff() and meta.phase == "verify":
+            meta = replace(meta, cu_seqlens_q=torch.arange(meta.num_seqs + 1, dtype=torch.int32))
         if self.mistake == "plan raises":
             raise RuntimeError("workspace too small")
         return self.inner.plan(meta)
@@ -89,17 +100,17 @@ class NativeChunk(AttentionBackend):
 
     def __post_init__(self) -> None:
         self.seen: set[object] = set()
+        self.widths: set[int] = set()
 
     def plan(self, meta: AttentionMetadata) -> Plan:
         self.seen.add(meta.chunk)
         if meta.chunk is None:
             return self.inner.plan(meta)
+        self.widths.add(meta.block_table.shape[1])
         if not self.honest:
             return self.inner.plan(replace(meta, chunk=None))
-        start = (meta.seq_lens - 1) // meta.chunk.size * meta.chunk.size
-        columns = start[:, None] // 8 + torch.arange(meta.chunk.size // 8)
-        table = meta.block_table.gather(1, columns.clamp(max=meta.block_table.shape[1] - 1).long())
-        return self.inner.plan(replace(meta, chunk=None, seq_lens=meta.seq_lens - start, block_table=table))
+        cut = virtual_batches(meta, meta.block_table, meta.chunk.size, 8, 2)
+        return self.inner.plan(replace(cut, chunk=None))
 
     def attend(self, q: torch.Tensor, kv: KVView, plan: Plan, out: torch.Tensor) -> None:
         self.inner.attend(q, kv, plan, out)

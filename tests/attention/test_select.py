@@ -20,7 +20,8 @@ from l4core.plugin_entries import Plugins
 from l4core.plugin_manager import load_plugins
 from l4core.testing.platforms import FAKE_PLATFORMS, fake_platform
 
-BUILTINS = load_plugins({"L4_DISABLE_PLUGINS": "l4-block-attention"})
+OTHERS = ("l4-block-attention", *sorted({row.package for row in FIRST_PARTY}))
+BUILTINS = load_plugins({"L4_DISABLE_PLUGINS": ",".join(OTHERS)})
 CPU = fake_platform("cpu", {})
 
 # ---------------------------------------------------------------- the table of the design, with stand-ins for the hardware packages
@@ -155,6 +156,8 @@ def test_a_vendors_own_device_reaches_sdpa_and_its_checks() -> None:
         (Usable(tier=Tier.TUNED, page_sizes=(0,)), r"page_sizes is (0,)"),
         (Usable(tier=Tier.TUNED, preferred_page_size=0), "preferred_page_size is 0"),
         (Usable(tier=Tier.TUNED, page_stride="any"), "page_stride is 'any'"),  # type: ignore[arg-type]
+        (Usable(tier=Tier.TUNED, workspace_bytes=-1), "workspace_bytes is -1"),
+        (Usable(tier=Tier.TUNED, workspace_bytes=1e6), "workspace_bytes is 1000000.0"),  # type: ignore[arg-type]
         (Usable(tier=Tier.NATIVE, page_sizes=(48,)), "page sizes 48: wanted a divisor of the attention chunk of 8192"),
     ],
 )
@@ -409,3 +412,26 @@ def test_explanation_quotes_failed_plugins() -> None:
     assert "! plugin l4-dead 0.3 failed: OSError: no ROCm" in explanation.text()
     assert explanation.json()["failures"][0]["reason"] == "OSError: no ROCm"
     assert explanation.json()["chosen"] is None
+
+
+# ---------------------------------------------------------------- backends that wait to be named
+
+
+def test_a_backend_that_asks_to_be_named_is_never_chosen_by_itself() -> None:
+    """Whatever its tier; and where it is all there is, the error says how to name it."""
+    shy = make_entry("shy", Usable(tier=Tier.NATIVE, named_only=True, note="made for another device"))
+    plain = make_entry("plain", Usable(tier=Tier.REFERENCE))
+    plugins = make_plugins(shy, plain)
+    assert [c.entry.name for c in candidates(plugins.attention_backends, CPU, SMALL) if c.chosen] == ["plain"]
+    assert select_backend(plugins, CPU, SMALL, device="cpu").entry.name == "plain"
+    assert select_backend(plugins, CPU, SMALL, device="cpu", named="shy").entry.name == "shy"
+    assert "only when named · any page size · made for another device" in explain(plugins, CPU).text()
+    with pytest.raises(BackendUnavailable, match="shy.*only when named.*--attention-backend shy"):
+        select_backend(make_plugins(shy), CPU, SMALL, device="cpu")
+
+
+def test_a_backend_that_asks_to_be_named_is_in_no_tie(caplog: pytest.LogCaptureFixture) -> None:
+    shy = make_entry("shy", Usable(tier=Tier.PORTABLE, named_only=True))
+    with caplog.at_level(logging.INFO):
+        select_backend(make_plugins(shy, make_entry("plain")), CPU, SMALL, device="cpu")
+    assert "tie" not in caplog.text

@@ -101,7 +101,39 @@ def test_a_native_chunk_is_checked_with_the_models_own(honest: bool) -> None:
             smoke_check(native, verdict, context)
 
 
-def test_tree_verification_is_not_trusted_unchecked() -> None:
-    context = context_of(replace(SMALL, needs_tree=True), 8)
-    with pytest.raises(BackendUnavailable, match="tree verification has no smoke check"):
-        smoke_check(reference.create(context), replace(USABLE, tree_mask=True), context)
+TREE = replace(USABLE, tree_mask=True)
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 32])
+@pytest.mark.parametrize("drafts", [0, 1, 7, 63])
+def test_trees_pass(page_size: int, drafts: int) -> None:
+    context = context_of(replace(SMALL, needs_tree=True, num_draft_tokens=drafts), page_size)
+    smoke_check(reference.create(context), TREE, context)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "batch"),
+    [
+        ("tree ignored", "tree verify"),
+        ("tree of the first", "tree verify"),
+        ("prefix always seen", "local tree verify"),
+    ],
+)
+def test_a_mistake_with_trees_is_found(mistake: str, batch: str) -> None:
+    context = context_of(replace(SMALL, needs_tree=True, num_draft_tokens=7), 8)
+    with pytest.raises(BackendUnavailable, match=f"smoke check '{batch}': largest error"):
+        smoke_check(backends.Wrong(reference.create(context), mistake), TREE, context)
+
+
+def test_a_native_chunk_gets_a_ring() -> None:
+    """Two chunks wide, whatever the sequence's length."""
+    context = context_of(replace(SMALL, num_draft_tokens=3), 8)
+    native = backends.NativeChunk(reference.create(context), honest=True)
+    smoke_check(native, replace(USABLE, native_chunk=True), context)
+    assert native.widths == {2 * 32 // 8}
+
+
+def test_verification_over_a_border_is_checked() -> None:
+    context = context_of(replace(SMALL, num_draft_tokens=3), 8)
+    with pytest.raises(BackendUnavailable, match="smoke check 'local verify'"):
+        smoke_check(backends.Wrong(reference.create(context), "one row a sequence"), USABLE, context)

@@ -175,6 +175,14 @@ def test_bytes_of_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 512
 
 
+def test_a_token_is_spelled_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [*tokenizer.encode_text("東京 <", allow_special=False), tokenizer.special_id("<|eot|>"), 10**6]
+    texts = [tokenizer.decode([i], skip_special=False) for i in ids]
+    assert [tokenizer.token_text(i) for i in ids] == texts
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_, **__: pytest.fail("it was decoded again"))
+    assert [tokenizer.token_text(i) for i in ids] == texts
+
+
 def test_many_threads_get_the_ids_of_one(tokenizer: Tokenizer) -> None:
     texts = [f"<|eot|> number {i} <|header_start|>" for i in range(300)]
     alone = [tokenizer.encode_text(t, allow_special=i % 2 == 0) for i, t in enumerate(texts)]

@@ -24,7 +24,7 @@ class Handler(BaseHTTPRequestHandler):
     server: FakeServer
 
     def do_GET(self) -> None:
-        self._answer(200, json.dumps({"data": [{"id": "m"}]}).encode())
+        self._answer(200, self.server.models)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -53,6 +53,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class FakeServer(ThreadingHTTPServer):
     key: str | None = None
+    models: bytes = b'{"data": [{"id": "m"}]}'
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -90,6 +91,32 @@ def test_the_key_is_sent(server: FakeServer) -> None:
     with pytest.raises(L4Error, match="wants an API key: no key") as caught:
         RemoteChat(server.url, None, {})
     assert "L4_API_KEY" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "models", [b"<html>", b"[]", b'{"data": 5}', b'{"data": [{}]}', b"\xff", b""], ids=lambda models: repr(models)
+)
+def test_a_server_that_is_no_openai_endpoint(server: FakeServer, models: bytes) -> None:
+    server.models = models
+    with pytest.raises(L4Error, match="is no OpenAI endpoint"):
+        RemoteChat(server.url, None, {})
+
+
+@pytest.mark.parametrize("data", ["<html>", "5", "[]", '{"choices": [5]}', '{"error": "x"}'])
+def test_a_stream_that_is_no_chat_completion(server: FakeServer, monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    chat = RemoteChat(server.url, None, {})
+    monkeypatch.setattr(Handler, "do_POST", lambda self: self._answer(200, f"data: {data}\n\n".encode()))
+    with pytest.raises(L4Error, match="sent what is no chat completion"):
+        list(chat.answer(say("a")))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["nonsense", "ftp://x", "http://", "http://x:99999", "http://x:abc", "http://[::1", "http://a b/", "http://x:0"],
+)
+def test_what_is_no_address_is_a_sentence(url: str) -> None:
+    with pytest.raises(ConfigError, match="wanted something like http://127"):
+        RemoteChat(url, None, {})
 
 
 def test_a_refused_request(server: FakeServer) -> None:

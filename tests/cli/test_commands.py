@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from helpers.commands import RunL4
 
@@ -41,6 +42,31 @@ def test_generate_refuses_a_bad_request(run_l4: RunL4, tiny: Path) -> None:
     assert "temperature is -1" in ended.err
 
 
+@pytest.fixture(scope="session")
+def not_numbers(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with a last norm of NaN: every request fails when it draws."""
+    folder = tmp_path_factory.mktemp("not-numbers")
+    for file in tiny.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_generate_tells_that_a_prompt_failed(run_l4: RunL4, not_numbers: Path) -> None:
+    ended = run_l4("generate", str(not_numbers), "abc", "de", "--max-tokens", "3", "--json", *TINY)
+    assert ended.code == 1
+    assert "2 of 2 prompts failed" in ended.err
+    assert all("NaN" in json.loads(line)["error"] for line in ended.out.splitlines())
+
+
+def test_chat_tells_that_an_answer_failed(run_l4: RunL4, not_numbers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", StringIO("hi\n"))
+    ended = run_l4("chat", str(not_numbers), "--max-tokens", "4", *TINY)
+    assert "error: the model's logits" in ended.err
+
+
 def test_chat_in_this_process(run_l4: RunL4, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", StringIO("hi\nagain\n"))
     ended = run_l4("chat", str(tiny), "--max-tokens", "4", "--temperature", "0", *TINY)
@@ -60,6 +86,33 @@ def test_check(run_l4: RunL4, tiny: Path, tmp_path: Path) -> None:
     broken = run_l4("check", str(tmp_path))
     assert broken.code == 1
     assert "embed" in broken.out
+
+
+def test_check_as_json(run_l4: RunL4, tiny: Path) -> None:
+    ended = run_l4("check", str(tiny), "--json")
+    found = json.loads(ended.out)
+    assert ended.code == 0
+    assert (found["ok"], found["folder"], found["problems"]) == (True, str(tiny), [])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("tokenizer.json", "{}", "tokenizer.json is not a tokenizer"),
+        ("chat_template.jinja", "{% for", "chat_template.jinja is not Jinja"),
+        ("generation_config.json", '{"temperature": -1}', "temperature is -1"),
+    ],
+)
+def test_check_finds_what_would_keep_the_server_from_starting(
+    run_l4: RunL4, tiny: Path, tmp_path: Path, file: str, content: str, told: str
+) -> None:
+    for source in tiny.iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    (tmp_path / file).write_text(content, encoding="utf-8")
+    ended = run_l4("check", str(tmp_path))
+    assert ended.code == 1
+    assert told in ended.out
+    assert "not servable, 1 problem(s)" in ended.out
 
 
 def test_backends_here(run_l4: RunL4) -> None:

@@ -61,6 +61,13 @@ def test_not_built_yet(run_l4: RunL4) -> None:
     assert "fix: --tp 1" in ended.err
 
 
+def test_a_value_that_is_not_built_yet(run_l4: RunL4) -> None:
+    ended = run_l4("serve", "m", "--kv-cache-dtype", "fp8_e4m3")
+    assert ended.code == 2
+    assert "--kv-cache-dtype fp8_e4m3 is not built yet" in ended.err
+    assert "float16" in ended.err
+
+
 def test_failure_is_1_and_has_no_traceback(run_l4: RunL4, tmp_path: Path) -> None:
     ended = run_l4("check", str(tmp_path / "nothing"))
     assert ended.code == 1

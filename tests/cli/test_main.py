@@ -21,6 +21,13 @@ def test_help_lists_every_command(run_l4: RunL4) -> None:
         assert f"\n  {name} " in ended.out
 
 
+def test_the_program_alone_prints_its_help(run_l4: RunL4) -> None:
+    ended = run_l4()
+    assert ended.code == 2
+    assert ended.err.startswith("Usage: l4 ")
+    assert "error" not in ended.err
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(run_l4: RunL4, name: str) -> None:
     ended = run_l4(name, "--help")

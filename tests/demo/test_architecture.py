@@ -21,6 +21,8 @@ from l4core.demo.run import ready_checkpoint
 NUM_PROMPTS = 20 if FULL else 2
 PROMPT_TOKENS = 1100  # more than two chunks of 512
 NEW_TOKENS = 8
+pytestmark = pytest.mark.timeout(3600)
+"""The full counts take ten minutes on two quiet cores."""
 PARITY_TOKENS, PARITY_POSITIONS = (4000, 100) if FULL else (1100, 30)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from l4core.demo.ask import Piece, Reply, long_text, show_stream
+from l4core.demo.ask import Piece, Reply, connect, long_text, show_stream
 from l4core.demo.run import chunk_tokens, measured
-from l4core.demo.server_process import ServerProcess, free_port
+from l4core.demo.server_process import ServerProcess, _answers, free_port
 from l4core.errors import L4Error
 
 
@@ -61,6 +63,36 @@ def test_a_server_that_cannot_start(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "before it was ready" in caught.value.message
     assert any(line.startswith("error:") for line in server.lines)
     assert "  | error:" in capsys.readouterr().out
+
+
+def test_neither_a_proxy_nor_a_key_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A loopback server that answers only what comes without a proxy; the server's own process is not given the key."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("L4_API_KEY", "")  # an empty key is an error of its own: it would be told first
+
+    class Models(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b'{"object": "list", "data": []}'
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Models)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    assert _answers(url)
+    assert connect(url).models.list().data == []
+    server.shutdown()
+    server.server_close()
+    with ServerProcess(tmp_path / "nothing", name="x", port=free_port(0)) as started:
+        with pytest.raises(L4Error):
+            started.wait_ready()
+        assert not any("API key" in line for line in started.lines)
 
 
 def test_report_lines(tmp_path: Path) -> None:

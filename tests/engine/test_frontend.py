@@ -160,6 +160,29 @@ def test_end_tokens_are_the_checkpoints_and_the_templates(make: MakeFrontend) ->
     assert set(make(eos=(3, 5)).eos_token_ids) == {3, 5}
 
 
+def test_an_end_token_outside_the_vocabulary_is_no_end_token(make: MakeFrontend) -> None:
+    """The model cannot draw it, and forbidding it (min_tokens) would reach past the logits."""
+    assert set(make(eos=(3, VOCABULARY, 10**6)).eos_token_ids) == {3}
+
+
+@pytest.mark.parametrize("character", ["a", "é", "🙂", "<|eot|>"])
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(
+    frontend: Frontend, character: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = frontend.tokenizer.longest_token
+    assert longest is not None
+    context = 8
+    text = character * (context * longest)
+    assert len(frontend.text_ids(text)) >= context  # it was indeed too long
+    for end in range(1, len(text), 7):  # nothing that fits is refused
+        if len(frontend.text_ids(text[:end])) < context:
+            frontend.check_length(end, context, param="prompt")
+    monkeypatch.setattr(Tokenizer, "encode_pieces", lambda *_: pytest.fail("it was tokenised"))
+    with pytest.raises(RequestError, match="the context is 8 and must hold the answer too") as caught:
+        frontend.chat_ids([{"role": "user", "content": text}], context_length=context)
+    assert (caught.value.param, caught.value.code) == ("messages", "context_length_exceeded")
+
+
 def test_a_conversation_becomes_ids(frontend: Frontend) -> None:
     ids = frontend.chat_ids(USER)
     text = (

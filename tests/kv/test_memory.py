@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import psutil
 import pytest
 import torch
@@ -102,3 +104,21 @@ def test_memory_is_reserved_not_touched() -> None:
     memory = KVMemory(GROUPS, plan(64, **{"global": 8192, "local": 8192}), 2, 64, torch.float32, "cpu")
     assert memory.num_bytes == 2**31
     assert process.memory_info().rss - before < 2**26
+
+
+@pytest.fixture
+def empty_is_nan() -> Iterator[None]:
+    """torch.empty gives NaN, as memory that others used before may."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("empty_is_nan")
+@pytest.mark.parametrize("clear", [True, False])
+def test_memory_is_cleared_for_who_reads_past_a_sequences_end(clear: bool) -> None:
+    memory = KVMemory(GROUPS, plan(4, **{"global": 3, "local": 2}), 2, 8, torch.float32, "cpu", clear=clear)
+    for layer in range(4):
+        pages = memory.pages(layer)
+        assert not pages[0].any()
+        assert pages[1:].isnan().all() if not clear else not pages.any()

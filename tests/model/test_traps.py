@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,6 +88,15 @@ def test_chunk_is_counted_from_absolute_positions(small) -> None:
     harness = Harness(c.model())
     pieces = [harness.prefill(ids[:40], 40), harness.prefill(ids[40:110], 30), harness.prefill(ids[110:], 23)]
     assert (torch.cat(pieces) - c.logits(LENGTH)).abs().max() <= TOLERANCE
+
+
+def test_a_token_alone_behind_a_border(small) -> None:
+    """As a decode meets it: a piece that ends with the very first token of a chunk."""
+    c, ids = small(), small().prompt(130)
+    harness = Harness(c.model())
+    ends = [0, 64, 65, 66, 128, 129, 130]
+    pieces = [harness.prefill(ids[a:b]) for a, b in itertools.pairwise(ends)]
+    assert (torch.cat(pieces) - c.logits(130)).abs().max() <= TOLERANCE
 
 
 def test_first_token_of_a_chunk_sees_only_itself(small) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,14 +19,17 @@ OLDER = "89abcdef0123456789abcdef0123456789abcdef"
 @dataclass
 class FakeHub:
     """repos: id → files.  gated: ids whose files need `token`, while their listing is open, as on the real hub.
-    refused: status by method, for file requests.  down: status for every request.  asked: (method, path) of every request."""
+    refused: status by method, for file requests.  down: status for every request.  ranges: whether a part of a file can be asked
+    for.  asked: (method, path) of every request.  sent: file name → bytes."""
 
     repos: Mapping[str, Mapping[str, bytes]]
     gated: frozenset[str] = frozenset()
     token: str = "hf_right"
     refused: Mapping[str, int] = field(default_factory=dict)
     down: int = 0
+    ranges: bool = True
     asked: list[tuple[str, str]] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
     url: str = ""
 
     def fetched(self) -> set[str]:
@@ -102,7 +106,20 @@ class _Handler(BaseHTTPRequestHandler):
             status = 403 if sent else 401
             return self._send(status, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
         etag = hashlib.sha1(data).hexdigest()
-        return self._send(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": revision, "Accept-Ranges": "bytes"})
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": revision, "Accept-Ranges": "bytes"}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if asked is None or not self.served.ranges:
+            self._count(name, len(data))
+            return self._send(200, data, headers)
+        first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
+        self._count(name, last + 1 - first)
+        return self._send(
+            206, data[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"}
+        )
+
+    def _count(self, name: str, num_bytes: int) -> None:
+        if self.command == "GET":
+            self.served.sent[name] = self.served.sent.get(name, 0) + num_bytes
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)

@@ -6,8 +6,10 @@ from l4core.testing.conformance import (
     AttentionConformance,
     ChatTemplateConformance,
     ProbeConformance,
+    QuickAttentionConformance,
     SamplerConformance,
 )
+from l4core.testing.conformance_cases import Heads
 
 BUILTIN = "l4core.builtin_plugins"
 
@@ -20,13 +22,14 @@ class TestSdpaProbe(ProbeConformance):
     plugin, backend = BUILTIN, "sdpa"
 
 
-class TestReference(AttentionConformance):
+class TestReference(QuickAttentionConformance):
     plugin, backend = BUILTIN, "reference"
-    page_sizes = (16,)
+    heads = (Heads(num_q_heads=5, num_kv_heads=1, head_dim=32), Heads(num_q_heads=4, num_kv_heads=2, head_dim=16))
 
 
 class TestSdpa(AttentionConformance):
-    plugin, backend = BUILTIN, "sdpa"
+    plugin, backend, far_on_cpu = BUILTIN, "sdpa", True
+    combinations = 2
 
 
 class TestDefaultSampler(SamplerConformance):

@@ -84,6 +84,8 @@ class FakeEngine:
             raise RuntimeError("a kernel went wrong")
         if "DIE" in live.prompt:
             os.kill(os.getpid(), signal.SIGKILL)
+        if "HANG" in live.prompt:
+            time.sleep(3600)
         if "NAN" in live.prompt and len(live.output) == ("LATER" in live.prompt) * 3:
             return self._end(live, FinishReason.ERROR, error="the logits are not numbers")
         params = live.request.params

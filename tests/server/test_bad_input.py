@@ -63,10 +63,17 @@ def error_of(reply: httpx.Response) -> dict[str, Any]:
         (CHAT, {"messages": HELLO, "logit_bias": {"999999": 1}}, "logit_bias"),
         (CHAT, {"messages": HELLO, "logit_bias": {"5": 500}}, "logit_bias"),
         (CHAT, {"messages": HELLO, "top_logprobs": 3}, "top_logprobs"),
-        (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 99}, "logprobs"),
+        (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 99}, "top_logprobs"),
+        (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": -1}, "top_logprobs"),
         (CHAT, {"messages": HELLO, "priority": 2**40}, "priority"),
         (CHAT, {"messages": HELLO, "stop_token_ids": [999_999]}, "stop_token_ids"),
+        (CHAT, {"messages": HELLO, "stop_token_ids": [5] * 1025}, "stop_token_ids"),
+        (CHAT, {"messages": HELLO, "repetition_penalty": 1e-40}, "repetition_penalty"),
         (CHAT, {"messages": HELLO, "sampler": "nobody"}, "sampler"),
+        (CHAT, {"messages": HELLO, "sampler": "x" * 101}, "sampler"),
+        (CHAT, {"messages": HELLO, "sampler_args": {"a": "x" * 20_000}}, "sampler_args"),
+        (CHAT, {"messages": HELLO * 10_001}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 10_001}]}, "messages"),
         (CHAT, {"messages": HELLO, "sampler_args": {"x": 2**70}}, None),
         (CHAT, {"messages": HELLO, "sampler_args": nested(17)}, "sampler_args"),
         (CHAT, {"messages": HELLO, "sampler_args": nested(800)}, "sampler_args"),
@@ -122,6 +129,24 @@ def test_what_is_not_json_is_400(http: httpx.Client, body: bytes) -> None:
     assert reply.status_code == 400
     assert error_of(reply)["code"] in {"invalid_json", "invalid_type"}
     good(http)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "a", "model": "x" * (1 << 20)},
+        {"prompt": "a", "x" * (1 << 20): 1},
+        {"prompt": "a", "stop": ["x" * 1000] * 1000},
+        {"prompt": "a", "sampler": "x" * (1 << 20)},
+        {"prompt": "a", "logit_bias": {str(i): 1.0 for i in range(100_000)}},
+    ],
+    ids=lambda body: list(body)[-1][:20],
+)
+def test_an_error_repeats_only_the_beginning_of_what_is_long(http: httpx.Client, body: dict[str, Any]) -> None:
+    reply = http.post(TEXT, json=body)
+    assert reply.status_code in {400, 404}
+    assert len(reply.content) < 4096
+    assert error_of(reply)["param"]
 
 
 def test_a_too_long_prompt_says_what_fits(http: httpx.Client) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,55 @@ def test_an_exception_in_a_step_is_logged_and_the_engine_restarted(
         assert "RuntimeError: a kernel went wrong" in caplog.text
         assert "fake_engine.py" in caplog.text
         assert ask(server, "hello").status_code == 200
+
+
+def test_an_engine_that_hangs_is_started_again_and_tells_where(
+    start_server: Any, until: Until, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Only while a step is due: an idle engine, and one that steps without progress, are left alone."""
+    with (
+        running(start_server, server={"watchdog_timeout": 0.5}) as server,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        assert ask(server, "hello").status_code == 200
+        first = server.pid
+        stalled = pool.submit(ask, server, "STALL")
+        time.sleep(1.5)
+        assert server.pid == first
+        hanging = pool.submit(ask, server, "HANG")
+        assert [hanging.result().status_code, stalled.result().status_code] == [503, 503]
+        until(lambda: server.get("/ready").status_code == 200)
+        assert server.pid != first
+        assert ask(server, "hello").status_code == 200
+        time.sleep(1.0)  # idle
+        assert server.metric("l4_engine_restarts_total") == 1
+    assert "made no step" in caplog.text
+    assert "fake_engine.py" in capfd.readouterr().err
+
+
+def test_a_client_that_gives_up_does_not_hide_a_hung_engine(start_server: Any, until: Until) -> None:
+    with running(start_server, server={"watchdog_timeout": 1.0}) as server:
+        first = server.pid
+        for _ in range(4):  # each request is aborted long before the time-out
+            with contextlib.suppress(httpx.ReadTimeout):
+                httpx.post(
+                    f"{server.url}/v1/completions", json={"prompt": "HANG", "max_tokens": 1}, timeout=0.4, verify=False
+                )
+        until(lambda: server.pid not in {first, None})
+        until(lambda: server.get("/ready").status_code == 200)
+        assert ask(server, "hello").status_code == 200
+
+
+def test_pages_of_a_dead_engine_are_not_shown_as_used(start_server: Any, until: Until) -> None:
+    with running(start_server) as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, server, "STALL")
+        until(lambda: 'state="used"} 2.0' in server.get("/metrics").text)
+        os.kill(server.pid, signal.SIGKILL)
+        assert waiting.result().status_code == 503
+        until(lambda: server.metric("l4_engine_restarts_total") == 1)
+        text = server.get("/metrics").text
+        assert 'l4_kv_pages{group="global",model_name="smol",state="used"} 0.0' in text
+        assert 'l4_kv_pages{group="global",model_name="smol",state="total"} 1000.0' in text
 
 
 def test_an_engine_that_keeps_dying_is_given_up(start_server: Any, tmp_path: Path) -> None:

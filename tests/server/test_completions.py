@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from openai.types import Completion
+
+from l4core.server import streaming
 
 ANSWER = "Seed 3: the capital of France is Paris. é🙂"
 BOS = "<|begin_of_text|>"
@@ -165,3 +167,21 @@ def test_tokenize_and_detokenize_are_each_others_inverse(http: httpx.Client) -> 
     found = http.post("/tokenize", json={"prompt": "hé", "return_token_strs": True}).json()
     assert found["count"] == len(found["tokens"]) == len(found["token_strs"]) == 4
     assert found["max_model_len"] == 512
+
+
+def test_a_reply_that_spells_many_tokens_is_made_off_the_loop(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scored prompt of 100,000 tokens takes seconds to spell: the other streams must go on."""
+    weights: list[int] = []
+
+    async def noted(weight: int, work: Callable[[], Any]) -> Any:
+        weights.append(weight)
+        return work()
+
+    monkeypatch.setattr(streaming, "off_loop_if_long", noted)
+    body = {"prompt": ["x" * 300, "x" * 100], "echo": True, "logprobs": 20, "max_tokens": 1, "n": 2}
+    reply = http.post("/v1/completions", json=body)
+    assert reply.status_code == 200
+    num_tokens = sum(len(choice["logprobs"]["tokens"]) for choice in reply.json()["choices"])
+    assert weights == [21 * num_tokens]

@@ -40,6 +40,21 @@ def test_a_body_just_inside_the_limit_is_read(http: httpx.Client) -> None:
     assert reply.json()["error"]["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("text", ["ab " * 2_600_000, "a" * 7_800_000, "<|eot|>" * 1_100_000], ids=lambda text: text[:7])
+def test_text_that_cannot_fit_is_refused_at_once(http: httpx.Client, text: str) -> None:
+    """Tokenising it would take ten seconds and more."""
+    for path, body, param in (
+        ("/v1/completions", {"prompt": text}, "prompt"),
+        ("/v1/completions", {"prompt": ["hello", text]}, "prompt"),
+        (CHAT, {"messages": [{"role": "user", "content": text}]}, "messages"),
+    ):
+        reply = http.post(path, json=body, timeout=5.0)
+        assert reply.status_code == 400
+        error = reply.json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+        assert str(len(text))[:2] in error["message"]
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None])
 def test_json_must_be_declared(http: httpx.Client, kind: str | None) -> None:
     headers = {} if kind is None else {"content-type": kind}

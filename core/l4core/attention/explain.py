@@ -81,7 +81,8 @@ def _lines(candidate: Candidate, width: int) -> list[str]:
         line = f"✗ {name}  {candidate.provided.source}: {verdict.reason}"
         return [line, f"  {' ' * width}  fix: {verdict.fix}"] if verdict.fix else [line]
     sizes = "any page size" if verdict.page_sizes is None else f"page size {', '.join(map(str, verdict.page_sizes))}"
-    parts = [candidate.provided.source, verdict.provider, verdict.tier.name.lower(), sizes, verdict.note]
+    when = "only when named" if verdict.named_only else ""
+    parts = [candidate.provided.source, verdict.provider, verdict.tier.name.lower(), when, sizes, verdict.note]
     return [f"{'✓' if candidate.chosen else '–'} {name}  {' · '.join(part for part in parts if part)}"]
 
 

@@ -81,7 +81,7 @@ def candidates(
     found = [Candidate(provided=offered, verdict=_probe(offered, platform, req)) for offered in entries]
     found.sort(key=_rank)
     for i, candidate in enumerate(found):
-        if isinstance(candidate.verdict, Usable) and named in (None, candidate.entry.name):
+        if _eligible(candidate, named):
             found[i] = replace(candidate, chosen=True)
             break
     return found
@@ -126,7 +126,7 @@ def select_backend(
             fix=f"--page-size {math.gcd(req.chunk_size, 64)}",
         )
     found = candidates(plugins.attention_backends, platform, req, named=named)
-    queue = [_named(found, named, plugins)] if named is not None else _usable(found)
+    queue = [_named(found, named, plugins)] if named is not None else [c for c in found if _eligible(c, None)]
     refusals: list[tuple[Candidate, BackendUnavailable]] = []
     for candidate in queue:
         _check_options(candidate.entry, options)
@@ -142,8 +142,11 @@ def select_backend(
     raise _nothing_left(found, refusals, platform, plugins)
 
 
-def _usable(found: Sequence[Candidate]) -> list[Candidate]:
-    return [candidate for candidate in found if isinstance(candidate.verdict, Usable)]
+def _eligible(candidate: Candidate, named: str | None) -> bool:
+    """Whether it may be taken: the named one, or without a name any that does not ask to be named."""
+    if not isinstance(candidate.verdict, Usable):
+        return False
+    return not candidate.verdict.named_only if named is None else candidate.entry.name == named
 
 
 def _named(found: Sequence[Candidate], name: str, plugins: Plugins) -> Candidate:
@@ -231,8 +234,8 @@ def _tell(
     refused = {candidate.entry.name for candidate, _ in refusals}
     tied = [
         c.entry.name
-        for c in _usable(found)
-        if c.verdict.tier == selected.verdict.tier and c.entry.name not in refused  # type: ignore[union-attr]
+        for c in found
+        if _eligible(c, None) and c.verdict.tier == selected.verdict.tier and c.entry.name not in refused  # type: ignore[union-attr]
     ]
     if len(tied) > 1:
         logger.info(
@@ -264,6 +267,11 @@ def _nothing_left(
         + (f" [{c.verdict.fix}]" if c.verdict.fix else "")
         for c in found
         if isinstance(c.verdict, Unusable)
+    ]
+    lines += [
+        f"\n  {c.entry.name} ({c.provided.source}): used only when named [--attention-backend {c.entry.name}]"
+        for c in found
+        if isinstance(c.verdict, Usable) and c.verdict.named_only
     ]
     return BackendUnavailable(
         f"no attention backend is usable on {platform.device_type} ({platform.arch}):"

@@ -8,6 +8,9 @@ from typing import Any
 from l4core.errors import BackendUnavailable
 from l4core.plugin_api import AttentionRequirements, Tier, Unusable, Usable
 
+MAX_TREE_NODES = 64
+"""Bits of TreeMask.ancestors."""
+
 
 def hold_to(verdict: object, req: AttentionRequirements) -> Usable | Unusable:
     """The verdict itself, or Unusable where it is none, is malformed, or does not cover `req`. Never raises."""
@@ -33,6 +36,8 @@ def malformed(verdict: Any) -> Iterator[str]:
         yield f"preferred_page_size is {verdict.preferred_page_size!r}; wanted a positive integer"
     if verdict.page_stride not in ("free", "dense"):
         yield f"page_stride is {verdict.page_stride!r}; wanted 'free' or 'dense'"
+    if not (type(verdict.workspace_bytes) is int and verdict.workspace_bytes >= 0):
+        yield f"workspace_bytes is {verdict.workspace_bytes!r}; wanted a number of bytes, 0 or more"
 
 
 def _is_size(value: object) -> bool:
@@ -44,13 +49,18 @@ def _missing(verdict: Usable, req: AttentionRequirements) -> Iterator[Unusable]:
     if req.page_size is not None and sizes is not None and req.page_size not in sizes:
         yield Unusable(
             reason=f"page size {req.page_size} is asked for; this backend takes {_words(sizes)}",
-            fix=f"--page-size {sizes[0]}",
+            fix=f"--page-size {verdict.preferred_page_size if verdict.preferred_page_size in sizes else sizes[0]}",
         )
     elif not _page_sizes(verdict, req):
         found = f"page size {req.page_size}" if req.page_size else f"page sizes {_words(sizes or ())}"
         yield Unusable(reason=f"{found}: wanted a divisor of the attention chunk of {req.chunk_size}")
     if req.needs_tree and not verdict.tree_mask:
         yield Unusable(reason="a tree mask is asked for; this backend declares none", fix="--speculative-eagle-topk 1")
+    if req.needs_tree and req.num_draft_tokens >= MAX_TREE_NODES:
+        yield Unusable(
+            reason=f"a tree of {req.num_draft_tokens + 1} nodes is asked for; a tree mask holds {MAX_TREE_NODES}",
+            fix=f"--speculative-num-draft-tokens {MAX_TREE_NODES - 1}",
+        )
     if req.needs_graph and not verdict.graph:
         yield Unusable(
             reason="graph capture is asked for; this backend does not declare it", fix="--disable-cuda-graph"

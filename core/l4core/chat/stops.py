@@ -6,6 +6,7 @@ character, the longest.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,8 +56,9 @@ class StopMatcher:
         return complete
 
 
-def _failure(stop: str) -> list[int]:
-    """failure[i]: length of the longest proper prefix of stop that ends stop[: i + 1]."""
+@functools.lru_cache(maxsize=128)
+def _failure(stop: str) -> Sequence[int]:
+    """failure[i]: length of the longest proper prefix of stop that ends stop[: i + 1]. Kept, for the n answers to a prompt have the same stops."""
     failure = [0] * len(stop)
     state = 0
     for i in range(1, len(stop)):

@@ -26,7 +26,8 @@ FETCH_AGAIN = "copy tokenizer.json and tokenizer_config.json from the model's re
 
 class Tokenizer:
     """One checkpoint's tokenizer. vocab_size: highest id + 1.  specials, special_ids: its special tokens.  bos_id: None when it
-    has no such token.  is_byte_level: tokens are runs of bytes."""
+    has no such token.  is_byte_level: tokens are runs of bytes.  longest_token: most characters of text that one token can stand for, None
+    where that is not known (a normaliser, or a special token that eats white space, lets text vanish)."""
 
     def __init__(self, backend: tokenizers.Tokenizer, *, source: str, bos_token: str | None = None) -> None:
         """backend: taken over and changed (no truncation, no padding, spelled special tokens stay text).  source: named in errors."""
@@ -47,7 +48,15 @@ class Tokenizer:
         self.special_ids = frozenset(self._special_ids.values())
         self.is_byte_level = _decoder_types(backend) - {"Fuse"} == {"ByteLevel"}
         self._token_bytes: dict[int, bytes] = {}
-        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._token_texts: dict[int, str] = {}
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        keeps_all = (
+            self.is_byte_level
+            and backend.normalizer is None
+            and not any(t.lstrip or t.rstrip for t in special.values())
+        )
+        self.longest_token = max(map(len, vocabulary), default=1) if keeps_all else None
         known_bos = self._special_ids.get(bos_token) if bos_token is not None else None
         self.bos_id = self._prefix[0] if self._prefix else known_bos
 
@@ -83,8 +92,9 @@ class Tokenizer:
             if isinstance(piece, Text):
                 text += piece.text
                 continue
-            ids += self.encode_text(text, allow_special=False)
-            text = ""
+            if text:
+                ids += self.encode_text(text, allow_special=False)
+                text = ""
             ids.append(self._id_of(piece))
         return ids + self.encode_text(text, allow_special=False)
 
@@ -110,6 +120,12 @@ class Tokenizer:
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling (bytes as printable characters, ▁ for a space …), None for an unknown id."""
         return self._backend.id_to_token(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """`decode` of one token, special or not. Logprobs name the same few thousand tokens again and again: each is spelled once."""
+        if token_id not in self._token_texts:
+            self._token_texts[token_id] = self.decode([token_id], skip_special=False)
+        return self._token_texts[token_id]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for, which need not be whole characters; none for an unknown id."""

@@ -10,7 +10,8 @@ from l4core.config import EngineConfig
 from l4core.engine.batch import Inbox
 from l4core.engine.build import build_engine
 from l4core.engine.frontend import Frontend
-from l4core.request import SamplingParams
+from l4core.errors import RequestError
+from l4core.request import FinishReason, SamplingParams
 
 
 class LocalChat:
@@ -43,6 +44,8 @@ class LocalChat:
                     delta = assembler.feed(update)
                     running = update.finish_reason is None
                     yield delta.text
+                    if delta.finish_reason is FinishReason.ERROR:
+                        raise RequestError(delta.error)
                     if delta.finish_reason is not None:  # a stop string ends the answer before the engine does
                         return
                 inbox = Inbox()

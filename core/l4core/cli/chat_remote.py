@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from l4core.errors import ConfigError, L4Error, RequestError
 
@@ -18,11 +19,9 @@ class RemoteChat:
     """One server. url: with or without /v1.  changes: request fields (`max_tokens`, `temperature`, …)."""
 
     def __init__(self, url: str, api_key: str | None, changes: Mapping[str, Any]) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ConfigError(f"--url is {url!r}; wanted something like http://127.0.0.1:30000")
+        parts = split_url(url)
         self._url, self._secure = url, parts.scheme == "https"
-        self._host, self._port = parts.hostname, parts.port
+        self._host, self._port = parts.hostname or "", parts.port
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         if api_key:
@@ -42,14 +41,20 @@ class RemoteChat:
                 yield from read_stream(response)
             except (OSError, HTTPException) as error:
                 raise L4Error(f"{self._url} broke off the answer: {error}") from error
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise L4Error(f"{self._url} sent what is no chat completion: {error!r}") from error
 
     def _first_model(self) -> str:
         with closing(self._connect()) as connection:
             response = self._ask(connection, "GET", "/v1/models")
-            models = json.loads(response.read())["data"]
+            text = response.read()
+        try:
+            models = [str(model["id"]) for model in json.loads(text)["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise L4Error(f"{self._url} is no OpenAI endpoint: /v1/models answers {text[:80]!r}") from error
         if not models:
             raise L4Error(f"{self._url} lists no model")
-        return str(models[0]["id"])
+        return models[0]
 
     def _connect(self) -> HTTPConnection:
         kind = HTTPSConnection if self._secure else HTTPConnection
@@ -64,6 +69,20 @@ class RemoteChat:
         if response.status >= 400:
             raise _refusal(response, self._url)
         return response
+
+
+def split_url(url: str) -> SplitResult:
+    """Raises ConfigError for what is no http(s) address."""
+    try:
+        parts = urlsplit(url)
+        good = (
+            parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", url)
+        )
+    except ValueError:  # a bad port, a bad IPv6 address
+        good = False
+    if not good:
+        raise ConfigError(f"--url is {url!r}; wanted something like http://127.0.0.1:30000")
+    return parts
 
 
 def _refusal(response: HTTPResponse, url: str) -> L4Error:

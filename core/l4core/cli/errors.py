@@ -19,6 +19,9 @@ def run(command: click.Command, argv: Sequence[str], *, program: str) -> int:
     """Run a command → exit code. Errors that L4 raises on purpose are printed; any other exception is a bug and keeps its traceback."""
     try:
         result = command.main(args=list(argv), prog_name=program, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:  # `l4` alone: the help is the answer
+        print(error.format_message(), file=sys.stderr)
+        return USAGE
     except click.UsageError as error:
         show(*explain(error, program))
         return USAGE

@@ -13,7 +13,7 @@ from l4core.cli.log import configure_logging
 from l4core.cli.options import table_options
 from l4core.cli.sampling import sampling_changes, sampling_options
 from l4core.cli.settings import given_options, read_configs
-from l4core.errors import ConfigError
+from l4core.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from l4core.request import RequestOutput
@@ -44,6 +44,9 @@ def generate(ctx: click.Context, /, words: tuple[str, ...], as_json: bool, **opt
         outputs = llm.generate(prompts, llm.default_sampling_params(**sampling_changes(options)))
     for output in outputs:
         click.echo(as_line(output) if as_json else output.outputs[0].text)
+    errors = [output.outputs[0].error for output in outputs if output.outputs[0].error]
+    if errors:
+        raise RequestError(f"{len(errors)} of {len(outputs)} prompts failed; the first: {errors[0]}")
 
 
 def as_line(output: RequestOutput) -> str:
@@ -56,6 +59,7 @@ def as_line(output: RequestOutput) -> str:
             "finish_reason": first.finish_reason,
             "prompt_tokens": len(output.prompt_token_ids),
             "completion_tokens": len(first.token_ids),
+            **({"error": first.error} if first.error else {}),
         },
         ensure_ascii=False,
     )

@@ -33,7 +33,7 @@ class TableOption(GroupedOption):
             spellings = [f"{s}/--no-{s[2:]}" for s in spellings]
         else:
             given |= {
-                "type": click.Choice(row.choices) if row.choices else TYPES[kind],
+                "type": click.Choice((*row.choices, *row.later)) if row.choices else TYPES[kind],
                 "multiple": kind is tuple,
                 "metavar": metavar(row, kind),
             }

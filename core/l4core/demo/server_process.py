@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -18,6 +19,8 @@ from l4core.errors import L4Error
 
 READY_SECONDS = 180.0
 STOP_SECONDS = 15.0
+API_KEY = "L4_API_KEY"
+"""A key that the user keeps for another server is none of the demo's."""
 
 
 class ServerProcess:
@@ -37,7 +40,11 @@ class ServerProcess:
         ]
         print(f"$ python {' '.join(command[1:])} --port {port} {' '.join(flags)}".rstrip(), flush=True)
         self._process = subprocess.Popen(
-            [*command, "--port", str(port), *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*command, "--port", str(port), *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={name: value for name, value in os.environ.items() if name != API_KEY},
         )
         self._echo = threading.Thread(target=self._copy_output, daemon=True)
         self._echo.start()
@@ -87,8 +94,10 @@ class ServerProcess:
 
 
 def _answers(url: str) -> bool:
+    """No proxy: one from the environment does not know our loopback."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with direct.open(url, timeout=5) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False

@@ -50,8 +50,9 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
     began = time.perf_counter()
     folder = resolve_model(config)
     model_config = ModelConfig.from_folder(folder)
+    named = None if config.device == "auto" else _named_device(config.device)
     platform = detect(config.device)
-    device = torch.device(platform.device_type if config.device == "auto" else config.device)
+    device = named or torch.device(platform.device_type)
     dtype = choose_dtype(config.dtype, model_config.dtype, platform)
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else _torch_dtype(config.kv_cache_dtype)
     plugins = load_plugins()
@@ -71,6 +72,13 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
         plugins=plugins,
         context_length=plan.max_context,
     )
+
+
+def _named_device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device is {name!r}; torch knows no such device", fix="--device auto") from error
 
 
 def choose_dtype(asked: str, checkpoint: str, platform: Platform) -> torch.dtype:
@@ -208,6 +216,7 @@ def _wire(
         dtype=kv_dtype,
         device=device,
         dense=selected.verdict.page_stride == "dense",
+        clear=selected.verdict.finite_tail,
     )
     samplers = {
         provided.entry.name: create_object(provided, Sampler)  # type: ignore[type-abstract]

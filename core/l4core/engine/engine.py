@@ -55,18 +55,29 @@ class Engine:
             raise
 
     def _drain(self, inbox: Inbox) -> list[SequenceUpdate]:
+        """Takes the inbox in → ends of requests that were refused. RequestError, and nothing taken in, when a request has the id of another: updates
+        of the two could not be told apart."""
+        self._check_ids(inbox.requests)
         refused = []
         for request in inbox.requests:
             try:
-                self._parsed[request.request_id] = self.check(request)
+                parsed = self.check(request)
             except RequestError as error:
                 refused.append(
                     SequenceUpdate(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=str(error))
                 )
                 continue
             self.scheduler.add(request)
+            self._parsed[request.request_id] = parsed
         self.abort(inbox.aborts)
         return refused
+
+    def _check_ids(self, requests: Sequence[Request]) -> None:
+        seen: set[str] = set()
+        for request in requests:
+            if request.request_id in self._parsed or request.request_id in seen:
+                raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
+            seen.add(request.request_id)
 
     def _deliver(self, output: StepOutput, refused: list[SequenceUpdate]) -> StepOutput:
         for update in output.updates:

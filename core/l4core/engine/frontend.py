@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from l4core.chat.assemble import Assembler
 from l4core.chat.byte_tokenizer import BOS, SMALLEST_VOCABULARY, build_byte_tokenizer
-from l4core.chat.messages import NO_TOOLS, check_messages
+from l4core.chat.messages import NO_TOOLS, check_messages, text_of
 from l4core.chat.templates import choose_template
 from l4core.chat.tokenizer import Tokenizer, has_tokenizer
 from l4core.config import EngineConfig
@@ -45,7 +45,8 @@ class Frontend:
         self._config, self._vocab_size = config, model_config.vocab_size
         self.tokenizer = load_tokenizer(config, model_config, folder)
         self.template = choose_template(config.chat_template, folder, self.tokenizer, chat_templates)
-        self.eos_token_ids = tuple(sorted({*model_config.eos_token_ids, *self.template.stop_ids}))
+        ends = {*model_config.eos_token_ids, *self.template.stop_ids}
+        self.eos_token_ids = tuple(sorted(i for i in ends if i < self._vocab_size))  # the model cannot draw any other
         self._defaults = read_defaults(folder) if config.sampling_defaults == "model" else {}
         self._draws = itertools.count()
 
@@ -58,20 +59,40 @@ class Frontend:
         """Keyword arguments of SamplingParams for what a request leaves out (`--sampling-defaults`, `--sampler`); a new dict each time."""
         return {"sampler": self._config.sampler, **self._defaults}
 
+    def check_length(self, num_characters: int, context_length: int, *, param: str) -> None:
+        """Refuse a text that no tokenising can make fit: it takes seconds for megabytes. RequestError (400) names the field `param`.
+
+        A prompt that passes may still be too long; `requests` counts its tokens.
+        """
+        longest = self.tokenizer.longest_token
+        if longest is not None and num_characters >= context_length * longest:
+            least = -(-num_characters // longest)
+            raise RequestError(
+                f"the prompt has {num_characters} characters, at least {least} tokens; the context is {context_length} and must hold the "
+                f"answer too: send at most {context_length - 1} tokens, or start the engine with a larger context_length",
+                param=param,
+                code="context_length_exceeded",
+            )
+
     def chat_ids(
         self,
         messages: Sequence[Mapping[str, object]],
         tools: Sequence[Mapping[str, object]] = (),
         *,
         add_generation_prompt: bool = True,
+        context_length: int | None = None,
     ) -> list[int]:
-        """Prompt ids of a conversation. RequestError for whatever the template or we cannot take."""
+        """Prompt ids of a conversation. context_length: what cannot fit is refused before it is rendered, None = take anything.
+
+        RequestError for whatever the template or we cannot take.
+        """
         if tools:
             raise RequestError(NO_TOOLS, param="tools")
+        checked = _checked(messages)
+        if context_length is not None:
+            self.check_length(sum(len(text_of(m["content"])) for m in checked), context_length, param="messages")
         try:
-            pieces = self.template.template.render(
-                check_messages(messages), add_generation_prompt=add_generation_prompt
-            )
+            pieces = self.template.template.render(checked, add_generation_prompt=add_generation_prompt)
         except RequestError:
             raise
         except ValueError as error:
@@ -150,6 +171,13 @@ class Frontend:
                 raise RequestError(
                     f"token id {max(ids)} in {name}; the vocabulary is 0 to {self._vocab_size - 1}", param=name
                 )
+
+
+def _checked(messages: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
+    try:
+        return check_messages(messages)
+    except ValueError as error:
+        raise RequestError(str(error), param="messages") from error
 
 
 def _max_tokens(num_prompt: int, wanted: int | None, context_length: int) -> int:

@@ -12,12 +12,13 @@ from tqdm import tqdm
 from l4core.chat.assemble import Assembler
 from l4core.config import EngineConfig, from_mapping
 from l4core.engine.batch import Inbox
-from l4core.engine.build import build_engine
+from l4core.engine.build import BuiltEngine, build_engine
 from l4core.engine.frontend import Frontend
-from l4core.errors import ConfigError
+from l4core.errors import ConfigError, RequestError
 from l4core.request import CompletionOutput, Request, RequestOutput, SamplingParams, SequenceUpdate
 
 Prompt = str | Sequence[int]
+PROMPTS = "a string, a list of strings, or a list of token-id lists"
 
 
 class LLM:
@@ -35,7 +36,7 @@ class LLM:
                 "LLM() takes engine options only; found one of the HTTP server", fix="l4 serve takes those"
             )
         self.config: EngineConfig = config
-        self._built = build_engine(config, progress=progress)
+        self._open: BuiltEngine | None = build_engine(config, progress=progress)
         self._frontend = Frontend.from_plugins(
             config, self._built.model_config, self._built.folder, self._built.plugins
         )
@@ -84,7 +85,7 @@ class LLM:
 
     def close(self) -> None:
         """Give the model's memory back. The object is of no use afterwards."""
-        del self._built
+        self._open = None
 
     def __enter__(self) -> LLM:
         return self
@@ -93,6 +94,12 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def _built(self) -> BuiltEngine:
+        if self._open is None:
+            raise ConfigError("this LLM is closed", fix="make another: LLM(model=...)")
+        return self._open
 
     def _run(
         self,
@@ -137,6 +144,8 @@ class LLM:
             return [self.default_sampling_params()] * count
         if isinstance(params, SamplingParams):
             return [params] * count
+        if not isinstance(params, (list, tuple)) or not all(isinstance(p, SamplingParams) for p in params):
+            raise ConfigError(f"sampling_params is {params!r:.200}; wanted a SamplingParams, or one for each prompt")
         if len(params) != count:
             raise ConfigError(f"{count} prompts but {len(params)} sampling_params; wanted one, or one for each prompt")
         return list(params)
@@ -176,6 +185,13 @@ class _Job:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many → many. Raises RequestError for what is neither text nor token ids (an array, say: `tolist()` makes it a list)."""
     if isinstance(prompts, str):
         return [prompts]
-    return [list(prompts)] if prompts and isinstance(prompts[0], int) else list(prompts)  # type: ignore[arg-type]
+    if not isinstance(prompts, (list, tuple)):
+        raise RequestError(f"prompts is a {type(prompts).__name__}; wanted {PROMPTS}", param="prompt")
+    many: list[Prompt] = [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)
+    for index, prompt in enumerate(many):
+        if not isinstance(prompt, (str, list, tuple)):
+            raise RequestError(f"prompts[{index}] is a {type(prompt).__name__}; wanted {PROMPTS}", param="prompt")
+    return many

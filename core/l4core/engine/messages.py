@@ -7,6 +7,7 @@ A closed socket means: the other side is gone.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import socket
 import struct
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from l4core.request import Request, StepOutput
 
 HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = (1 << 31) - 1
+TRACE_SIGNAL = signal.SIGUSR1
+"""Makes the engine process write the stack of every thread to stderr, and go on."""
 
 
 class Start(msgspec.Struct, tag="start", frozen=True):

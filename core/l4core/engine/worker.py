@@ -25,6 +25,7 @@ from typing import Protocol
 from l4core.config import EngineConfig
 from l4core.engine.batch import Inbox
 from l4core.engine.messages import (
+    TRACE_SIGNAL,
     Failed,
     Log,
     Ready,
@@ -227,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--factory", default=BUILD_ENGINE)
     args = parser.parse_args(argv)
     faulthandler.enable()  # a crash in native code leaves a trace on stderr
+    faulthandler.register(TRACE_SIGNAL)
     for sig in (
         signal.SIGINT,
         signal.SIGTERM,

@@ -37,8 +37,10 @@ class KVMemory:
         device: torch.device | str,
         *,
         dense: bool = False,
+        clear: bool = False,
     ) -> None:
-        """plan: page_size and num_pages (group name → pages, the null page included).  num_kv_heads: of this rank."""
+        """plan: page_size and num_pages (group name → pages, the null page included).  num_kv_heads: of this rank.
+        clear: zero all of it, for backends that need what lies past a sequence's end to be finite; else only the null page is."""
         self.page_size = plan.page_size
         self.table_scale: dict[str, int] = {g.name: 2 * len(g.layer_ids) if dense else 1 for g in groups}
         self._group_names: dict[int, str] = {}
@@ -48,7 +50,7 @@ class KVMemory:
         for group in groups:
             shape = (plan.num_pages[group.name], len(group.layer_ids), 2, plan.page_size, num_kv_heads, head_dim)
             buffer = torch.empty(shape, dtype=dtype, device=device)
-            buffer[NULL_PAGE].zero_()
+            (buffer if clear else buffer[NULL_PAGE]).zero_()
             self._buffers[group.name] = buffer
             for index, layer_id in enumerate(group.layer_ids):
                 self._group_names[layer_id] = group.name

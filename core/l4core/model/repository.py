@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from l4core.config import EngineConfig
@@ -25,15 +27,19 @@ def resolve_model(config: EngineConfig) -> Path:
     Raises CheckpointError with the command that helps: no such folder, no such model or revision, access to be asked for, offline and
     not cached. Raises ConfigError for a revision of a local folder.
     """
-    path = Path(config.model).expanduser()
-    if config.model and path.exists():
-        return _local(path, config)
+    if is_local(config):
+        return _local(Path(config.model).expanduser(), config)
     if not HUB_ID.fullmatch(config.model) or config.model.split("/")[0] in (".", ".."):
         raise CheckpointError(
             f"MODEL {config.model!r} is no folder on this machine, and no hub id (owner/name) either",
             fix="check the path, or give a hub id such as meta-llama/Llama-4-Scout-17B-16E-Instruct",
         )
     return _download(config)
+
+
+def is_local(config: EngineConfig) -> bool:
+    """Whether config.model is something on this machine's disk."""
+    return bool(config.model) and Path(config.model).expanduser().exists()
 
 
 def _local(path: Path, config: EngineConfig) -> Path:
@@ -51,12 +57,10 @@ def _local(path: Path, config: EngineConfig) -> Path:
 
 
 def _download(config: EngineConfig) -> Path:
-    # Imported here: it reads its environment at import, and a local folder must not need it.
     import huggingface_hub as hub
-    from huggingface_hub import errors
 
     wanted = TEXT_FILES if config.load_format == "dummy" else WEIGHTS + TEXT_FILES
-    try:
+    with explained(config):
         folder = hub.snapshot_download(
             config.model,
             revision=config.revision,
@@ -64,6 +68,18 @@ def _download(config: EngineConfig) -> Path:
             allow_patterns=list(wanted),
             ignore_patterns=list(NEVER),
         )
+    return Path(folder)
+
+
+@contextmanager
+def explained(config: EngineConfig) -> Iterator[None]:
+    """What huggingface_hub raises while it fetches config.model becomes a CheckpointError with the command that helps."""
+    # Imported here: it reads its environment at import, and a local folder must not need it.
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise _gated(config.model) from error
     except errors.RevisionNotFoundError as error:
@@ -83,7 +99,6 @@ def _download(config: EngineConfig) -> Path:
             f"{config.model} could not be fetched: {type(error).__name__}: {error}",
             fix="check the network and the free space of the cache (--download-dir, HF_HOME), then start again: what is there is kept",
         ) from error
-    return Path(folder)
 
 
 def _gated(model: str) -> CheckpointError:

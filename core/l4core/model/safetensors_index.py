@@ -31,7 +31,7 @@ ITEM_SIZES = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One thing wrong with a checkpoint. kind: missing, unknown, shape, dtype, duplicate, index, shard, quantisation, tokenizer,
-    template or config.
+    template, text (tokenizer, template or defaults cannot be used) or config.
     name: the tensor or file at fault.  text: the whole sentence, which holds the name."""
 
     kind: str
@@ -68,9 +68,7 @@ def read_folder(folder: Path) -> FolderIndex:
     Raises CheckpointError when the folder holds no safetensors at all (pickled files are named and refused).
     """
     index = _read_index(folder)
-    present = (
-        sorted(path.name for path in folder.glob("*.safetensors")) if index is None else sorted(set(index.values()))
-    )
+    present = sorted({path.name for path in folder.glob("*.safetensors")} if index is None else set(index.values()))
     if not present:
         raise _no_tensors(folder)
     tensors: dict[str, StoredTensor] = {}
@@ -97,6 +95,12 @@ def read_folder(folder: Path) -> FolderIndex:
     return FolderIndex(
         folder=folder, tensors=tensors, shards=tuple(present), file_bytes=file_bytes, problems=tuple(problems)
     )
+
+
+def shards_of_index(folder: Path) -> list[str] | None:
+    """Shard files that the index of a folder names, None when it has no index. Raises CheckpointError for a damaged one."""
+    index = _read_index(folder)
+    return None if index is None else sorted(set(index.values()))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -42,6 +42,10 @@ class RestartPolicy:
     pause_seconds: float = 1.0
 
 
+WATCHDOG_TICKS = 10
+"""Looks within one time-out."""
+
+
 class Observer(Protocol):
     """Who counts (server/metrics.py)."""
 
@@ -93,7 +97,8 @@ class UpdateStream:
 
 
 class Bridge:
-    """Owner of the engine process. max_sequences: waiting or running, before `submit` refuses with 429."""
+    """Owner of the engine process. max_sequences: waiting or running, before `submit` refuses with 429.  step_timeout: seconds without a step,
+    while one is due, after which the process is hung and is ended; 0 = never."""
 
     def __init__(
         self,
@@ -101,6 +106,7 @@ class Bridge:
         *,
         max_sequences: int,
         observer: Observer,
+        step_timeout: float = 0.0,
         log_level: int = logging.INFO,
         factory: str | None = None,
         policy: RestartPolicy | None = None,
@@ -108,6 +114,8 @@ class Bridge:
         self._config = config
         self._max_sequences = max_sequences
         self._observer = observer
+        self._step_timeout = step_timeout
+        self._step_due: float | None = None  # since when the engine owes us a step
         self._log_level = log_level
         self._factory = factory
         self._policy = policy or RestartPolicy()
@@ -217,11 +225,13 @@ class Bridge:
     def _send(self, inbox: Inbox) -> None:
         if self._process is not None:
             self._process.send(Submit.of(inbox))
+            self._step_due = self._step_due or time.monotonic()
 
     async def _pump(self) -> str:
         """Until the process is gone → its last words, for the log."""
         process = self._process
         last_words = ""
+        watchdog = asyncio.create_task(self._watch(process), name="watchdog")
         try:
             while process is not None and (message := await process.receive()) is not None:
                 if isinstance(message, Stepped):
@@ -234,15 +244,34 @@ class Bridge:
                     last_words = f"\n{message.error()}"
         except EngineDeadError as error:
             last_words = f"\n{error}"
+        finally:
+            watchdog.cancel()
         return last_words
 
+    async def _watch(self, process: EngineProcess | None) -> None:
+        """Every message is answered by a step, and so is every step while sequences are left. When none comes for too long, let go of the process:
+        `_pump` then ends as if it had died."""
+        while process is not None and self._step_timeout:
+            await asyncio.sleep(self._step_timeout / WATCHDOG_TICKS)
+            silence = 0.0 if self._step_due is None else time.monotonic() - self._step_due
+            if silence > self._step_timeout:
+                logger.error(
+                    "the engine process made no step for %.0f s (--watchdog-timeout); where it hangs is on stderr",
+                    silence,
+                )
+                await process.abandon()
+                return
+
     def _deal(self, output: StepOutput) -> None:
+        self._step_due = None
         self._observer.stepped(output)
         for update in output.updates:
             ended = update.finish_reason is not None
             owner = self._owners.pop(update.request_id, None) if ended else self._owners.get(update.request_id)
             if owner is not None:  # otherwise: aborted here, and the engine has not heard yet
                 owner.put(update)
+        if self._owners:
+            self._step_due = time.monotonic()
 
     def _refuse(self, refused: Refused) -> None:
         owner = self._owners.pop(refused.request_id, None)
@@ -280,4 +309,5 @@ class Bridge:
 
     async def _end_process(self, patience: float = STOP_SECONDS) -> str:
         process, self._process = self._process, None
+        self._step_due = None
         return "ended" if process is None else await process.stop(patience)

@@ -29,13 +29,15 @@ from l4core.server.service import FINGERPRINT, Service, off_loop_if_long
 from l4core.server.sse import event
 from l4core.server.streaming import UsageFields, respond
 
+MESSAGE_WEIGHT = 32
+
 
 async def chat_completions(service: Service, http: Request) -> Response:
     """A whole answer or, with `stream`, its events. What is wrong before the first token is an HTTP error in both cases."""
     body = await read_request(http, ChatRequest, service.server_config.max_body_bytes)
     service.check_model(body.model)
     params = chat_params(body, service.loaded.frontend.default_params())
-    prompt = await chat_ids(service, body.messages)
+    prompt = await chat_ids(service, body.messages, context_length=service.loaded.context_length)
     generation = await Generation.start(service, [prompt], params, prefix="chatcmpl", priority=body.priority)
     try:
         return await respond(http, generation, _ChatShaper(service, body, generation), body)
@@ -44,12 +46,21 @@ async def chat_completions(service: Service, http: Request) -> Response:
         raise
 
 
-async def chat_ids(service: Service, messages: Sequence[Message]) -> list[int]:
-    """Messages → token ids, by the chat template. Raises RequestError for what the template does not take."""
+async def chat_ids(service: Service, messages: Sequence[Message], context_length: int | None = None) -> list[int]:
+    """Messages → token ids, by the chat template. context_length: refuse early what cannot fit. Raises RequestError, also for what the template
+    does not take."""
     plain = [msgspec.to_builtins(message) for message in messages]
     told = [{name: value for name, value in message.items() if value is not None} for message in plain]
-    num_characters = sum(len(str(message.get("content", ""))) for message in told)
-    return await off_loop_if_long(num_characters, lambda: service.loaded.frontend.chat_ids(told))
+    frontend = service.loaded.frontend
+    return await off_loop_if_long(
+        sum(map(_weight, messages)), lambda: frontend.chat_ids(told, context_length=context_length)
+    )
+
+
+def _weight(message: Message) -> int:
+    """Characters; a message or a part without any is work for the template too."""
+    parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
+    return MESSAGE_WEIGHT + sum(MESSAGE_WEIGHT + len(part) for part in parts)
 
 
 class _ChatShaper:

@@ -57,7 +57,8 @@ async def completions(service: Service, http: Request) -> Response:
 
 async def read_prompts(service: Service, given: Any, *, add_special: bool) -> list[Prompt]:
     """A string, strings, ids, or lists of ids. Raises RequestError (400, param "prompt") for anything else and for an empty prompt."""
-    frontend, many = service.loaded.frontend, isinstance(given, list) and bool(given) and type(given[0]) in (str, list)
+    loaded, frontend = service.loaded, service.loaded.frontend
+    many = isinstance(given, list) and bool(given) and type(given[0]) in (str, list)
     items: list[Any] = given if many else [given]
     service.check_count(len(items))
 
@@ -65,6 +66,8 @@ async def read_prompts(service: Service, given: Any, *, add_special: bool) -> li
         for index, item in enumerate(items):
             if not (isinstance(item, str) and item) and not _is_ids(item):
                 raise _bad_prompt(f"prompt[{index}]" if many else "prompt", item)
+            if isinstance(item, str):
+                frontend.check_length(len(item), loaded.context_length, param="prompt")
         return [
             Prompt(text_ids(frontend, i, add_special=add_special), i) if isinstance(i, str) else Prompt(i, None)
             for i in items
@@ -78,10 +81,16 @@ def _is_ids(value: Any) -> bool:
 
 
 def _bad_prompt(where: str, value: Any) -> RequestError:
-    found = "empty" if value in ("", []) else f"a {type(value).__name__} that is neither text nor token ids"
+    found = "empty" if value in ("", []) else f"{_kind(value)} that is neither text nor token ids"
     return RequestError(
         f"{where} is {found}; wanted a non-empty string or list of token ids, or a list of those", param="prompt"
     )
+
+
+def _kind(value: Any) -> str:
+    """JSON's word for it."""
+    words = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    return words.get(type(value), "null")
 
 
 class _CompletionShaper:

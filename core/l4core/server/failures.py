@@ -14,6 +14,9 @@ from l4core.errors import EngineDeadError, RequestError
 from l4core.server.replies import ErrorDetail, ErrorReply
 
 logger = logging.getLogger(__name__)
+MAX_MESSAGE = 2000
+MAX_PARAM = 200
+"""Characters: an error repeats names and values of the request, which may be megabytes long."""
 RETRY_AFTER_SECONDS = {429: "1", 503: "2"}
 
 
@@ -30,7 +33,12 @@ def reply_of(error: Exception) -> ErrorReply:
     """Body for an error. An error that L4 does not raise on purpose is logged with its traceback and told without."""
     status = status_of(error)
     if isinstance(error, RequestError):
-        detail = ErrorDetail(message=error.message, type=_type_of(status), param=error.param, code=error.code)
+        detail = ErrorDetail(
+            message=_cut(error.message, MAX_MESSAGE),
+            type=_type_of(status),
+            param=None if error.param is None else _cut(error.param, MAX_PARAM),
+            code=error.code,
+        )
     elif isinstance(error, HTTPException):
         detail = ErrorDetail(message=_words_of(error), type=_type_of(status), code=_code_of(status))
     elif isinstance(error, EngineDeadError):
@@ -62,6 +70,10 @@ def json_response(body: msgspec.Struct, *, status: int = 200, headers: Mapping[s
 async def handle(http: Request, error: Exception) -> Response:
     """Starlette's exception handler for all errors."""
     return error_response(error)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def _type_of(status: int) -> str:

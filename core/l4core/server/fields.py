@@ -8,7 +8,13 @@ from typing import Any
 
 import msgspec
 
+from l4core.chat.messages import MAX_MESSAGES
 from l4core.errors import RequestError
+
+MAX_PARTS = 10_000
+"""Content parts of one conversation."""
+MAX_NAME = 64
+"""Characters of an unknown name up to which a similar one is looked for: the search takes seconds on a name of megabytes."""
 
 HARMLESS = frozenset(
     {
@@ -77,9 +83,20 @@ def check_fields(raw: Mapping[str, Any], wanted: type[msgspec.Struct]) -> None:
     _check_names(raw, known, HARMLESS, NOT_BUILT, "")
     messages = raw.get("messages")
     if "messages" in known and isinstance(messages, list):
+        _check_counts(messages)
         for index, message in enumerate(messages):
             if isinstance(message, dict):
                 _check_message(message, f"messages[{index}].")
+
+
+def _check_counts(messages: list[Any]) -> None:
+    """Before any of them is looked at: this runs where all the other streams wait."""
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(f"{len(messages)} messages; wanted 1 to {MAX_MESSAGES}", param="messages")
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    num_parts = sum(len(content) for content in contents if isinstance(content, list))
+    if num_parts > MAX_PARTS:
+        raise RequestError(f"the messages have {num_parts} content parts; at most {MAX_PARTS}", param="messages")
 
 
 def _check_message(message: Mapping[str, Any], where: str) -> None:
@@ -102,7 +119,7 @@ def _check_names(
         if name in known or name in harmless or (name in not_built and value is None):
             continue
         if name not in not_built:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, known, n=1) if len(name) <= MAX_NAME else []
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RequestError(f"unknown field {where + name!r}{hint}", param=where + name, code="unknown_field")
         if not any(_same(value, off) for off in not_built[name]):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from l4core.chat.assemble import Assembler, TextDelta
 from l4core.errors import EngineDeadError, L4Error, RequestError
@@ -12,6 +13,9 @@ from l4core.request import FinishReason, Request, SamplingParams, SequenceUpdate
 from l4core.server.bridge import UpdateStream
 from l4core.server.replies import PromptTokensDetails, Usage
 from l4core.server.service import Service, off_loop_if_long
+
+SEQUENCE_WEIGHT = 512
+"""What making one sequence costs, in tokens of a prompt that are checked."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,6 +28,10 @@ class Answer:
     assembler: Assembler
     num_tokens: int = 0
     started: bool = False
+
+
+Told: TypeAlias = list[tuple[Answer, TextDelta]]
+"""News of a call, in order."""
 
 
 class Generation:
@@ -80,7 +88,8 @@ class Generation:
                 for index, (number, request) in enumerate(numbered)
             ]
 
-        answers = await off_loop_if_long(sum(map(len, prompts)), make)
+        weight = sum(map(len, prompts)) + SEQUENCE_WEIGHT * len(prompts) * params.n
+        answers = await off_loop_if_long(weight, make)
         stream = service.submit([answer.request for answer in answers])
         return cls(generation_id, params, prompts, answers, stream, counts_output=counts_output)
 
@@ -88,12 +97,12 @@ class Generation:
     def finished(self) -> bool:
         return all(answer.assembler.finished for answer in self.answers)
 
-    async def next(self) -> list[tuple[Answer, TextDelta]]:
+    async def next(self) -> Told:
         """What came since the last call, in order; [] once all answers have ended.
 
         Raises RequestError (500) when the engine ended a sequence with an error, EngineDeadError when the engine is gone.
         """
-        told: list[tuple[Answer, TextDelta]] = []
+        told: Told = []
         while not told:
             if self._failure is not None:  # what came before it was told first
                 raise self._failure
@@ -103,7 +112,7 @@ class Generation:
                 told += self._take_in(update)
         return told
 
-    def _take_in(self, update: SequenceUpdate) -> list[tuple[Answer, TextDelta]]:
+    def _take_in(self, update: SequenceUpdate) -> Told:
         answer = self._by_id[update.request_id]
         if answer.assembler.finished or self._failure is not None:
             return []
@@ -113,13 +122,19 @@ class Generation:
             return []
         if delta.must_abort:
             self._stream.stop(update.request_id)
-        answer.num_tokens += len(delta.token_ids)
         return [(answer, delta)]
+
+    def tell(self, told: Told) -> Iterator[tuple[Answer, TextDelta]]:
+        """One by one, each counted in the usage when it is told: several steps may have come at once."""
+        for answer, delta in told:
+            answer.num_tokens += len(delta.token_ids)
+            yield answer, delta
 
     async def finish(self) -> None:
         """Until all answers have ended; `answers[i].assembler.output(...)` has them."""
-        while await self.next():
-            pass
+        while told := await self.next():
+            for _ in self.tell(told):
+                pass
 
     def usage(self) -> Usage:
         """Tokens so far. Each prompt counts once, whatever n is."""
@@ -132,6 +147,13 @@ class Generation:
             total_tokens=num_prompt + num_output,
             prompt_tokens_details=PromptTokensDetails(sum(cached.values())),
         )
+
+    @property
+    def num_candidates(self) -> int:
+        """Tokens that the reply may have to spell: those of prompts and answers, each with its most likely ones."""
+        top = max(self.params.logprobs or 0, self.params.prompt_logprobs or 0)
+        num_prompt = sum(len(self.prompts[answer.prompt]) for answer in self.answers)
+        return (1 + top) * (num_prompt + sum(answer.num_tokens for answer in self.answers))
 
     def close(self) -> None:
         """Abort what has not ended."""

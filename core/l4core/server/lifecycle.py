@@ -64,6 +64,7 @@ class Serving:
             engine_config,
             max_sequences=server_config.max_queued_requests,
             observer=metrics,
+            step_timeout=server_config.watchdog_timeout,
             log_level=_level(server_config),
             factory=factory,
             policy=policy,

@@ -46,9 +46,7 @@ def _candidates(tokenizer: Tokenizer, entry: TokenLogprobs, num_top: int) -> dic
     for rank, (token_id, logprob) in enumerate(entry.top[:num_top], start=1):
         ranked.setdefault(token_id, (logprob, rank))
     return {
-        token_id: PromptLogprob(
-            logprob=_finite(logprob), rank=rank, decoded_token=tokenizer.decode([token_id], skip_special=False)
-        )
+        token_id: PromptLogprob(logprob=_finite(logprob), rank=rank, decoded_token=tokenizer.token_text(token_id))
         for token_id, (logprob, rank) in ranked.items()
     }
 
@@ -65,7 +63,7 @@ class CompletionLogprobShaper:
     def shape(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> CompletionLogprobs:
         """The next tokens, with their logprobs (None for a prompt's first)."""
         return CompletionLogprobs(
-            tokens=[self._tokenizer.decode([i], skip_special=False) for i in token_ids],
+            tokens=[self._tokenizer.token_text(i) for i in token_ids],
             token_logprobs=[None if entry is None else _finite(entry.logprob) for entry in entries],
             top_logprobs=[None if entry is None else self._top(entry) for entry in entries],
             text_offset=[self._advance(i) for i in token_ids],
@@ -75,7 +73,7 @@ class CompletionLogprobShaper:
         """Text → logprob, best first. Where two tokens have one text, the better counts: its value is what "greedy?" is judged by."""
         found: dict[str, float] = {}
         for token_id, logprob in [*entry.top[: self._num_top], (entry.token_id, entry.logprob)]:
-            found.setdefault(self._tokenizer.decode([token_id], skip_special=False), _finite(logprob))
+            found.setdefault(self._tokenizer.token_text(token_id), _finite(logprob))
         return found
 
     def _advance(self, token_id: int) -> int:
@@ -85,7 +83,7 @@ class CompletionLogprobShaper:
 
 
 def _spell(tokenizer: Tokenizer, token_id: int) -> tuple[str, list[int]]:
-    return tokenizer.decode([token_id], skip_special=False), list(tokenizer.token_bytes(token_id))
+    return tokenizer.token_text(token_id), list(tokenizer.token_bytes(token_id))
 
 
 def _finite(logprob: float) -> float:

@@ -5,7 +5,7 @@ but latencies, which are measured where the server sees them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -132,6 +132,7 @@ class Metrics(Collector):
         self._labels = {"model_name": model_name}
         self._made = {row.name: _make(row) for row in TABLE}
         self._clocks: dict[str, _Clock] = {}
+        self._pages_total: Mapping[str, int] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         for row in TABLE:
@@ -176,8 +177,9 @@ class Metrics(Collector):
             self._end(FinishReason.STOP, clock, time.perf_counter())
 
     def restarted(self) -> None:
+        """The pages went with the process."""
         self._counter("l4_engine_restarts").inc()
-        self._gauge(StepStats())
+        self._gauge(StepStats(pages_total=self._pages_total))
 
     def engine_up(self, up: bool) -> None:
         self._set("l4_engine_up", float(up))
@@ -222,6 +224,7 @@ class Metrics(Collector):
         self._set("l4_requests_waiting", stats.num_waiting)
         self._counter("l4_preemptions").inc(stats.num_preemptions)
         self._counter("l4_prompt_tokens").inc(stats.num_prefill_tokens)
+        self._pages_total = stats.pages_total
         for group, total in stats.pages_total.items():
             self._set("l4_kv_pages", total, group=group, state="total")
             self._set("l4_kv_pages", stats.pages_used.get(group, 0), group=group, state="used")

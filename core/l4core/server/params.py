@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from l4core.errors import RequestError
-from l4core.request import SamplingParams
+from l4core.request import MAX_LOGPROBS, SamplingParams
 from l4core.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 
 COMPLETION_TOKENS = 16
 MAX_SAMPLER_ARGS_DEPTH = 16
+MAX_SAMPLER_ARGS_BYTES = 16_384
+"""As JSON. Each of the n sequences of a prompt carries them to the engine."""
 SAME_NAME = (
     "n",
     "temperature",
@@ -41,6 +45,11 @@ def chat_params(body: ChatRequest, defaults: Mapping[str, Any]) -> SamplingParam
     given = _given(body)
     if body.logprobs:
         given["logprobs"] = body.top_logprobs or 0
+        if not 0 <= given["logprobs"] <= MAX_LOGPROBS:  # told here by the name that the client used
+            raise RequestError(
+                f"top_logprobs is {body.top_logprobs}; wanted a whole number from 0 to {MAX_LOGPROBS}",
+                param="top_logprobs",
+            )
     return SamplingParams(**{**defaults, "max_tokens": None, **given})
 
 
@@ -71,6 +80,8 @@ def _given(body: GenerationRequest) -> dict[str, Any]:
         raise RequestError("prompt_logprobs cannot be streamed; leave out stream", param="prompt_logprobs")
     if _depth(body.sampler_args) > MAX_SAMPLER_ARGS_DEPTH:
         raise RequestError(f"sampler_args is nested deeper than {MAX_SAMPLER_ARGS_DEPTH}", param="sampler_args")
+    if len(msgspec.json.encode(body.sampler_args)) > MAX_SAMPLER_ARGS_BYTES:
+        raise RequestError(f"sampler_args has more than {MAX_SAMPLER_ARGS_BYTES:,} bytes", param="sampler_args")
     given = {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
     limit = max_tokens(body)
     return given if limit is None else {**given, "max_tokens": limit}

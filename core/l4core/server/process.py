@@ -14,11 +14,12 @@ from collections.abc import Mapping
 import msgspec
 
 from l4core.config import EngineConfig
-from l4core.engine.messages import HEADER, Start, ToEngine, ToServer, decode_for_server, frame
+from l4core.engine.messages import HEADER, TRACE_SIGNAL, Start, ToEngine, ToServer, decode_for_server, frame
 from l4core.errors import EngineDeadError
 
 API_KEY_VARIABLE = "L4_API_KEY"
 LAST_BYTES_SECONDS = 0.2
+TRACE_SECONDS = 0.5
 STOP_SECONDS = 6.0
 
 
@@ -68,6 +69,13 @@ class EngineProcess:
             return None
         except msgspec.DecodeError as error:
             raise EngineDeadError(f"the engine process sent something unreadable: {error}") from error
+
+    async def abandon(self) -> None:
+        """It hangs: have it write where (to stderr), then read and write no more. `stop` ends it."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(TRACE_SIGNAL)
+        await asyncio.sleep(TRACE_SECONDS)
+        self._writer.close()
 
     async def stop(self, patience: float = STOP_SECONDS) -> str:
         """Ask it to end by closing the socket, kill it if it does not within `patience` seconds; → how it ended, as words."""

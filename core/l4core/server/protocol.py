@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from l4core.request import MAX_LOGPROBS, MAX_STOP_STRINGS
+from l4core.request import MAX_LOGPROBS, MAX_SAMPLER_NAME, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, MIN_REPETITION_PENALTY
 
 MAX_PRIORITY = (1 << 31) - 1
 
@@ -52,17 +52,17 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     min_p: Annotated[float, _range(0, 1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, _range(None, 10, above=0)] | None = None
+    repetition_penalty: Annotated[float, _range(MIN_REPETITION_PENALTY, 10)] | None = None
     logit_bias: dict[int, Annotated[float, _range(-100, 100)]] | None = None
     seed: Annotated[int, _range(-(2**63), 2**64 - 1)] | None = None
     stop: NonEmpty | StopStrings | None = None
-    stop_token_ids: TokenIds | None = None
+    stop_token_ids: Annotated[TokenIds, Meta(extra_json_schema={"maxItems": MAX_STOP_TOKEN_IDS})] | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Natural | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Logprobs | None = None
-    sampler: str | None = None
+    sampler: Annotated[str, Meta(extra_json_schema={"maxLength": MAX_SAMPLER_NAME})] | None = None
     sampler_args: dict[str, Any] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

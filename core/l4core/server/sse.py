@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -43,14 +43,16 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """A 200 whose body is what `events` yields, each piece written at once. `events` is closed when the client goes."""
+    """A 200 whose body is what `events` yields, each piece written at once. When it ends or the client goes, `events` is closed and `close` is
+    called (closing a generator that never began runs none of its code)."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._events = events
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -59,6 +61,7 @@ class EventStream(Response):
             pass  # nobody to tell
         finally:
             await self._events.aclose()
+            self._close()
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -13,12 +13,12 @@ from l4core.server.service import Service
 
 
 async def health(service: Service, http: Request) -> Response:
-    """200 while the engine process runs with a loaded model (also while draining), 503 while it starts, restarts or is gone."""
+    """200 while the engine process runs with a loaded model, 503 while it starts, restarts or is gone."""
     return json_response(Status(service.status), status=200 if service.healthy else 503)
 
 
 async def ready(service: Service, http: Request) -> Response:
-    """200 while new requests are taken: as /health, but 503 while draining."""
+    """200 while new requests are taken: as /health, but 503 while draining (on a connection that is open; new ones are refused then)."""
     return json_response(Status(service.status), status=200 if service.healthy and not service.draining else 503)
 
 

@@ -13,9 +13,10 @@ from starlette.responses import Response
 
 from l4core.chat.assemble import TextDelta
 from l4core.server.failures import json_response, reply_of
-from l4core.server.generation import Answer, Generation
+from l4core.server.generation import Answer, Generation, Told
 from l4core.server.protocol import GenerationRequest
 from l4core.server.replies import Usage
+from l4core.server.service import off_loop_if_long
 from l4core.server.sse import DONE, EventStream, event, while_connected
 
 
@@ -54,24 +55,21 @@ async def respond(http: Request, generation: Generation, shaper: Shaper, body: G
     """
     if not body.stream:
         await while_connected(http.receive, generation.finish())
-        return json_response(shaper.whole())
+        return await off_loop_if_long(generation.num_candidates, lambda: json_response(shaper.whole()))
     first = await while_connected(http.receive, generation.next())
-    return EventStream(_events(generation, shaper, first, with_end=UsageFields.asked_by(body).at_end))
+    events = _events(generation, shaper, first, with_end=UsageFields.asked_by(body).at_end)
+    return EventStream(events, generation.close)
 
 
-async def _events(
-    generation: Generation, shaper: Shaper, told: list[tuple[Answer, TextDelta]], *, with_end: bool
-) -> AsyncGenerator[bytes, None]:
+async def _events(generation: Generation, shaper: Shaper, told: Told, *, with_end: bool) -> AsyncGenerator[bytes, None]:
     """All chunks that one step brought are one piece, so that they are one write."""
     try:
         while told:
-            if piece := b"".join(shaper.chunk(answer, delta) for answer, delta in told):
+            if piece := b"".join(shaper.chunk(answer, delta) for answer, delta in generation.tell(told)):
                 yield piece
             told = await generation.next()
         if with_end:
             yield event(shaper.end())
     except Exception as error:  # noqa: BLE001  (the status line is gone: the error is an event)
         yield event(reply_of(error))
-    finally:
-        generation.close()
     yield DONE

@@ -22,7 +22,7 @@ async def tokenize(service: Service, http: Request) -> Response:
     spelled = None
     if body.return_token_strs:
         tokenizer = service.loaded.frontend.tokenizer
-        spelled = [tokenizer.token(i) or "" for i in ids]
+        spelled = await off_loop_if_long(len(ids), lambda: [tokenizer.token(i) or "" for i in ids])
     return json_response(
         Tokens(count=len(ids), max_model_len=service.loaded.context_length, tokens=ids, token_strs=spelled)
     )
@@ -46,9 +46,11 @@ async def detokenize(service: Service, http: Request) -> Response:
     body = await read_request(http, DetokenizeRequest, service.server_config.max_body_bytes)
     service.check_model(body.model)
     tokenizer = service.loaded.frontend.tokenizer
-    too_high = next((i for i in body.tokens if not 0 <= i < tokenizer.vocab_size), None)
-    if too_high is not None:
-        raise RequestError(f"token id {too_high} is outside 0 … {tokenizer.vocab_size - 1}", param="tokens")
-    skip = bool(body.skip_special_tokens)
-    text = await off_loop_if_long(4 * len(body.tokens), lambda: tokenizer.decode(body.tokens, skip_special=skip))
-    return json_response(Text(text))
+
+    def decode() -> str:
+        wrong = next((i for i in body.tokens if not 0 <= i < tokenizer.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"token id {wrong} is outside 0 … {tokenizer.vocab_size - 1}", param="tokens")
+        return tokenizer.decode(body.tokens, skip_special=bool(body.skip_special_tokens))
+
+    return json_response(Text(await off_loop_if_long(4 * len(body.tokens), decode)))

@@ -16,17 +16,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from l4core.testing.conformance_attention import AttentionConformance
+    from l4core.testing.conformance_attention import AttentionConformance, QuickAttentionConformance
     from l4core.testing.conformance_chat import ChatTemplateConformance
     from l4core.testing.conformance_probe import ProbeConformance
     from l4core.testing.conformance_sampler import SamplerConformance
 
-__all__ = ["AttentionConformance", "ChatTemplateConformance", "ProbeConformance", "SamplerConformance"]
+__all__ = [
+    "AttentionConformance",
+    "ChatTemplateConformance",
+    "ProbeConformance",
+    "QuickAttentionConformance",
+    "SamplerConformance",
+]
 
 _HOMES = {
     "AttentionConformance": "conformance_attention",
     "ChatTemplateConformance": "conformance_chat",
     "ProbeConformance": "conformance_probe",
+    "QuickAttentionConformance": "conformance_attention",
     "SamplerConformance": "conformance_sampler",
 }
 

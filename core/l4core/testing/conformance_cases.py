@@ -118,9 +118,7 @@ def _chunked(c: int) -> Iterator[Case]:
         virtual=2,
     )
     two, three = (2 * c + 10, c + 5), (3 * c + 5, c + 1)
-    yield Case(
-        name="prefill over two borders", seq_lens=two, q_lens=(c + 20, 6), phase="prefill", chunk=c, virtual=3
-    )
+    yield Case(name="prefill over two borders", seq_lens=two, q_lens=(c + 20, 6), phase="prefill", chunk=c, virtual=3)
     yield Case(
         name="prefill over three borders", seq_lens=three, q_lens=(2 * c + 15, 2), phase="prefill", chunk=c, virtual=4
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 E = TypeVar("E")
 
-__all__ = ["assert_value_error", "find_entry"]
+__all__ = ["assert_value_error", "find_entry", "version_of"]
 
 
 def find_entry(plugin: str, hook: str, name: str, record: type[E]) -> E:
@@ -21,6 +23,19 @@ def find_entry(plugin: str, hook: str, name: str, record: type[E]) -> E:
     assert len(found) == 1, f"{plugin}.{hook} offers {[getattr(e, 'name', e) for e in entries]}; wanted {name!r} once"
     assert isinstance(found[0], record), f"{name!r} is a {type(found[0]).__name__}; wanted {record.__name__}"
     return found[0]
+
+
+@functools.cache
+def version_of(plugin: str) -> str:
+    """Distribution and version of an import name: "l4-fa3 0.1.0"; "PLUGIN, not installed" when no distribution has it."""
+    top = plugin.partition(".")[0]
+    for name in (top, *importlib.metadata.packages_distributions().get(top, ())):
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return f"{found.metadata['Name']} {found.version}"
+    return f"{top}, not installed"
 
 
 def assert_value_error(call: Callable[[], object], what: str) -> None:

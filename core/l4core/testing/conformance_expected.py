@@ -44,12 +44,13 @@ def visible_keys(case: Case, b: int) -> torch.Tensor:
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, device: str) -> torch.Tensor:
     """q [n, num_q_heads, head_dim], k and v [S, num_kv_heads, head_dim], all float64; visible bool [n, S] → float64 [n, num_q_heads, head_dim] on
     the CPU. device: where it is computed."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.to(device).repeat_interleave(group, dim=1) for x in (k, v))
+    n, num_q_heads, head_dim = q.shape
+    grouped = q.to(device).view(n, k.shape[1], -1, head_dim)  # query heads of one KV head beside each other
+    k, v, visible = k.to(device), v.to(device), visible.to(device)
     parts = []
-    for begin in range(0, len(q), QUERY_BLOCK):
-        rows, seen = q[begin : begin + QUERY_BLOCK].to(device), visible[begin : begin + QUERY_BLOCK].to(device)
-        scores = torch.einsum("nhd,khd->hnk", rows, k) * q.shape[2] ** -0.5
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        parts.append(torch.einsum("hnk,khd->nhd", weights, v).cpu())
-    return torch.cat(parts)
+    for begin in range(0, n, QUERY_BLOCK):
+        rows = slice(begin, begin + QUERY_BLOCK)
+        scores = torch.einsum("nhgd,khd->hgnk", grouped[rows], k) * head_dim**-0.5
+        weights = scores.masked_fill_(~visible[rows], -torch.inf).softmax(-1)
+        parts.append(torch.einsum("hgnk,khd->nhgd", weights, v).cpu())
+    return torch.cat(parts).view(n, num_q_heads, head_dim)

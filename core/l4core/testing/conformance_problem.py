@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -21,6 +22,8 @@ SPARE_COLUMNS = 2
 LAYERS, OUR_LAYER = 2, 1
 K_SCALE, V_SCALE = 0.5, 0.25
 """Of fp8 KV: different, so that a swap or an omission shows."""
+FINITE_TAIL = 400.0
+"""What stands past a sequence's end for a backend that needs something finite there: far off if it counted."""
 
 Table: TypeAlias = Literal["ring", "full"]
 
@@ -60,7 +63,7 @@ def build(
     case: Case, heads: Heads, layout: Layout, verdict: Usable, device: str, *, oracle: str = "cpu", seed: int = 0
 ) -> Problem:
     """Pages are dealt in random order, every slot no sequence owns holds NaN, only the null page is zero; tables are wider than needed and point
-    at the null page there; queries are a slice of a packed q|k|v tensor.
+    at the null page there; queries are a slice of a packed q|k|v tensor. With `finite_tail` the rest of a sequence's last page is finite, and large.
 
     verdict: says whether the backend wants chunks natively and takes empty rows.  oracle: the device that computes what is expected.
     """
@@ -69,7 +72,9 @@ def build(
     num_tokens = sum(case.q_lens) + case.null_rows
     packed = torch.randn(num_tokens, heads.num_q_heads + 2 * heads.num_kv_heads, heads.head_dim, generator=draw)
     packed = (1.5 * packed).to(layout.q_dtype)
-    memory, kv, table = _deal(case, heads, dense, layout, draw, device)
+    memory, kv, table = _deal(
+        case, heads, dense, layout, draw, device, tail=_tail(layout.kv_dtype) if verdict.finite_tail else math.nan
+    )
     q = packed.to(device)[:, : heads.num_q_heads]
     owned = [length > 0 for length, n in zip(case.seq_lens, case.q_lens, strict=True) for _ in range(n)]
     return Problem(
@@ -110,18 +115,32 @@ def _expected(case: Case, q: torch.Tensor, dense: Sequence[Stored], oracle: str)
     return out
 
 
+def _tail(dtype: torch.dtype) -> float:
+    """As stored; float8_e4m3fnuz ends at 240 and makes NaN of more."""
+    return min(FINITE_TAIL, torch.finfo(dtype).max)
+
+
 def _deal(
-    case: Case, heads: Heads, dense: Sequence[Stored], layout: Layout, draw: torch.Generator, device: str
+    case: Case,
+    heads: Heads,
+    dense: Sequence[Stored],
+    layout: Layout,
+    draw: torch.Generator,
+    device: str,
+    *,
+    tail: float,
 ) -> tuple[torch.Tensor, KVView, torch.Tensor]:
     """→ memory [num_pages, layers, 2, page_size, num_kv_heads, head_dim], our layer's view, and the full table [B, W] in the view's own pages. Of a
     chunked case only pages from the first query's chunk on exist, as core keeps them; entries of dropped pages point at the null page."""
     page_size, dtype = layout.page_size, layout.kv_dtype
-    exact = torch.float64 if dtype == torch.float64 else torch.float32  # holds every stored value; not every dtype can be indexed
+    exact = (
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )  # holds every stored value; not every dtype can be indexed
     counts = [-(-length // page_size) for length in case.seq_lens]
     used = sum(counts) + SPARE_PAGES
     num_pages = max(1 + used, layout.num_pages)
     shape = (num_pages, LAYERS, 2, page_size, heads.num_kv_heads, heads.head_dim)
-    tail = torch.full((used, *shape[1:]), torch.nan, dtype=exact)
+    written = torch.full((used, *shape[1:]), torch.nan, dtype=exact)
     table = torch.full((len(counts) + case.null_rows, max(*counts, layout.columns) + SPARE_COLUMNS), NULL_PAGE)
     free = torch.randperm(used, generator=draw).tolist()
     for b, (length, queries) in enumerate(zip(case.seq_lens, case.q_lens, strict=True)):
@@ -129,14 +148,14 @@ def _deal(
         pages, free = free[: counts[b] - first], free[counts[b] - first :]
         table[b, first : counts[b]] = torch.tensor(pages, dtype=torch.int64) + (num_pages - used)
         for which in (0, 1):
-            own = torch.full((len(pages) * page_size, *shape[4:]), torch.nan, dtype=exact)
+            own = torch.full((len(pages) * page_size, *shape[4:]), tail, dtype=exact)
             own[: length - first * page_size] = dense[b][which][first * page_size :].to(exact)
-            tail[pages, OUR_LAYER, which] = own.view(len(pages), *shape[3:])
+            written[pages, OUR_LAYER, which] = own.view(len(pages), *shape[3:])
     memory = torch.empty(shape, dtype=dtype, device=device)
     if layout.fill:
         memory[1 : num_pages - used] = torch.full(shape[1:], torch.nan).to(dtype).to(device)
     memory[NULL_PAGE] = torch.zeros(shape[1:]).to(dtype).to(device)
-    memory[num_pages - used :] = tail.to(dtype).to(device)
+    memory[num_pages - used :] = written.to(dtype).to(device)
     return memory, *_view(memory, table, layout, device)
 
 

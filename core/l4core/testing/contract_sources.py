@@ -53,7 +53,7 @@ def open_source(what: str) -> Source:
     if path.suffix == ".whl" and path.is_file():
         return _wheel(path)
     if path.is_dir():
-        files = {p.relative_to(path).as_posix(): partial(p.open, "rb") for p in sorted(path.rglob("*")) if p.is_file()}
+        files = {p.relative_to(path).as_posix(): partial(_read, p) for p in sorted(path.rglob("*")) if p.is_file()}
         return Source(library=path.resolve().name, version="", origin="source tree", files=files)
     try:
         found = importlib.metadata.distribution(what)
@@ -62,8 +62,12 @@ def open_source(what: str) -> Source:
             f"{what!r} is no wheel, no folder and no installed distribution",
             fix=f"pip download --no-deps {what}, then name the wheel",
         ) from None
-    files = {p.as_posix(): partial(Path(str(p.locate())).open, "rb") for p in found.files or ()}
+    files = {p.as_posix(): partial(_read, Path(str(p.locate()))) for p in found.files or ()}
     return Source(library=what, version=found.version, origin="installed distribution", files=files)
+
+
+def _read(path: Path) -> IO[bytes]:
+    return path.open("rb")
 
 
 def _wheel(path: Path) -> Source:
@@ -104,16 +108,18 @@ def _parameters(args: ast.arguments) -> str:
 
 def find_schema(source: Source, name: str) -> str:
     """name: "namespace::op" → its schema, "op(Tensor q, …) -> Tensor", white space normalised. ConfigError when it is nowhere, or when several
-    different schemas bear the name."""
+    different schemas bear the name. Files that hold the namespace's name come first; a compiler may have dissolved a short one into code."""
     namespace, _, op = name.rpartition("::")
-    found = {_normal(text) for path in source.files for text in _schemas(source, path, namespace, op)}
+    held = [found for path in source.files for found in _schemas(source, path, namespace, op)]
+    found = {_normal(text) for text, owned in held if owned} or {_normal(text) for text, _ in held}
     if len(found) == 1:
         return found.pop()
-    held = f"{len(found)} schemas: {' | '.join(sorted(found))}" if found else "no schema"
-    raise ConfigError(f"{source.library} {source.version} holds {held} of {name}; wanted one")
+    count = f"{len(found)} schemas: {' | '.join(sorted(found))}" if found else "no schema"
+    raise ConfigError(f"{source.library} {source.version} holds {count} of {name}; wanted one")
 
 
-def _schemas(source: Source, path: str, namespace: str, op: str) -> Iterator[str]:
+def _schemas(source: Source, path: str, namespace: str, op: str) -> Iterator[tuple[str, bool]]:
+    """(schema, whether the file names the namespace)"""
     if path.endswith((".so", ".pyd")):
         with source.files[path]() as file:
             yield from _in_binary(file, namespace, op)
@@ -122,30 +128,38 @@ def _schemas(source: Source, path: str, namespace: str, op: str) -> Iterator[str
             yield from _in_cpp(file.read().decode(errors="replace"), namespace, op)
 
 
-def _in_binary(file: IO[bytes], namespace: str, op: str) -> Iterator[str]:
-    """Literal strings of a library that also holds the namespace's name, read block by block (some are larger than a gigabyte)."""
-    call = re.compile(rb"(?<![\w:])(?:%s::)?%s\([^\x00]*?\)\s*->[^\x00]+(?=\x00)" % (namespace.encode(), op.encode()))
-    bare = re.compile(rb"(?<![\w])%s(?![\w])" % namespace.encode())
-    found: list[str] = []
+def _in_binary(file: IO[bytes], namespace: str, op: str) -> Iterator[tuple[str, bool]]:
+    """Literal strings, read block by block (some libraries are larger than a gigabyte)."""
+    found: set[str] = set()
     owned, tail = False, b""
     while block := file.read(BLOCK):
         window = tail + block
-        owned = owned or bare.search(window) is not None
-        found += [text for m in call.finditer(window) if (text := _ascii(m.group())) is not None]
+        owned = owned or namespace.encode() in window
+        found.update(_literals(window, op.encode() + b"("))
         tail = window[-LONGEST_SCHEMA:]
-    return iter(found if owned else ())
+    return ((text, owned) for text in found if _is_schema(text, namespace, op))
 
 
-def _ascii(raw: bytes) -> str | None:
-    """None for bytes that only happened to match."""
-    return raw.decode() if raw.isascii() and len(raw) < LONGEST_SCHEMA else None
+def _literals(window: bytes, start: bytes) -> Iterator[str]:
+    """Zero-terminated ASCII strings in which `start` occurs."""
+    at = window.find(start)
+    while at >= 0:
+        first, last = window.rfind(b"\0", 0, at) + 1, window.find(b"\0", at)
+        raw = window[first:last]
+        if last > 0 and len(raw) < LONGEST_SCHEMA and raw.isascii():
+            yield raw.decode()
+        at = window.find(start, at + 1)
 
 
-def _in_cpp(text: str, namespace: str, op: str) -> Iterator[str]:
+def _is_schema(text: str, namespace: str, op: str) -> bool:
+    return re.match(rf"\s*(?:{re.escape(namespace)}::)?{re.escape(op)}\([^)]*.*\)\s*->", text, re.DOTALL) is not None
+
+
+def _in_cpp(text: str, namespace: str, op: str) -> Iterator[tuple[str, bool]]:
     for match in _DEF_CALL.finditer(text):
         schema = "".join(_LITERAL.findall(match.group(1)))
-        if re.match(rf"\s*(?:{re.escape(namespace)}::)?{re.escape(op)}\(", schema):
-            yield schema
+        if _is_schema(schema, namespace, op):
+            yield schema, namespace in text
 
 
 def _normal(schema: str) -> str:

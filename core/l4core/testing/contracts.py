@@ -77,11 +77,11 @@ def load(path: Path) -> Contract:
 
 
 def parse_signature(text: str) -> inspect.Signature:
-    """"(q, *, causal=False, dtype=torch.bfloat16)" → Signature, nothing evaluated but literals."""
+    """ "(q, *, causal=False, dtype=torch.bfloat16)" → Signature, nothing evaluated but literals."""
     function = ast.parse(f"def _{text}: ...").body[0]
     assert isinstance(function, ast.FunctionDef)
     args, kinds = function.args, inspect.Parameter
-    positional = [(a, kinds.POSITIONAL_ONLY) for a in args.posonlyargs]
+    positional: list[tuple[ast.arg, Any]] = [(a, kinds.POSITIONAL_ONLY) for a in args.posonlyargs]
     positional += [(a, kinds.POSITIONAL_OR_KEYWORD) for a in args.args]
     missing = [None] * (len(positional) - len(args.defaults))
     parameters = [
@@ -143,7 +143,9 @@ def _changes(old: str, new: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m l4core.testing.contracts", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m l4core.testing.contracts", description=(__doc__ or "").split("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     deriving = commands.add_parser("derive", help="print a contract as JSON")
     deriving.add_argument("source")
@@ -173,7 +175,9 @@ def _check(options: argparse.Namespace) -> int:
     for line in found:
         print(line)
     total = len(recorded.functions) + len(recorded.schemas)
-    print(f"{recorded.library} {recorded.version} against {source.library} {source.version}: {total - len(found)} of {total} hold")
+    print(
+        f"{recorded.library} {recorded.version} against {source.library} {source.version}: {total - len(found)} of {total} hold"
+    )
     return 1 if found else 0
 
 

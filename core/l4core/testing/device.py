@@ -6,13 +6,23 @@ torch.accelerator has no call for graphs and none for finding a host sync, so th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["can_capture", "can_find_syncs", "capture", "is_accelerator", "no_host_sync", "oracle_device", "peak_bytes"]
+__all__ = [
+    "can_capture",
+    "can_find_syncs",
+    "capture",
+    "is_accelerator",
+    "no_host_sync",
+    "oracle_device",
+    "peak_bytes",
+    "synchronize",
+]
 
 
 def is_accelerator(device: str) -> bool:
@@ -28,6 +38,15 @@ def _module(device: str) -> Any:
     return getattr(torch, torch.device(device).type, None)
 
 
+def synchronize(device: str) -> None:
+    """Wait for the device. A vendor's module may know how where torch.accelerator does not."""
+    own = getattr(_module(device), "synchronize", None)
+    if own is not None:
+        own()
+    else:
+        torch.accelerator.synchronize()
+
+
 # ---------------------------------------------------------------- hidden synchronisation
 
 
@@ -40,8 +59,10 @@ def can_find_syncs(device: str) -> bool:
 def no_host_sync(device: str) -> Iterator[None]:
     """Inside, whatever waits for the device raises RuntimeError."""
     module = _module(device)
-    torch.accelerator.synchronize()
-    module.set_sync_debug_mode("error")
+    synchronize(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that it does not find all of them
+        module.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -67,14 +88,14 @@ def capture(device: str, call: Callable[[], None]) -> Callable[[], None]:
     side.wait_stream(torch.accelerator.current_stream())
     with side:
         call()
-    torch.accelerator.synchronize()
+    synchronize(device)
     graph = _graph_class(device)()
     with module.graph(graph):
         call()
 
     def replay() -> None:
         graph.replay()
-        torch.accelerator.synchronize()
+        synchronize(device)
 
     return replay
 
@@ -85,11 +106,11 @@ def capture(device: str, call: Callable[[], None]) -> Callable[[], None]:
 def peak_bytes(device: str, call: Callable[[], object]) -> int:
     """Device memory that `call` takes at most beyond what was allocated before, whether it keeps it or not."""
     index = torch.device(device)
-    torch.accelerator.synchronize()
+    synchronize(device)
     before = int(torch.accelerator.memory_allocated(index))
     torch.accelerator.reset_peak_memory_stats(index)
     kept = call()
-    torch.accelerator.synchronize()
+    synchronize(device)
     peak = int(torch.accelerator.max_memory_allocated(index)) - before
     del kept
     return peak

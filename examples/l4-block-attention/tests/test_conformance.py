@@ -1,6 +1,8 @@
 """The whole test suite a backend needs: L4's kits, told what to look at."""
 
-from l4core.testing.conformance import AttentionConformance, ProbeConformance
+from typing import ClassVar
+
+from l4core.testing.conformance import AttentionConformance, ProbeConformance, QuickAttentionConformance
 
 
 class TestProbe(ProbeConformance):
@@ -9,9 +11,9 @@ class TestProbe(ProbeConformance):
 
 class TestAttention(AttentionConformance):
     plugin, backend = "l4_block_attention", "block"
-    page_sizes = (1, 16, 64)
+    combinations = 1
 
 
-class TestSmallBlocks(AttentionConformance):
+class TestSmallBlocks(QuickAttentionConformance):
     plugin, backend = "l4_block_attention", "block"
-    options, page_sizes = {"block_tokens": "16"}, (16,)
+    options: ClassVar = {"block_tokens": "16"}

@@ -1,0 +1,1 @@
+"""The device code. Importing it imports Triton, so `create` does that and nothing before."""
