@@ -10,7 +10,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import platform as _host
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,7 @@ class Platform:
             return self.libraries.get(import_name)
         if importlib.util.find_spec(import_name.partition(".")[0]) is None:
             return None
-        names = [distribution] if distribution else _distributions_of(import_name)
+        names = iter([distribution]) if distribution else _distributions_of(import_name)
         for name in names:
             try:
                 return Version(importlib.metadata.version(name))
@@ -54,9 +54,11 @@ class Platform:
         return Version("0")
 
 
-def _distributions_of(import_name: str) -> list[str]:
+def _distributions_of(import_name: str) -> Iterator[str]:
+    """The one of the same name first: asking which distribution a package is from reads every installed one's files."""
     top = import_name.partition(".")[0]
-    return [top, *importlib.metadata.packages_distributions().get(top, [])]
+    yield top
+    yield from importlib.metadata.packages_distributions().get(top, [])
 
 
 def detect(device: str = "auto") -> Platform:

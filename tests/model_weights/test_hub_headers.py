@@ -62,6 +62,16 @@ def test_headers_tell_all_and_no_tensor_is_fetched(hub: FakeHub, files: dict[str
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
+def test_one_shard_without_an_index(hub: FakeHub, files: dict[str, bytes], tmp_path: Path) -> None:
+    one = write_checkpoint(tmp_path / "one", prefixed(hf_tensors(tiny_config(vocab_size=16_000)), wrapped=False))
+    for name in [*weights(files), "model.safetensors.index.json"]:
+        del files[name]
+    files["model.safetensors"] = (one / "model.safetensors").read_bytes()
+    code, report, _ = check(hub, tmp_path / "home")
+    assert (code, report["ok"], report["shards"]) == (0, True, 1), report
+    assert hub.sent["model.safetensors"] == FIRST_BYTES
+
+
 def test_a_wrong_tensor_is_named_under_the_models_name(hub: FakeHub, files: dict[str, bytes], tmp_path: Path) -> None:
     raw = json.loads(files["config.json"])
     files["config.json"] = json.dumps({**raw, "vocab_size": 16_001}).encode()

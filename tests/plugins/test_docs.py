@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import subprocess
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 
 from l4core import hookspecs
-from l4core.plugin_api import ChatTemplate, Sampler
+from l4core.plugin_api import ChatTemplate, Sampler, Usable
+from l4core.testing import conformance
 from l4core.testing.conformance import ChatTemplateConformance, SamplerConformance
+from l4core.testing.conformance_setup import LEVELS
 from l4core.testing.platforms import FAKE_PLATFORMS
 from plugins.site import Site
 
@@ -104,7 +107,9 @@ def test_the_index_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_testing_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     page = run_blocks("testing.md")
-    assert capsys.readouterr().out.count("✓") == len(FAKE_PLATFORMS)
+    out = capsys.readouterr().out
+    assert out.count("✓") == len(FAKE_PLATFORMS)
+    assert "fakedev\ncalled a synchronizing operation" in out
     for name in ("TestProbe", "TestAttention", "TestSampler", "TestTemplate"):
         assert page[name].plugin == "l4core.builtin_plugins"
     page["TestProbe"]().test_probe_never_raises_and_refuses_with_a_reason()
@@ -113,9 +118,24 @@ def test_the_testing_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     page["TestTemplate"]().test_tool_parser_does_not_depend_on_how_text_arrives()
 
 
+def test_the_compatibility_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    run_blocks("compatibility.md")
+    assert "pip install --upgrade l4-old" in capsys.readouterr().out
+
+
+def test_the_levels_are_those_of_the_kit() -> None:
+    rows = re.findall(r"^\| ([A-Z]) \| ([^:|]+?)(?:: [^|]+)? \|$", (PAGES / "testing.md").read_text(), re.MULTILINE)
+    assert dict(rows) == dict(LEVELS)
+
+
 @pytest.mark.parametrize(
-    "kit", ["ProbeConformance", "AttentionConformance", "SamplerConformance", "ChatTemplateConformance"]
+    "field", [f.name for f in dataclasses.fields(Usable) if f.name not in ("tier", "provider", "note")]
 )
+def test_every_field_of_a_verdict_is_in_the_tutorial(field: str) -> None:
+    assert f"`{field}`" in (PAGES / "attention-backend.md").read_text()
+
+
+@pytest.mark.parametrize("kit", conformance.__all__)
 def test_every_kit_is_on_the_testing_page(kit: str) -> None:
     assert f"| `{kit}` |" in (PAGES / "testing.md").read_text()
 

@@ -12,7 +12,7 @@ import pytest
 
 from l4core.errors import ConfigError
 from l4core.testing import __main__ as command
-from l4core.testing import table
+from l4core.testing import compiled, table
 from l4core.testing.record import CaseResult, Record, read_record, write_records
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +158,35 @@ def test_each_level_used_is_explained_and_a_failure_is_none() -> None:
 
 
 def test_a_double_did_not_run_on_the_card_it_stands_for() -> None:
-    assert "| D | a CPU, standing for NVIDIA H100, torch 2.11.0 |" in table.render([replace(RECORD, level="D")])
+    assert "| D | a CPU, standing for sm90, torch 2.11.0 |" in table.render([replace(RECORD, level="D")])
+
+
+def test_uncommitted_changes_are_not_left_out() -> None:
+    assert "| 0123456789ab-dirty 2026-11-24 |" in table.render([replace(RECORD, commit="0123456789abcdef-dirty")])
+
+
+# ---------------------------------------------------------------- compiled for what is not here
+
+COMPILER = """
+import json, sys
+print("some warning")
+print(json.dumps({"variant": "decode", "kernel": "k", "spills": 0}))
+if sys.argv[1] == "odd":
+    sys.exit("LLVM ERROR: no such thing")
+"""
+
+
+def test_kernels_that_compile_are_cases_of_level_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stand_in_compiler.py").write_text(COMPILER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    out = tmp_path / "out"
+    arguments = ["sdpa", "stand_in_compiler", "sm100", "odd", "--provider", "triton 3.7", "--out", str(out)]
+    assert compiled.main(arguments) == 1
+    good, odd = (read_record(out / f"sdpa-{arch}-X.json") for arch in ("sm100", "odd"))
+    assert good.cases == (CaseResult(name="compiles: decode, k", outcome="passed", reason="spills 0"),)
+    assert odd.counts == {"passed": 1, "skipped": 0, "failed": 1}
+    assert odd.cases[1].reason == "stand_in_compiler odd ended with 1: LLVM ERROR: no such thing"
+    assert "| X | compiled for sm100, torch" in table.render([good])
 
 
 def test_a_third_partys_backend_has_a_row_of_its_own() -> None:

@@ -42,7 +42,7 @@ class RestartPolicy:
     pause_seconds: float = 1.0
 
 
-WATCHDOG_TICKS = 10
+WATCHDOG_LOOKS = 10
 """Looks within one time-out."""
 
 
@@ -115,7 +115,8 @@ class Bridge:
         self._max_sequences = max_sequences
         self._observer = observer
         self._step_timeout = step_timeout
-        self._step_due: float | None = None  # since when the engine owes us a step
+        self._step_is_due = False  # the engine owes us a step
+        self._num_steps = 0
         self._log_level = log_level
         self._factory = factory
         self._policy = policy or RestartPolicy()
@@ -225,7 +226,7 @@ class Bridge:
     def _send(self, inbox: Inbox) -> None:
         if self._process is not None:
             self._process.send(Submit.of(inbox))
-            self._step_due = self._step_due or time.monotonic()
+            self._step_is_due = True
 
     async def _pump(self) -> str:
         """Until the process is gone → its last words, for the log."""
@@ -250,28 +251,29 @@ class Bridge:
 
     async def _watch(self, process: EngineProcess | None) -> None:
         """Every message is answered by a step, and so is every step while sequences are left. When none comes for too long, let go of the process:
-        `_pump` then ends as if it had died."""
+        `_pump` then ends as if it had died. Looks are counted, not the clock: a server that was stopped itself finds no fault with its engine."""
+        num_silent, seen = 0, self._num_steps
         while process is not None and self._step_timeout:
-            await asyncio.sleep(self._step_timeout / WATCHDOG_TICKS)
-            silence = 0.0 if self._step_due is None else time.monotonic() - self._step_due
-            if silence > self._step_timeout:
+            await asyncio.sleep(self._step_timeout / WATCHDOG_LOOKS)
+            num_silent = num_silent + 1 if self._step_is_due and self._num_steps == seen else 0
+            seen = self._num_steps
+            if num_silent > WATCHDOG_LOOKS:
                 logger.error(
-                    "the engine process made no step for %.0f s (--watchdog-timeout); where it hangs is on stderr",
-                    silence,
+                    "the engine process made no step for %g s (--watchdog-timeout); where it hangs is on stderr",
+                    self._step_timeout,
                 )
                 await process.abandon()
                 return
 
     def _deal(self, output: StepOutput) -> None:
-        self._step_due = None
+        self._num_steps += 1
         self._observer.stepped(output)
         for update in output.updates:
             ended = update.finish_reason is not None
             owner = self._owners.pop(update.request_id, None) if ended else self._owners.get(update.request_id)
             if owner is not None:  # otherwise: aborted here, and the engine has not heard yet
                 owner.put(update)
-        if self._owners:
-            self._step_due = time.monotonic()
+        self._step_is_due = bool(self._owners)
 
     def _refuse(self, refused: Refused) -> None:
         owner = self._owners.pop(refused.request_id, None)
@@ -309,5 +311,5 @@ class Bridge:
 
     async def _end_process(self, patience: float = STOP_SECONDS) -> str:
         process, self._process = self._process, None
-        self._step_due = None
+        self._step_is_due = False
         return "ended" if process is None else await process.stop(patience)

@@ -8,7 +8,8 @@
     class TestAttention(AttentionConformance):
         plugin, backend = "l4_block_attention", "block"
 
-`plugin` is the import name of the module with your hooks. Needs pytest, and torch for all but ProbeConformance.
+`plugin` is the import name of the module with your hooks. `python -m l4core.testing NAME` runs the same for an installed backend.
+Needs pytest, and torch for all but ProbeConformance.
 """
 
 from __future__ import annotations

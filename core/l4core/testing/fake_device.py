@@ -52,7 +52,7 @@ class FakeTensor(torch.Tensor):
         made.memory = memory
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"FakeTensor({tuple(self.shape)}, {self.dtype}, {NAME}:0)"
 
     def tolist(self) -> Any:

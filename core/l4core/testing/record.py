@@ -20,7 +20,7 @@ from l4core.plugin_api import Usable
 from l4core.testing.conformance_entry import version_of
 from l4core.testing.conformance_setup import KitSetup
 
-__all__ = ["SCHEMA", "CaseResult", "Record", "Recorder", "describe", "read_record"]
+__all__ = ["SCHEMA", "CaseResult", "Record", "Recorder", "describe", "describe_machine", "read_record"]
 
 SCHEMA = 1
 Outcome = Literal["passed", "skipped", "failed"]
@@ -83,29 +83,59 @@ def read_record(path: Path) -> Record:
     return Record(**fields, cases=cases)
 
 
-def describe(kit: KitSetup, cases: Sequence[CaseResult]) -> Record:
+def describe(kit: KitSetup, cases: Sequence[CaseResult], *, commit: str = "") -> Record:
     """The record of a kit that ran with these results, here and now."""
-    import torch
-
     platform, entry = kit.platform(), kit.entry
     verdicts = [entry.probe(platform, req) for req in kit.grid()]
     providers = sorted({verdict.provider for verdict in verdicts if isinstance(verdict, Usable)})
-    package, _, version = version_of(kit.plugin).rpartition(" ")
-    return Record(
-        backend=kit.backend,
-        package=package,
-        version=version,
-        provider=", ".join(filter(None, providers)),
+    return describe_machine(
+        kit.plugin,
+        kit.backend,
+        cases,
         level=kit.level,
-        device=kit.device,
         arch=platform.arch,
         card=platform.device_name,
         runtime=platform.runtime,
+        device=kit.device,
+        provider=", ".join(filter(None, providers)),
+        options=kit.options,
+        commit=commit,
+    )
+
+
+def describe_machine(
+    plugin: str,
+    backend: str,
+    cases: Sequence[CaseResult],
+    *,
+    level: str,
+    arch: str,
+    provider: str,
+    card: str = "",
+    runtime: str = "",
+    device: str = "cpu",
+    options: Mapping[str, str] | None = None,
+    commit: str = "",
+) -> Record:
+    """A record dated now. commit: "" = that of this tree."""
+    import torch
+
+    package, _, version = version_of(plugin).rpartition(" ")
+    return Record(
+        backend=backend,
+        package=package,
+        version=version,
+        provider=provider,
+        level=level,
+        device=device,
+        arch=arch,
+        card=card,
+        runtime=runtime,
         torch=torch.__version__,
         python=".".join(map(str, sys.version_info[:3])),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        commit=_commit(),
-        options=dict(kit.options),
+        commit=commit or _commit(),
+        options=dict(options or {}),
         cases=tuple(cases),
     )
 
@@ -139,14 +169,7 @@ class Recorder:
 
     def records(self) -> list[Record]:
         """One a kit class; those without a result are left out."""
-        found = [describe(kit(), cases) for kit, cases in self._results.items()]
-        return [_with_commit(record, self._commit) for record in found]
-
-
-def _with_commit(record: Record, commit: str) -> Record:
-    from dataclasses import replace
-
-    return replace(record, commit=commit) if commit else record
+        return [describe(kit(), cases, commit=self._commit) for kit, cases in self._results.items()]
 
 
 def _case_name(item: pytest.Item) -> str:

@@ -63,8 +63,7 @@ def _row(record: Record, known: Known) -> str:
     counts = record.counts
     level = record.level if counts["passed"] and not counts["failed"] else f"none: {counts['failed']} cases failed"
     options = "".join(f" `{key}={value}`" for key, value in record.options.items())
-    card = record.card or record.arch
-    where = f"{card if record.level in REAL else f'a CPU, standing for {card}'}, torch {record.torch}"
+    where = f"{_machine(record)}, torch {record.torch}"
     return _cells(
         f"`{record.backend}`{options}",
         _package(known) or f"`{record.package}`",
@@ -73,8 +72,20 @@ def _row(record: Record, known: Known) -> str:
         where,
         record.provider,
         f"{counts['passed']}, {counts['skipped']}",
-        f"{record.commit[:12]} {record.date[:10]}".strip(),
+        f"{_short(record.commit)} {record.date[:10]}".strip(),
     )
+
+
+def _machine(record: Record) -> str:
+    if record.level in REAL:
+        return record.card or record.arch
+    return f"compiled for {record.arch}" if record.level == "X" else f"a CPU, standing for {record.arch}"
+
+
+def _short(commit: str) -> str:
+    """The first twelve digits; that there were changes on top of it is not left out."""
+    digits, _, dirty = commit.partition("-")
+    return digits[:12] + (f"-{dirty}" if dirty else "")
 
 
 def _package(known: Known) -> str:
