@@ -35,6 +35,7 @@ check: $(VENV)/.dev
 
 docs: $(VENV)/.test
 	$(BIN)/python -m l4core.cli.options_page > docs/options.md
+	$(BIN)/python -m l4core.testing.table benchmarks/results/conformance README.md
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/cpu/table.py

@@ -203,15 +203,15 @@ def test_what_is_needed_and_not_declared_is_refused(asked, declared, fix: str) -
     assert found[1].verdict.fix == fix
 
 
-@pytest.mark.parametrize("name", ["sdpa", "reference"])
 @pytest.mark.parametrize(
-    ("asked", "reason"),
+    ("name", "asked", "reason"),
     [
-        ({"needs_graph": True}, "graph"),
-        ({"needs_tree": True}, "tree"),
-        ({"kv_dtype": "float8_e4m3fn"}, "KV is float8_e4m3fn"),
-        ({"q_dtype": "float8_e4m3fn"}, "queries are float8_e4m3fn"),
-        ({"num_q_heads": 7}, "7 query heads on 8 KV heads"),
+        ("sdpa", {"needs_tree": True}, "tree"),
+        ("sdpa", {"kv_dtype": "float8_e4m3fn"}, "KV is float8_e4m3fn"),
+        ("reference", {"kv_dtype": "float8_e5m2"}, "KV is float8_e5m2"),
+        *((name, {"needs_graph": True}, "graph") for name in ("sdpa", "reference")),
+        *((name, {"q_dtype": "float8_e4m3fn"}, "queries are float8_e4m3fn") for name in ("sdpa", "reference")),
+        *((name, {"num_q_heads": 7}, "7 query heads on 8 KV heads") for name in ("sdpa", "reference")),
     ],
 )
 def test_builtins_refuse_with_reasons(name: str, asked, reason: str) -> None:

@@ -15,6 +15,7 @@ from l4core.testing.conformance_device import GRAPHED, SYNCED, _copy_into, _othe
 from l4core.testing.conformance_expected import attention, depths, visible_keys
 from l4core.testing.conformance_problem import K_SCALE, V_SCALE, Layout, build
 from l4core.testing.conformance_setup import RELEASED, Combination
+from l4core.testing.platforms import fake_platform
 
 HEADS = Heads(num_q_heads=4, num_kv_heads=2, head_dim=8)
 USABLE = Usable(tier=Tier.TUNED)
@@ -207,6 +208,16 @@ def test_the_quick_kit_is_the_same_kit_at_smaller_sizes() -> None:
     tests = [name for name in dir(Kit) if name.startswith("test_")]
     assert [name for name in dir(QuickAttentionConformance) if name.startswith("test_")] == tests
     assert all(size <= 64 for size in QuickAttentionConformance.page_sizes)
+
+
+def test_a_level_is_claimed_truly() -> None:
+    """R is for the machine itself; a double of another one is D or less, and no other letters exist."""
+    double: dict[str, object] = {"platform": lambda self: fake_platform("sm90", {})}
+    type("Double", (Everything,), {**double, "level": "D"})().test_the_level_is_one_and_is_true()
+    with pytest.raises(AssertionError, match="level R on a fake platform"):
+        type("Double", (Everything,), double)().test_the_level_is_one_and_is_true()
+    with pytest.raises(AssertionError, match="level is 'A'; wanted one of R, S, V, X, D, P"):
+        type("Odd", (Everything,), {"level": "A"})().test_the_level_is_one_and_is_true()
 
 
 # ---------------------------------------------------------------- graphs

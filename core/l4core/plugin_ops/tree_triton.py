@@ -119,5 +119,6 @@ def tree_attend_triton(
         BLOCK_M=BLOCK_ROWS,
         BLOCK_N=max(16, triton.next_power_of_2(meta.max_seqlen_q)),
         num_warps=4,
+        enable_fp_fusion=True,  # said aloud: Triton's default for it changes in 3.10
     )
     return out, lse

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from l4_triton.kernels.decode import decode_kernel
 from l4_triton.kernels.merge import merge_kernel
 from l4_triton.kernels.prefill import prefill_kernel
-from l4_triton.launch import BLOCK_PARTS
+from l4_triton.launch import BLOCK_PARTS, COMPILE
 from l4_triton.tiles import ARCHITECTURES, Tile, converts_fp8, tiles_for
 
 _POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float8_e4m3fn": "*fp8e4nv"}
@@ -40,7 +40,7 @@ _FIXED = {
     "v_scale": "*fp32",
     "scale_log2": "fp32",
 }
-_ABSENT = ("lse", "ancestors", "sees_prefix", "k_scale", "v_scale")
+_OPTIONAL = ("lse", "ancestors", "sees_prefix", "k_scale", "v_scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,21 @@ def compile_all(arch: str, variants: Sequence[Variant] = VARIANTS) -> Iterator[d
 def _compile(
     kernel: Any, variant: Variant, shape: dict[str, int], arch: str, target: GPUTarget, tile: Tile | None
 ) -> dict[str, Any]:
-    soft = variant.kv_dtype == "float8_e4m3fn" and not converts_fp8(arch)
+    source = _source(kernel, variant, shape, soft=variant.kv_dtype == "float8_e4m3fn" and not converts_fp8(arch))
+    options = COMPILE | ({} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages})
+    done = triton.compile(source, target=target, options=options)
+    binary = done.asm["cubin" if target.backend == "cuda" else "hsaco"]
+    return {
+        "variant": variant.name,
+        "kernel": kernel.__name__,
+        "spills": _spills(done, target),
+        "shared": done.metadata.shared,
+        "binary": len(binary),
+    }
+
+
+def _source(kernel: Any, variant: Variant, shape: dict[str, int], *, soft: bool) -> ASTSource:
+    """The kernel with the argument types a launch would give it; pointers and strides are multiples of 16, as core's are."""
     constants: dict[str, Any] = shape | {
         "GROUP": variant.group,
         "HEAD_DIM": variant.head_dim,
@@ -116,30 +130,19 @@ def _compile(
         "DOT_TYPE": getattr(tl, variant.q_dtype),
         "SEQS": 128,
     }
-    absent = [name for name in _ABSENT if not (variant.tree and name in ("ancestors", "sees_prefix"))]
-    if variant.kv_dtype == "float8_e4m3fn":
-        absent = [name for name in absent if not name.endswith("_scale")]
-    stored = "*u8" if soft else _POINTERS[variant.kv_dtype]
-    types = _FIXED | {"q": _POINTERS[variant.q_dtype], "out": _POINTERS[variant.q_dtype], "k": stored, "v": stored}
+    given = {"ancestors", "sees_prefix"} if variant.tree else set()
+    given |= {"k_scale", "v_scale"} if variant.kv_dtype == "float8_e4m3fn" else set()
+    q, stored = _POINTERS[variant.q_dtype], "*u8" if soft else _POINTERS[variant.kv_dtype]
+    types = _FIXED | {"q": q, "out": q, "k": stored, "v": stored}
     signature, constexprs, divisible = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
-        if name in constants or name in absent:
+        if name in constants or (name in _OPTIONAL and name not in given):
             signature[name], constexprs[name] = "constexpr", constants.get(name)
             continue
         signature[name] = types.get(name, "i32")
         if signature[name].startswith("*") or name.startswith("stride_"):
             divisible[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs, divisible)
-    options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
-    done = triton.compile(source, target=target, options=options)
-    binary = done.asm["cubin" if target.backend == "cuda" else "hsaco"]
-    return {
-        "variant": variant.name,
-        "kernel": kernel.__name__,
-        "spills": _spills(done, target),
-        "shared": done.metadata.shared,
-        "binary": len(binary),
-    }
+    return ASTSource(kernel, signature, constexprs, divisible)
 
 
 def _spills(done: Any, target: GPUTarget) -> int:

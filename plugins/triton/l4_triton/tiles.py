@@ -44,6 +44,11 @@ _HOPPER = Tiles(  # measured on an H100, benchmarks/gpu/triton_tune.py
     decode=Tile(block_m=FEW_ROWS, block_n=64, warps=4, stages=3),
     verify=Tile(block_m=64, block_n=64, warps=4, stages=3),
 )
+_BLACKWELL = replace(
+    _HOPPER,
+    decode=Tile(block_m=FEW_ROWS, block_n=64, warps=8, stages=3),
+    verify=Tile(block_m=64, block_n=64, warps=8, stages=3),
+)
 _AMPERE = replace(  # operands in registers: smaller tiles, or they spill
     _HOPPER,
     prefill=Tile(block_m=128, block_n=32, warps=8, stages=3),
@@ -68,9 +73,9 @@ _TILES = {
     "sm87": _AMPERE,
     "sm89": _SMALL,
     "sm90": _HOPPER,
-    "sm100": _HOPPER,
-    "sm103": _HOPPER,
-    "sm110": _HOPPER,
+    "sm100": _BLACKWELL,
+    "sm103": _BLACKWELL,
+    "sm110": _BLACKWELL,
     "sm120": _SMALL,
     "sm121": _SMALL,
     "gfx90a": _AMD,
