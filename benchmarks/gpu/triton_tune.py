@@ -150,7 +150,7 @@ def milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
         graph.replay()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in pairs[3:])
+    return float(statistics.median(begin.elapsed_time(end) for begin, end in pairs[3:]))
 
 
 def attempt(run: Callable[[], object], repeats: int = 20) -> float | str:
@@ -236,7 +236,7 @@ def sweep(pool: Pool) -> Iterator[dict[str, Any]]:
         yield (
             {"prefill": asdict(tile)}
             | found
-            | {f"TFLOPs {shape}": tflops(*map(int, shape.split("x")), t) for shape, t in found.items()}
+            | {f"TFLOP/s {b}x{s}": tflops(b, s, found[f"{b}x{s}"]) for b, s in PREFILLS}
         )
 
 
