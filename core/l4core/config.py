@@ -125,7 +125,7 @@ class EngineConfig:
         not_built=f"--swa-full-tokens-ratio {LATER}; leave it out, the pools are sized from what requests need",
     )
     disable_radix_cache: bool = _opt(
-        False, "no prefix cache (there is none yet, so this changes nothing; start-up says so)", MEMORY
+        False, "no prefix cache: every prompt is computed whole", MEMORY
     )
     disable_cuda_graph: bool = _opt(
         False,

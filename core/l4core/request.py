@@ -183,7 +183,7 @@ class Request:
     """One sequence to generate, as the engine sees it (a prompt with n > 1 becomes n of these). params.seed is set, params.n is 1.
 
     eos_token_ids: what ends it beside params.stop_token_ids (empty under ignore_eos).  max_total_tokens: prompt + output, at most the context.
-    priority: higher first.
+    priority: higher first.  cache_salt: only requests of the same salt share cached prefixes.
     """
 
     request_id: str
@@ -192,6 +192,7 @@ class Request:
     eos_token_ids: Sequence[int]
     max_total_tokens: int
     priority: int = 0
+    cache_salt: str = ""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,7 +219,11 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """Gauges and counters after a step; the server's /metrics and the logs are made of these. Pages are counted per KV group."""
+    """Gauges and counters after a step; the server's /metrics and the logs are made of these. Pages are counted per KV group.
+
+    pages_total: were all memory that group's.  pages_cached: held by nobody, still findable.  num_prefix_hits: tokens that started sequences
+    found computed in this step.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -227,6 +232,8 @@ class StepStats:
     num_decode_tokens: int = 0
     pages_used: Mapping[str, int] = field(default_factory=dict)
     pages_total: Mapping[str, int] = field(default_factory=dict)
+    pages_cached: Mapping[str, int] = field(default_factory=dict)
+    num_prefix_hits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

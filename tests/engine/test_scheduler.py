@@ -15,30 +15,32 @@ from l4core.request import FinishReason, Request, SamplingParams, SequenceUpdate
 from l4core.testing.simulation import SimulatedEngine
 
 GROUPS = (
-    KVGroup(name="global", layer_ids=(3,), chunk_size=None),
-    KVGroup(name="local", layer_ids=(0, 1, 2), chunk_size=8),
+    KVGroup(name="global", layer_ids=tuple(range(1, 17)), chunk_size=None),
+    KVGroup(name="local", layer_ids=(0,), chunk_size=8),
 )
+"""A superpage is one global page, or all local pages of a chunk: so a request takes one for each global page and one more."""
 
 
 def engine(
     *,
-    pages: int = 100,
-    local: int = 100,
+    superpages: int = 200,
     max_running: int = 8,
     max_tokens_per_step: int = 64,
     max_context: int = 64,
     failing: Collection[str] = (),
+    prefix_cache: bool = False,
 ) -> SimulatedEngine:
-    """Pages of 2 tokens, chunks of 8."""
+    """Pages of 2 tokens, chunks of 8. The prompts of most tests have one beginning, which is computed each time unless they ask otherwise."""
     return SimulatedEngine(
         GROUPS,
         page_size=2,
-        num_pages={"global": pages + 1, "local": local + 1},
+        num_superpages=superpages + 1,
         max_running=max_running,
         max_tokens_per_step=max_tokens_per_step,
         max_context=max_context,
         vocab_size=1000,
         failing=failing,
+        prefix_cache=prefix_cache,
     )
 
 
@@ -179,9 +181,12 @@ def test_new_pages_carry_only_what_changed() -> None:
         seen.append({name: (new.first_index, list(new.pages)) for name, new in batch.sequences[0].new_pages.items()})
         made.scheduler.commit(made.execute(batch))
     assert seen == [
-        {"global": (0, [1, 2, 3, 4]), "local": (0, [1, 2, 3, 4])},
+        {"global": (0, [1, 2, 3, 4]), "local": (0, [80, 81, 82, 83])},
         {},
-        {"global": (4, [5]), "local": (4, [1])},  # a new chunk: its first page is one the old chunk gave back
+        {
+            "global": (4, [5]),
+            "local": (4, [96]),
+        },  # a new chunk: the global page takes the superpage that the old one gave back
         {},
     ]
 
@@ -197,7 +202,7 @@ def test_higher_priority_starts_first_then_arrival_order() -> None:
 
 
 def test_a_full_pool_evicts_the_youngest_and_its_words_stay_the_same() -> None:
-    made = engine(pages=8)
+    made = engine(superpages=10)
     made.scheduler.add(ask("a", 4, max_tokens=12))
     made.scheduler.add(ask("b", 4, max_tokens=8))
     seen, words, preemptions = [], dict[str, list[int]](a=[], b=[]), 0
@@ -219,7 +224,7 @@ def test_a_full_pool_evicts_the_youngest_and_its_words_stay_the_same() -> None:
 
 
 def test_all_table_entries_come_again_after_a_preemption() -> None:
-    made = engine(pages=8)
+    made = engine(superpages=10)
     made.scheduler.add(ask("a", 4, max_tokens=12))
     made.scheduler.add(ask("b", 4, max_tokens=8))
     first_pieces = []
@@ -237,7 +242,7 @@ def test_all_table_entries_come_again_after_a_preemption() -> None:
 
 
 def test_the_evicted_one_goes_before_those_that_came_later() -> None:
-    made = engine(pages=8, max_running=2)
+    made = engine(superpages=10, max_running=2)
     made.scheduler.add(ask("a", 4, max_tokens=12))
     made.scheduler.add(ask("b", 4, max_tokens=8))
     made.scheduler.add(ask("c", 2, max_tokens=1))
@@ -266,7 +271,7 @@ def test_equal_priority_never_makes_way() -> None:
 
 
 def test_a_large_prompt_that_waits_for_memory_is_not_overtaken() -> None:
-    made = engine(pages=12)
+    made = engine(superpages=14)
     made.scheduler.add(ask("a", 8, max_tokens=8))
     made.step()
     made.scheduler.add(ask("large", 16, max_tokens=1))
@@ -277,11 +282,11 @@ def test_a_large_prompt_that_waits_for_memory_is_not_overtaken() -> None:
 
 def test_a_prompt_starts_only_when_all_its_tokens_find_room() -> None:
     """Else its pieces would fill the pool and be evicted half computed."""
-    made = engine(pages=16)
+    made = engine(superpages=18)
     made.scheduler.add(ask("a", 8, max_tokens=6))
     made.step()
     made.scheduler.add(ask("b", 24, max_tokens=1))
-    assert made.scheduler.kv.num_free[0] > 4  # its first piece alone would fit
+    assert made.scheduler.kv.num_available > 5  # its first piece alone would fit
     seen = steps(made)
     assert [step for step in seen if step[0][0] == "b"] == [[("b", 0, 8)], [("b", 8, 16)], [("b", 16, 24)]]
     assert all(len(step) == 1 for step in seen)
@@ -289,7 +294,7 @@ def test_a_prompt_starts_only_when_all_its_tokens_find_room() -> None:
 
 def test_a_newcomer_leaves_each_running_one_its_next_page() -> None:
     """Two pages are free when b comes: it would fill both, and a's next page would be taken from it."""
-    made = engine(pages=5)
+    made = engine(superpages=6)
     made.scheduler.add(ask("a", 4, max_tokens=6))
     made.step()
     made.scheduler.add(ask("b", 3, max_tokens=1))
@@ -298,7 +303,7 @@ def test_a_newcomer_leaves_each_running_one_its_next_page() -> None:
 
 def test_a_prompt_without_pages_waits_for_younger_decodes_to_end() -> None:
     """d outgrows the page kept for it while the long prompt p is computed. Evicting d would lose its work; it ends soon anyway."""
-    made = engine(pages=18, max_tokens_per_step=5)
+    made = engine(superpages=20, max_tokens_per_step=5)
     made.scheduler.add(ask("p", 32, max_tokens=1))
     made.scheduler.add(ask("d", 1, max_tokens=8))
     seen, preemptions = [], 0
@@ -312,12 +317,91 @@ def test_a_prompt_without_pages_waits_for_younger_decodes_to_end() -> None:
 
 
 def test_a_worse_prompt_does_not_take_the_pages_a_better_one_waits_for() -> None:
-    """In step 10 three pages are free: p needs four for its last piece, e two. Pages that d gives back later must come to p first."""
-    made = engine(pages=80, max_tokens_per_step=17, max_context=100)
-    for name, prompt_len, max_tokens in (("p", 80, 1), ("e", 75, 1), ("d", 1, 16)):
+    """In step 8 too little is free for p's last piece, but enough for e's. What the decodes give back later must come to p first."""
+    made = engine(superpages=70, max_tokens_per_step=18, max_context=100)
+    for name, prompt_len, max_tokens in (("p", 64, 1), ("e", 59, 1), ("d0", 1, 8), ("d1", 1, 8)):
         made.scheduler.add(ask(name, prompt_len, max_tokens=max_tokens, max_total_tokens=100))
     names = [[name for name, _, _ in step] for step in steps(made)]
-    assert names == [["p", "e", "d"], *[["d", "p", "e"]] * 8, *[["d"]] * 7, ["p", "e"]]
+    assert names == [["p", "e", "d0", "d1"], *[["d0", "d1", "p", "e"]] * 6, ["d0", "d1"], ["p", "e"]]
+
+
+# --- prefix cache ----------------------------------------------------------------------------------------------------------------------
+
+
+def computed(made: SimulatedEngine) -> int:
+    """Tokens computed until all work is done."""
+    run(made)
+    return made.memory.num_written
+
+
+def shared(request_id: str, length: int, own: int, tail: int = 0, **fields: object) -> Request:
+    """A prompt of `length` tokens that all have, then three of its own and `tail` more."""
+    prompt = [*range(length), 900 + own, 901 + own, 902 + own, *[500] * tail]
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        params=SamplingParams(max_tokens=1),
+        eos_token_ids=(),
+        max_total_tokens=64,
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("length", [2, 7, 8, 9, 13, 16, 23])
+def test_requests_of_one_beginning_compute_it_once(length: int) -> None:
+    """All at once, and more than a step computes: each computes its own tokens and at most page_size − 1 of the others'."""
+    made = engine(max_tokens_per_step=16, prefix_cache=True)
+    for i in range(6):
+        made.scheduler.add(shared(f"r{i}", length, 10 * i))
+    assert computed(made) == length + 3 + 5 * (3 + length % 2)
+
+
+def test_the_beginning_is_found_after_its_request_has_passed_the_border() -> None:
+    made = engine(prefix_cache=True)
+    made.scheduler.add(ask("long", 13, max_tokens=20))
+    run(made)
+    before = made.memory.num_written
+    made.scheduler.add(ask("again", 13, max_tokens=1))
+    update = run(made)["again"][-1]
+    assert update.num_cached_tokens == 12
+    assert made.memory.num_written == before + 1
+
+
+def test_without_its_local_tail_a_beginning_is_good_to_the_border() -> None:
+    """13 tokens: 12 were shared in full pages, and with the chunk from 8 on evicted, 8 are."""
+    made = engine(superpages=18, prefix_cache=True)
+    made.scheduler.add(ask("a", 13, max_tokens=1))
+    run(made)
+    made.scheduler.add(shared("other", 0, 0, tail=15))
+    run(made)
+    made.scheduler.add(ask("again", 13, max_tokens=1))
+    assert run(made)["again"][-1].num_cached_tokens == 8
+
+
+def test_tenants_do_not_find_each_others_pages() -> None:
+    made = engine(prefix_cache=True)
+    for i, salt in enumerate(("", "x", "x")):
+        made.scheduler.add(shared(f"r{i}", 8, 0, cache_salt=salt))
+        run(made)
+    assert made.memory.num_written == 11 + 11 + 1
+
+
+def test_a_preempted_request_finds_its_own_pages_again() -> None:
+    made = engine(superpages=12, prefix_cache=True)
+    made.scheduler.add(ask("a", 4, max_tokens=12))
+    made.scheduler.add(shared("b", 4, 50))
+    run(made)
+    alone = 4 + 11 + 3 + 4 - 4
+    assert made.memory.num_written <= alone + 2
+
+
+def test_asking_for_prompt_logprobs_computes_every_token() -> None:
+    made = engine(prefix_cache=True)
+    for name in ("a", "b"):
+        made.scheduler.add(ask(name, 9, max_tokens=1, prompt_logprobs=0))
+        update = run(made)[name][-1]
+    assert made.memory.num_written == 18
+    assert update.num_cached_tokens == 0
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------------------------
@@ -325,7 +409,7 @@ def test_a_worse_prompt_does_not_take_the_pages_a_better_one_waits_for() -> None
 
 def play(request: Request, tokens: Sequence[int]) -> list[SequenceUpdate]:
     """Feed the request the tokens a sampler would draw, until it ends."""
-    kv = KVManager(GROUPS, 2, {"global": 100, "local": 100})
+    kv = KVManager(GROUPS, 2, 201, prefix_cache=False)
     scheduler = Scheduler(SchedulerLimits(max_running=1, max_tokens_per_step=64, chunk_size=8, max_context=64), kv)
     scheduler.add(request)
     updates: list[SequenceUpdate] = []
@@ -378,7 +462,7 @@ def test_prompt_logprobs_come_piece_by_piece_and_once() -> None:
 
 
 def test_prompt_logprobs_are_not_sent_again_after_a_preemption() -> None:
-    made = engine(pages=8)
+    made = engine(superpages=10)
     made.scheduler.add(ask("a", 4, max_tokens=12))
     made.scheduler.add(ask("b", 4, max_tokens=8, prompt_logprobs=0))
     preemptions, entries = 0, list[TokenLogprobs | None]()
@@ -463,7 +547,7 @@ def test_an_id_in_use_is_refused() -> None:
     ],
 )
 def test_what_could_never_finish_is_refused_with_the_numbers(request_: Request, message: str) -> None:
-    made = engine(pages=5)
+    made = engine(superpages=6)
     made.scheduler.add(request_)
     (update,) = run(made)["a"]
     assert update.finish_reason is FinishReason.ERROR
@@ -472,7 +556,7 @@ def test_what_could_never_finish_is_refused_with_the_numbers(request_: Request, 
 
 
 def test_what_just_fits_alone_is_served() -> None:
-    made = engine(pages=5)
+    made = engine(superpages=6)
     made.scheduler.add(ask("a", 9, max_tokens=2))
     assert run(made)["a"][-1].finish_reason is FinishReason.LENGTH
 
@@ -487,7 +571,7 @@ def test_stats_count_the_step_and_gauge_what_is_left() -> None:
     assert (stats.num_running, stats.num_waiting, stats.num_preemptions) == (2, 1, 0)
     assert (stats.num_prefill_tokens, stats.num_decode_tokens) == (3, 1)
     assert stats.pages_used == {"global": 5, "local": 5}
-    assert stats.pages_total == {"global": 100, "local": 100}
+    assert stats.pages_total == {"global": 200, "local": 3200}
 
 
 def test_steps_out_of_order_are_refused() -> None:
@@ -512,7 +596,7 @@ def test_draws_of_another_request_are_refused() -> None:
 
 
 def test_limits_and_memory_must_speak_of_one_model() -> None:
-    kv = KVManager(GROUPS, 2, {"global": 9, "local": 9})
+    kv = KVManager(GROUPS, 2, 10)
     with pytest.raises(ValueError, match="chunks of 16 tokens, the KV groups 8"):
         Scheduler(SchedulerLimits(max_running=1, max_tokens_per_step=1, chunk_size=16, max_context=8), kv)
     with pytest.raises(ValueError, match="max_tokens_per_step is 0"):

@@ -12,6 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from l4core.engine.batch import ScheduledBatch
 from l4core.engine.sequence import NO_ROW, SequenceState
 from l4core.kv.blocks import KVGroup
+from l4core.kv.planner import Footprint
+from l4core.kv.superpages import superpage_shape
 from l4core.request import FinishReason, Request, SamplingParams, SequenceUpdate, StepOutput
 from l4core.testing.simulation import SimulatedEngine, output_alone
 
@@ -34,11 +36,12 @@ def engines(draw: st.DrawFn) -> SimulatedEngine:
     page_size = draw(st.sampled_from([1, 2, 4]))
     chunk = page_size * draw(st.sampled_from([1, 2, 4]))
     groups = groups_of(draw(st.sampled_from(["both", "both", "both", "global", "local"])), chunk)
-    fewest = {"global": 20 // page_size, "local": chunk // page_size}
+    footprint = Footprint(groups=groups, shape=superpage_shape(groups), page_size=page_size)
     return SimulatedEngine(
         groups,
         page_size=page_size,
-        num_pages={g.name: 1 + fewest[g.name] + draw(st.integers(0, 6)) for g in groups},
+        num_superpages=1 + footprint.superpages(20) + draw(st.integers(0, 6)),
+        prefix_cache=draw(st.sampled_from([True, True, True, False])),
         max_running=draw(st.sampled_from([1, 2, 4, 6])),
         max_tokens_per_step=draw(st.integers(1, 16)),
         max_context=MAX_CONTEXT,
@@ -48,7 +51,8 @@ def engines(draw: st.DrawFn) -> SimulatedEngine:
 
 @st.composite
 def requests(draw: st.DrawFn, request_id: str) -> Request:
-    prompt = [byte % VOCAB for byte in draw(st.binary(min_size=1, max_size=10))]
+    own = [byte % VOCAB for byte in draw(st.binary(min_size=1, max_size=10))]
+    prompt = [*range(2, 2 + draw(st.sampled_from([0, 0, 4, 8, 12]))), *own]  # often a beginning that others have too
     max_tokens = draw(st.integers(0, 20)) or None
     eos, stop = draw(st.sampled_from([((), ()), ((EOS,), ()), ((EOS,), (STOP,)), ((), (STOP,))]))
     params = SamplingParams(
@@ -65,6 +69,7 @@ def requests(draw: st.DrawFn, request_id: str) -> Request:
         eos_token_ids=eos,
         max_total_tokens=min(MAX_CONTEXT, len(prompt) + draw(st.integers(1, MAX_CONTEXT))),
         priority=draw(st.sampled_from([0, 0, 0, 1, 2])),
+        cache_salt=draw(st.sampled_from(["", "", "another tenant"])),
     )
 
 
@@ -173,7 +178,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         """The best request of all lost nothing, and is served unless decodes took all the tokens or the last pages."""
         if row != NO_ROW:
             assert (first.row, first.num_computed) == (row, num_computed), "the best request was evicted"
+        working = [s for s in self.scheduler.sequences if s.entry is not None]
         decodes = [s for s in self.scheduler.sequences if s.entry is not None and s.entry.is_decode]
+        if any(not s.entry.is_decode and s is not first for s in working if s.entry) and first.entry is None:
+            return  # it may wait for a page of its own beginning that another computes in this very step
         if len(decodes) < self.scheduler.limits.max_tokens_per_step:
             assert first.row != NO_ROW, "the best request waits while there are tokens for it"
             assert first.entry is not None or decodes, "the best request does not move"
@@ -210,6 +218,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for answer in self.answers.values():
             check_answer(self.engine, answer)
         assert not any(self.scheduler.kv.pages_used.values()), "pages leaked"
+        self.scheduler.kv.flush()
+        assert not any(self.scheduler.kv.pages_cached.values()), "a flushed cache still holds pages"
         self.scheduler.check_integrity()
 
 
@@ -224,11 +234,11 @@ def test_a_crowd_in_a_tiny_pool_gets_the_words_of_an_ample_one(data: st.DataObje
     groups = groups_of("both", chunk)
     crowd = [data.draw(requests(f"r{i}")) for i in range(count)]
 
-    def run(num_pages: int, max_tokens_per_step: int) -> tuple[dict[str, list[int]], int]:
+    def run(num_superpages: int, max_tokens_per_step: int) -> tuple[dict[str, list[int]], int]:
         engine = SimulatedEngine(
             groups,
             page_size=1,
-            num_pages={"global": num_pages, "local": num_pages},
+            num_superpages=num_superpages,
             max_running=count,
             max_tokens_per_step=max_tokens_per_step,
             max_context=MAX_CONTEXT,
@@ -248,6 +258,7 @@ def test_a_crowd_in_a_tiny_pool_gets_the_words_of_an_ample_one(data: st.DataObje
         assert not engine.scheduler.has_work
         return words, preemptions
 
-    tiny, preemptions = run(1 + MAX_CONTEXT, data.draw(st.integers(1, 12)))
+    footprint = Footprint(groups=groups, shape=superpage_shape(groups), page_size=1)
+    tiny, preemptions = run(1 + footprint.superpages(MAX_CONTEXT), data.draw(st.integers(1, 12)))
     event(f"preemptions: {min(preemptions, 3)}")
     assert tiny == run(1000, 1000)[0]

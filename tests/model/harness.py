@@ -13,6 +13,7 @@ from l4core.attention import reference, sdpa
 from l4core.attention.chunked import ring_width, single_chunk_metadata
 from l4core.kv.blocks import KVGroup
 from l4core.kv.memory import KVMemory
+from l4core.kv.superpages import superpage_shape
 from l4core.model.batch import AttentionSegment, ForwardBatch
 from l4core.model.config import ModelConfig
 from l4core.model.llama4 import Llama4
@@ -86,10 +87,9 @@ class Harness:
             g.name: -(-max_len // page_size) if g.chunk_size is None else ring_width(g.chunk_size, page_size)
             for g in self.groups
         }
-        num_pages = {name: num_seqs * width + 1 for name, width in self.width.items()}
-        plan = SimpleNamespace(page_size=page_size, num_pages=num_pages)
-        self.memory = KVMemory(self.groups, plan, config.num_kv_heads, config.head_dim, dtype, device)
-        self.free = {name: random.Random(0).sample(range(1, n), n - 1) for name, n in num_pages.items()}
+        wanted = {name: num_seqs * width for name, width in self.width.items()}
+        self.memory, pages = deal_memory(model, wanted, page_size, device)
+        self.free = {name: random.Random(0).sample(mine, wanted[name]) for name, mine in pages.items()}
         for name, pages in self.free.items():
             self.memory.poison(name, pages)
         self.tables = {name: torch.zeros(num_seqs, width, dtype=torch.int32) for name, width in self.width.items()}
@@ -175,7 +175,7 @@ def meta_step(model: Llama4, counts: Sequence[int], page_size: int = 16, device:
     """One step as an accelerator runs it, on the meta device by default, where no value can be read. → logits."""
     groups, total = model.config.kv_groups(), sum(counts)
     memory, backend = (
-        _memory(model, page_size, device),
+        deal_memory(model, {g.name: 8 for g in model.config.kv_groups()}, page_size, device)[0],
         sdpa.SdpaBackend(page_size, model.embed.weight.dtype, host_lengths=False),
     )
     lens = torch.zeros(len(counts), dtype=torch.int32, device=device)
@@ -208,7 +208,10 @@ class StaticDecode:
             max_len,
             device,
         )
-        self.memory = _memory(model, page_size, device, num_pages=num_seqs * max_len // page_size + 1)
+        groups = model.config.kv_groups()
+        self.memory, self.pages = deal_memory(
+            model, {g.name: num_seqs * max_len // page_size for g in groups}, page_size, device
+        )
         self.backend = sdpa.SdpaBackend(page_size, model.embed.weight.dtype, host_lengths=False)
         self.token_ids, self.positions, self.slots = (
             torch.zeros(num_seqs, dtype=torch.int64, device=device) for _ in range(3)
@@ -223,7 +226,7 @@ class StaticDecode:
         for layer in range(self.model.config.num_layers):
             pages = self.memory.pages(layer)
             pages[1:] = torch.randn(pages[1:].shape, generator=generator).to(pages)
-        order = (torch.randperm(self.table.numel(), generator=generator) + 1).view(self.table.shape)
+        order = torch.randperm(self.table.numel(), generator=generator).view(self.table.shape)
         lens = torch.randint(1, self.max_len + 1, (self.num_seqs,), generator=generator)
         page = order.gather(1, ((lens - 1) // self.page_size).unsqueeze(1)).squeeze(1)
         self.table.copy_(order)
@@ -243,11 +246,12 @@ class StaticDecode:
             phase="decode",
         )
         groups = self.model.config.kv_groups()
-        plans = {g.name: self.backend.plan(_local(meta, self.table, g, self.page_size)) for g in groups}
+        first = {g.name: self.pages[g.name].start for g in groups}  # the same order of pages in every group
+        plans = {g.name: self.backend.plan(_local(meta, self.table + first[g.name], g, self.page_size)) for g in groups}
         batch = ForwardBatch(
             token_ids=self.token_ids,
             positions=self.positions,
-            slot_mapping={g.name: self.slots for g in groups},
+            slot_mapping={g.name: self.slots + first[g.name] * self.page_size for g in groups},
             segments=[AttentionSegment(begin=0, end=self.num_seqs, plans=plans)],
             logits_rows=self.token_ids,
         )
@@ -255,10 +259,19 @@ class StaticDecode:
             return self.model.logits(self.model(batch, self.memory, self.backend))
 
 
-def _memory(model: Llama4, page_size: int, device: str, num_pages: int = 9) -> KVMemory:
+def deal_memory(
+    model: Llama4, wanted: Mapping[str, int], page_size: int, device: str
+) -> tuple[KVMemory, dict[str, range]]:
+    """Memory for so many pages of each group, and which they are: groups share the buffer, so their superpages are apart."""
     config, groups = model.config, model.config.kv_groups()
-    plan = SimpleNamespace(page_size=page_size, num_pages={g.name: num_pages for g in groups})
-    return KVMemory(groups, plan, config.num_kv_heads, config.head_dim, model.embed.weight.dtype, device)
+    shape, first, pages = superpage_shape(groups), 1, {}
+    for group in groups:
+        per, count = shape.pages[group.name], wanted[group.name]
+        pages[group.name] = range(first * per, first * per + count)
+        first += -(-count // per)
+    plan = SimpleNamespace(page_size=page_size, shape=shape, num_superpages=first)
+    memory = KVMemory(groups, plan, config.num_kv_heads, config.head_dim, model.embed.weight.dtype, device)
+    return memory, pages
 
 
 def _local(meta: AttentionMetadata, table: torch.Tensor, group: KVGroup, page_size: int) -> AttentionMetadata:

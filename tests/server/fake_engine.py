@@ -130,6 +130,8 @@ class FakeEngine:
             num_waiting=max(0, len(self.live) - MAX_RUNNING),
             pages_used={"global": 2 * len(self.live)},
             pages_total={"global": 1000},
+            pages_cached={"global": 3},
+            num_prefix_hits={"global": 5},
         )
 
 

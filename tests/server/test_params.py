@@ -35,6 +35,7 @@ SENT: dict[str, Any] = {
     "prompt_logprobs": 2,
     "sampler_args": {"a": [1, {"b": None}]},
     "priority": -5,
+    "cache_salt": "tenant",
 }
 ELSEWHERE = {"model", "max_completion_tokens", "n", "sampler", "stream", "stream_options", "logprobs"}
 BODY_ONLY = {"messages", "top_logprobs", "prompt", "echo", "add_special_tokens"}

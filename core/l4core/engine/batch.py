@@ -75,7 +75,11 @@ class StepTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inbox:
-    """What came in since the last step. The scheduler reads no clock: deadlines arrive here as aborts."""
+    """What came in since the last step. The scheduler reads no clock: deadlines arrive here as aborts.
+
+    flush_cache: forget all cached prefixes, before the requests are taken in.
+    """
 
     requests: Sequence[Request] = ()
     aborts: Sequence[str] = ()
+    flush_cache: bool = False

@@ -244,7 +244,8 @@ def _wire(
         chunk_size=model_config.attention_chunk_size if any(model_config.chunked_layers) else None,
         max_context=plan.max_context,
     )
-    return Engine(Scheduler(limits, KVManager(groups, plan.page_size, plan.num_pages)), runner)
+    kv = KVManager(groups, plan.page_size, plan.num_superpages, prefix_cache=not config.disable_radix_cache)
+    return Engine(Scheduler(limits, kv), runner)
 
 
 def _report(
@@ -260,7 +261,8 @@ def _report(
 ) -> tuple[str, ...]:
     """The start-up block, one fact a line: label padded to 16, then the value."""
     experts = f", {model.num_experts} experts in {sum(model.moe_layers)}" if any(model.moe_layers) else ""
-    tokens = ", ".join(f"{name} {count:,}" for name, count in plan.num_tokens.items())
+    tokens = " or ".join(f"{name} {count:,}" for name, count in plan.num_tokens.items())
+    cut = " or ".join(f"{count} {name}" for name, count in plan.shape.pages.items())
     device = f"{platform.device_type} · {platform.device_name or platform.arch}" + (
         f" · {platform.runtime}" if platform.runtime else ""
     )
@@ -272,13 +274,13 @@ def _report(
         ("device", device),
         ("dtype", f"{dtype_name(dtype)} · KV {dtype_name(kv_dtype)}"),
         ("attention", selected.describe()),
-        ("page size", f"{plan.page_size} tokens"),
+        (
+            "page size",
+            f"{plan.page_size} tokens · superpage of {cut} pages, {max(plan.waste.values()):.1%} waste at most",
+        ),
         ("KV tokens", f"{tokens} · {plan.bytes_total / 1e9:.2f} GB"),
         ("largest context", f"{plan.max_context:,} tokens"),
-        (
-            "prefix cache",
-            "off (not built yet)" + (" · --disable-radix-cache changes nothing" if config.disable_radix_cache else ""),
-        ),
+        ("prefix cache", "off (--disable-radix-cache)" if config.disable_radix_cache else "on"),
         (
             "graphs",
             "off (not built yet)" + (" · --disable-cuda-graph changes nothing" if config.disable_cuda_graph else ""),

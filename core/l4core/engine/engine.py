@@ -58,6 +58,8 @@ class Engine:
         """Takes the inbox in → ends of requests that were refused. RequestError, and nothing taken in, when a request has the id of another: updates
         of the two could not be told apart."""
         self._check_ids(inbox.requests)
+        if inbox.flush_cache:
+            self.scheduler.kv.flush()
         refused = []
         for request in inbox.requests:
             try:

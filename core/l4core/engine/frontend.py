@@ -114,6 +114,7 @@ class Frontend:
         context_length: int,
         *,
         priority: int = 0,
+        cache_salt: str = "",
     ) -> list[Request]:
         """The params.n sequences of one prompt, "{request_id}:{k}" with seed + k, checked. context_length: largest prompt + answer, tokens.
 
@@ -132,6 +133,7 @@ class Frontend:
                 eos_token_ids=() if params.ignore_eos else self.eos_token_ids,
                 max_total_tokens=len(prompt) + max_tokens,
                 priority=priority,
+                cache_salt=cache_salt,
             )
             for k in range(params.n)
         ]

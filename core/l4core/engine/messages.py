@@ -42,6 +42,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     prompt_of: Sequence[int]
     requests: Sequence[Request]
     aborts: Sequence[str]
+    flush_cache: bool = False
 
     @classmethod
     def of(cls, inbox: Inbox) -> Submit:
@@ -53,6 +54,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
             prompt_of=[number[id(request.prompt_token_ids)] for request in inbox.requests],
             requests=[dataclasses.replace(request, prompt_token_ids=()) for request in inbox.requests],
             aborts=inbox.aborts,
+            flush_cache=inbox.flush_cache,
         )
 
     def inbox(self) -> Inbox:
@@ -61,7 +63,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
             dataclasses.replace(request, prompt_token_ids=self.prompts[index])
             for request, index in zip(self.requests, self.prompt_of, strict=True)
         ]
-        return Inbox(requests=requests, aborts=self.aborts)
+        return Inbox(requests=requests, aborts=self.aborts, flush_cache=self.flush_cache)
 
 
 class Log(msgspec.Struct, tag="log", frozen=True):

@@ -7,7 +7,7 @@ those; then it moves, ends, and leaves its place to the second: every admitted r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from l4core.engine.admission import SchedulerLimits, refusal, victims_for
@@ -38,6 +38,7 @@ class Scheduler:
         self._updates: list[SequenceUpdate] = []
         self._evicted: list[SequenceState] = []
         self._num_arrived = self._step = 0
+        self._hits = dict.fromkeys((group.name for group in kv.groups), 0)
 
     @property
     def has_work(self) -> bool:
@@ -63,6 +64,7 @@ class Scheduler:
             prompt_len=prompt_len,
             num_tokens=prompt_len,
         )
+        seq.hash_pages(request.cache_salt, self.kv.page_size)
         self._live[request.request_id] = seq
         self._waiting.add(seq)
 
@@ -186,8 +188,49 @@ class Scheduler:
             budget -= used
         self._admit(chosen, budget)
 
-    def _schedule_piece(self, seq: SequenceState, budget: int) -> int:
-        """A piece of at most `budget` tokens that ends at a chunk border at the latest → its length, 0 = no pages for it now."""
+    def _take_prefix(self, seq: SequenceState) -> None:
+        """Start behind the tokens whose pages are still there; the last known token is always computed, for its logits."""
+        if seq.wants_prompt_logprobs:
+            return
+        length = self.kv.find_prefix(seq.hashes, seq.num_tokens - 1)
+        self.kv.take_prefix(seq.tables, seq.hashes, length)
+        if not self.kv.fits_alone(
+            seq.tables, length, seq.last_slot
+        ):  # its pages lie too scattered to ever finish beside them
+            self.kv.release(seq.tables)
+            length = 0
+        seq.num_computed = length
+
+    def _is_computed_now(self, seq: SequenceState, chosen: Sequence[SequenceState]) -> bool:
+        """Whether the first page that `seq` would compute is in this step's batch already: then it waits a step and finds it."""
+        index, page_size = seq.num_computed // self.kv.page_size, self.kv.page_size
+        if not self.kv.prefix_cache or seq.wants_prompt_logprobs or (index + 1) * page_size > seq.num_tokens - 1:
+            return False
+        return any(
+            entry.start // page_size <= index < (entry.start + len(entry.token_ids)) // page_size
+            and other.hashes[index] == seq.hashes[index]
+            for other in chosen
+            if (entry := other.entry) is not None and not entry.is_decode
+        )
+
+    def _drop_pages(self, seq: SequenceState) -> None:
+        self.kv.release(seq.tables)
+        seq.num_computed = 0
+
+    def _count_hits(self, seq: SequenceState) -> None:
+        """For the gauges, and for the request's own usage the first time it starts."""
+        assert seq.entry is not None
+        start = seq.entry.start
+        if seq.num_cached is None:
+            seq.num_cached = min(start, seq.prompt_len)
+        for group, table in zip(self.kv.groups, seq.tables.tables, strict=True):
+            self._hits[group.name] += max(0, start - table.first_index * self.kv.page_size)
+
+    def _schedule_piece(self, seq: SequenceState, budget: int, *, first: bool = False) -> int:
+        """A piece of at most `budget` tokens that ends at a chunk border at the latest → its length, 0 = no pages for it now.
+
+        first: since it has a row, so the row's entries are all new, those of a cached prefix among them.
+        """
         start = seq.num_computed
         end = min(seq.num_tokens, start + budget)
         if self.limits.chunk_size is not None:
@@ -195,6 +238,11 @@ class Scheduler:
         new_pages = self._make_room(seq, end)
         if new_pages is None:
             return 0
+        if first and start:
+            new_pages = {
+                group.name: NewPages(first_index=table.first_index, pages=tuple(table.pages))
+                for group, table in zip(self.kv.groups, seq.tables.tables, strict=True)
+            }
         seq.entry = ScheduledSequence(
             request=seq.request,
             row=seq.row,
@@ -216,16 +264,21 @@ class Scheduler:
             seq = self._waiting.first
             if seq in self._evicted or (before is not None and seq.rank > before.rank):
                 break
-            victims = victims_for(seq, self._running, self.limits, self.kv)
+            self._take_prefix(seq)
+            victims = (
+                None if self._is_computed_now(seq, chosen) else victims_for(seq, self._running, self.limits, self.kv)
+            )
             if victims is None:
+                self._drop_pages(seq)
                 break
             for victim in victims:
                 self._preempt(victim)
             self._waiting.remove(seq)
             seq.row = self._rows.pop()
             self._running.add(seq)
-            used = self._schedule_piece(seq, budget)
+            used = self._schedule_piece(seq, budget, first=True)
             assert used, "admission left no room for the first piece"
+            self._count_hits(seq)
             chosen.append(seq)
             budget -= used
         return budget
@@ -276,8 +329,8 @@ class Scheduler:
             self._end(seq)
             return SequenceUpdate(request_id=request_id, finish_reason=FinishReason.ERROR, error=drawn.error)
         seq.num_computed = length = entry.start + len(entry.token_ids)
-        if length >= seq.tables.next_drop:
-            self.kv.commit(seq.tables, length)
+        if length >= seq.tables.next_commit:
+            self.kv.commit(seq.tables, length, seq.hashes)
         prompt_logprobs = seq.new_prompt_logprobs(entry.start, drawn.prompt_logprobs) if drawn.prompt_logprobs else ()
         token_id = drawn.token_id
         if (token_id is not None) is not entry.draws:
@@ -297,6 +350,7 @@ class Scheduler:
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_token_id=stop_token_id,
+            num_cached_tokens=(seq.num_cached or 0) if seq.num_tokens == seq.prompt_len + 1 else 0,  # told once
         )
 
     def _report_end(self, request: Request, reason: FinishReason, error: str = "") -> None:
@@ -305,6 +359,7 @@ class Scheduler:
     def _stats(self, num_prefill: int, num_decode: int) -> StepStats:
         """num_preemptions and the token counts are this step's; the rest are gauges after it."""
         evicted, self._evicted = self._evicted, []
+        hits, self._hits = self._hits, dict.fromkeys(self._hits, 0)
         return StepStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -313,4 +368,6 @@ class Scheduler:
             num_decode_tokens=num_decode,
             pages_used=self.kv.pages_used,
             pages_total=self.kv.pages_total,
+            pages_cached=self.kv.pages_cached,
+            num_prefix_hits=hits,
         )

@@ -9,6 +9,7 @@ from operator import attrgetter
 
 from l4core.engine.batch import ScheduledSequence
 from l4core.engine.stops import StopRule
+from l4core.kv.prefix import PageHashes
 from l4core.kv.tables import PageTables
 from l4core.request import FinishReason, Request, TokenLogprobs
 
@@ -22,6 +23,7 @@ class SequenceState:
 
     rank: (−priority, arrival number), smaller is served first.  num_tokens: prompt + output.  num_computed: tokens whose KV is in the pages.
     row: block-table row, NO_ROW while waiting.  is_decode: only the token drawn last is left to compute.  entry: its part of the batch in flight.
+    hashes: of its full pages.  num_cached: prompt tokens found computed when it first started, None before.
     num_prompt_logprobs: prompt positions whose logprobs were handed out.
     """
 
@@ -38,6 +40,17 @@ class SequenceState:
     entry: ScheduledSequence | None = None
     finished: bool = False
     num_prompt_logprobs: int = 0
+    hashes: PageHashes = field(init=False)
+    num_cached: int | None = None
+
+    def hash_pages(self, salt: str, page_size: int) -> None:
+        """Start the chain of hashes of its own tokens."""
+        self.hashes = PageHashes(salt, page_size, self.token_ids)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt positions are still to be computed for their logprobs, so that no cached page may stand in for them."""
+        return self.request.params.prompt_logprobs is not None and self.num_prompt_logprobs < self.prompt_len
 
     @property
     def last_slot(self) -> int:

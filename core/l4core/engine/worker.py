@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import faulthandler
 import gc
 import importlib
@@ -94,18 +95,20 @@ class Mailbox:
         """All that came since the last call, in order; None when the server is gone. wait: sleep until something comes."""
         requests: list[Request] = []
         aborts: list[str] = []
+        flush_cache = False
         block = wait
         while True:
             try:
                 message = self._frames.get(block=block)
             except queue.Empty:
-                return Inbox(requests=requests, aborts=aborts)
+                return Inbox(requests=requests, aborts=aborts, flush_cache=flush_cache)
             if message is None:
                 return None
             if isinstance(message, Exception):
                 raise message
             requests += message.requests
             aborts += message.aborts
+            flush_cache = flush_cache or message.flush_cache
             block = False
 
 
@@ -138,7 +141,7 @@ def _without_refused(engine: SteppedEngine, inbox: Inbox, send: Callable[[ToServ
             send(Refused(request_id=request.request_id, message=str(e), status=e.status, param=e.param, code=e.code))
         else:
             accepted.append(request)
-    return Inbox(requests=accepted, aborts=inbox.aborts)
+    return dataclasses.replace(inbox, requests=accepted)
 
 
 def serve(

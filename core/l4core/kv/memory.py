@@ -1,4 +1,4 @@
-"""The keys and values themselves: one lazily committed buffer a KV group, seen by attention as one paged view a layer."""
+"""The keys and values themselves: one lazily committed buffer of superpages, seen by attention as one paged view a layer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 
 
 class KVMemory:
-    """Paged KV of every layer on one rank.
+    """Paged KV of every layer on one rank, in one buffer that all groups share.
 
-    A group's buffer is [num_pages, layers of the group, 2 (k, v), page_size, num_kv_heads, head_dim]: one page holds all its layers, so a
-    page of 36 local layers and three pages of 12 global ones are the same bytes, and the allocator can later exchange them. A layer's view
-    therefore has a page stride larger than a page; element offsets pass 2³² and are 64-bit everywhere.
+    The buffer is made of units [page_size, num_kv_heads, head_dim]: one page of one layer's keys or values. A superpage is `plan.shape.units` of
+    them, and any group's pages lie in it at a whole stride (kv.superpages): page i of a group begins at unit i · page_stride, its layer n keeps
+    keys at + 2n and values at + 2n + 1. A layer's view therefore has a page stride larger than a page; element offsets pass 2³² and are 64-bit
+    everywhere.
 
-    For a backend that wants its pages back to back (`page_stride` "dense") the same bytes are shown as units of one page of one layer's keys or
-    values: the layer is the view's base offset, and block tables count units (`table_scale`).
+    For a backend that wants its pages back to back (`page_stride` "dense") the same bytes are shown as units: the layer is the view's base offset,
+    and block tables count units (`table_scale`).
 
-    Memory is reserved, not touched: only the null page (page 0, padding of block tables) is written here, with zeros.
+    Memory is reserved, not touched: only the null superpage, where page 0 of every group lies, is written here, with zeros.
     """
 
     def __init__(
@@ -39,26 +40,27 @@ class KVMemory:
         dense: bool = False,
         clear: bool = False,
     ) -> None:
-        """plan: page_size and num_pages (group name → pages, the null page included).  num_kv_heads: of this rank.
-        clear: zero all of it, for backends that need what lies past a sequence's end to be finite; else only the null page is."""
+        """plan: page_size, shape and num_superpages (the null one included).  num_kv_heads: of this rank.
+        clear: zero all of it, for backends that need what lies past a sequence's end to be finite; else only the null superpage is."""
         self.page_size = plan.page_size
-        self.table_scale: dict[str, int] = {g.name: 2 * len(g.layer_ids) if dense else 1 for g in groups}
+        strides = {g.name: plan.shape.page_stride(g.name) for g in groups}
+        self.table_scale: dict[str, int] = {name: stride if dense else 1 for name, stride in strides.items()}
+        num_units = plan.num_superpages * plan.shape.units
+        self._units = torch.empty(num_units, plan.page_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+        (self._units if clear else self._units[: plan.shape.units]).zero_()
+        self._strides = strides
         self._group_names: dict[int, str] = {}
-        self._layers: dict[int, torch.Tensor] = {}
+        self._pages: dict[int, torch.Tensor] = {}
         self._views: dict[int, KVView] = {}
-        self._buffers: dict[str, torch.Tensor] = {}
         for group in groups:
-            shape = (plan.num_pages[group.name], len(group.layer_ids), 2, plan.page_size, num_kv_heads, head_dim)
-            buffer = torch.empty(shape, dtype=dtype, device=device)
-            (buffer if clear else buffer[NULL_PAGE]).zero_()
-            self._buffers[group.name] = buffer
+            stride = strides[group.name]
+            by_page = self._units.view(-1, stride, *self._units.shape[1:])  # [num_pages, stride, P, Hkv, D]
             for index, layer_id in enumerate(group.layer_ids):
                 self._group_names[layer_id] = group.name
-                pages = buffer[:, index]
-                self._layers[layer_id] = pages
-                units = buffer.flatten(0, 2)[2 * index :]
-                k, v = (units, units[1:]) if dense else (pages[:, 0], pages[:, 1])
-                self._views[layer_id] = KVView(k=k, v=v)
+                pages = by_page[:, 2 * index : 2 * index + 2]
+                self._pages[layer_id] = pages
+                dense_k, dense_v = self._units[2 * index :], self._units[2 * index + 1 :]
+                self._views[layer_id] = KVView(k=dense_k, v=dense_v) if dense else KVView(k=pages[:, 0], v=pages[:, 1])
 
     def group_of(self, layer_id: int) -> str:
         """Name of the KV group that holds this layer."""
@@ -66,7 +68,7 @@ class KVMemory:
 
     def pages(self, layer_id: int) -> torch.Tensor:
         """[num_pages, 2, page_size, num_kv_heads, head_dim] of one layer, keys at index 0, values at 1: what ops.kv_write writes."""
-        return self._layers[layer_id]
+        return self._pages[layer_id]
 
     def view(self, layer_id: int) -> KVView:
         """The layer as an attention backend reads it: page i of a block table is row i · table_scale of the view."""
@@ -76,10 +78,10 @@ class KVMemory:
         """Fills freed pages with NaN, so that a test sees whoever still reads them. Raises ValueError for the null page, which stays finite."""
         if NULL_PAGE in pages:
             raise ValueError("page 0 is the null page; it is read through padded block tables and must stay finite")
-        buffer = self._buffers[group]
-        buffer[torch.tensor(list(pages), dtype=torch.int64, device=buffer.device)] = torch.nan
+        by_page = self._units.view(-1, self._strides[group], *self._units.shape[1:])
+        by_page[torch.tensor(list(pages), dtype=torch.int64, device=by_page.device)] = torch.nan
 
     @property
     def num_bytes(self) -> int:
-        """Reserved bytes of all groups."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+        """Reserved bytes."""
+        return self._units.numel() * self._units.element_size()

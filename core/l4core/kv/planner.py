@@ -1,88 +1,75 @@
-"""How many pages each KV group gets from a byte budget. One pure function; `l4 plan` and the engine's start-up both call it. Torch-free."""
+"""How much KV memory holds: one pure function of shapes and a byte budget; `l4 plan` and the engine's start-up both call it. Torch-free."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from l4core.errors import CapacityError, ConfigError
 from l4core.kv.blocks import KVGroup, check_page_size
+from l4core.kv.superpages import SuperpageShape, superpage_shape
 
-UNLIMITED = 1 << 62
 MORE_MEMORY = "more memory for KV (--mem-fraction-static)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVPlan:
-    """num_pages: group name → pages in memory, the null page among them.  bytes_per_page: group name → K and V of all its layers.
+    """shape: how a superpage is cut.  num_superpages: in memory, the null one among them.  superpage_bytes: K and V of one, on this rank.
 
     max_context: tokens (prompt + output) one request may have.  largest_context: the most that --context-length could ask of the same budget.
-    max_running: sequences in one step, no more than there are pages.  bytes_total: all pages.
+    max_running: sequences in one step.  bytes_total: all superpages.  waste: group name → share of a superpage's bytes its use leaves empty.
     """
 
     page_size: int
-    num_pages: Mapping[str, int]
-    bytes_per_page: Mapping[str, int]
+    shape: SuperpageShape
+    num_superpages: int
+    superpage_bytes: int
     max_context: int
     largest_context: int
     max_running: int
-    bytes_total: int
+    waste: Mapping[str, float]
+
+    @property
+    def bytes_total(self) -> int:
+        return self.num_superpages * self.superpage_bytes
 
     @property
     def num_tokens(self) -> dict[str, int]:
-        """Group name → tokens its pages hold."""
-        return {name: (pages - 1) * self.page_size for name, pages in self.num_pages.items()}
+        """Group name → tokens it could hold, were all memory its own."""
+        return {name: (self.num_superpages - 1) * per * self.page_size for name, per in self.shape.pages.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Budget:
-    """What there is to share out, in bytes and pages. full_cost, local_cost: bytes of one page, 0 = the model has no such group.
+class Footprint:
+    """Superpages that sequences of given lengths take."""
 
-    chunk: local pages of one chunk, the most a request holds.  running: requests at once.  full_cap: most global pages allowed.
-    """
+    groups: Sequence[KVGroup]
+    shape: SuperpageShape
+    page_size: int
 
-    num_bytes: int
-    full_cost: int
-    local_cost: int
-    chunk: int
-    running: int
-    full_cap: int
+    def superpages(self, tokens: int) -> int:
+        """Most that one sequence holds while its KV grows to `tokens` tokens."""
+        return self._sum(tokens, 1)
 
-    def largest(self) -> int:
-        """Pages of the longest context: one chunk of local pages, all the rest global."""
-        together = self.num_bytes // (self.full_cost + self.local_cost)
-        if together <= self.chunk:
-            return min(together, self.full_cap)
-        if not self.full_cost:
-            return UNLIMITED
-        return min((self.num_bytes - self.chunk * self.local_cost) // self.full_cost, self.full_cap)
+    def superpages_of_all(self, tokens: int, max_running: int) -> int:
+        """What `tokens` tokens take in sum, however many of at most `max_running` sequences they belong to (but for the last, partial pages)."""
+        return self._sum(tokens, max_running)
 
-    def split(self, context: int) -> tuple[int, int]:
-        """→ (global, local) pages when no request has more than `context` pages, by the rule in `plan_kv`."""
-        own = min(context, self.chunk)
-        most_full = min(self.running * context, self.full_cap) if self.full_cost else 0
-        most_local = self.running * own if self.local_cost else 0
-        if not self.full_cost:
-            return 0, min(self.num_bytes // self.local_cost, most_local)
-        local = min(self._local_wanted(context, own), most_local)
-        full = min((self.num_bytes - local * self.local_cost) // self.full_cost, most_full)
-        if not self.local_cost:
-            return full, 0
-        return full, min((self.num_bytes - full * self.full_cost) // self.local_cost, most_local, full)
+    def _sum(self, tokens: int, sequences: int) -> int:
+        total = 0
+        for group in self.groups:
+            kept = tokens if group.chunk_size is None else min(tokens, sequences * group.chunk_size)
+            total += math.ceil(math.ceil(kept / self.page_size) / self.shape.pages[group.name])
+        return total
 
-    def split_holding(self, context: int) -> tuple[int, int]:
-        """As `split`, but one request of `context` pages must fit, whatever short ones lose by it."""
-        full, local = self.split(context)
-        if not self.full_cost or full >= context:
-            return full, local
-        rest = self.num_bytes - context * self.full_cost
-        return context, min(local, rest // self.local_cost) if self.local_cost else 0
-
-    def _local_wanted(self, context: int, own: int) -> int:
-        """The larger of half of what short requests would like and all that full contexts need, so at least one request's."""
-        short = self.num_bytes // (self.full_cost + self.local_cost)
-        for_contexts = self.num_bytes * own // (context * self.full_cost + own * self.local_cost)
-        return max(short // 2, for_contexts)
+    def largest(self, superpages: int, limit: int) -> int:
+        """Most tokens, at most `limit`, of one sequence that holds so many superpages; 0 when there is no room for one."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.superpages(middle) <= superpages else (low, middle - 1)
+        return low
 
 
 def plan_kv(
@@ -98,55 +85,41 @@ def plan_kv(
     max_running: int,
     max_total_tokens: int | None,
 ) -> KVPlan:
-    """Size the pools. num_kv_heads: on this rank.  context_length: tokens the user asked for, None = min(model_limit, what the split holds).
-    max_total_tokens: cap on the global group's tokens.
+    """Size KV memory. num_kv_heads: on this rank.  context_length: tokens the user asked for, None = min(model_limit, what fits).
+    max_total_tokens: cap on the tokens of all requests together.
 
-    The rule, which needs no ratio. A request of L tokens holds ⌈L/P⌉ global pages and at most C/P local ones. Two uses pull apart: were all
-    requests short, equal pools would serve them best (S pages each); had all the full context, local would need C/P pages for every context
-    of global ones. Local gets the larger of S/2 and what full contexts need, global the rest. So short requests keep half of what the whole
-    budget could give them, or more; and as S/2 local pages take less than half of the bytes, so do long contexts (62 % for Scout).
-    A `context_length` beyond that gets its global pages all the same, down to one chunk of local pages.
-    No pool is larger than max_running requests of the full context can fill, and local never larger than global.
+    Nothing is split between groups: a superpage goes to whichever needs it, at run time. So one request may use all of it but a chunk's local
+    pages, and many short ones as many local as global tokens. There is never more memory than `max_running` requests of the full context fill.
 
     Raises ConfigError for a context above the model's limit or a page size that does not divide the chunk, CapacityError when the budget does
     not hold the context (or not one page); it names the largest context and the flag that helps.
     """
     check_page_size(groups, page_size)
-    cost = {g.name: 2 * len(g.layer_ids) * page_size * num_kv_heads * head_dim * bytes_per_element for g in groups}
-    null_pages = sum(cost.values())
-    budget = _Budget(
-        num_bytes=max(0, budget_bytes - null_pages),
-        full_cost=sum(cost[g.name] for g in groups if g.chunk_size is None),
-        local_cost=sum(cost[g.name] for g in groups if g.chunk_size is not None),
-        chunk=max((g.chunk_size // page_size for g in groups if g.chunk_size is not None), default=0),
-        running=max_running,
-        full_cap=UNLIMITED if max_total_tokens is None else max_total_tokens // page_size,
-    )
-    largest = min(budget.largest() * page_size, model_limit)
+    shape = superpage_shape(groups)
+    size = shape.units * page_size * num_kv_heads * head_dim * bytes_per_element
+    footprint = Footprint(groups=groups, shape=shape, page_size=page_size)
+    usable = budget_bytes // size - 1
+    if max_total_tokens is not None:
+        usable = min(usable, footprint.superpages_of_all(max_total_tokens, max_running))
+    largest = footprint.largest(usable, model_limit)
+    if max_total_tokens is not None:
+        largest = min(largest, max_total_tokens)
     if largest < 1:
-        raise _no_page(page_size, null_pages, budget_bytes, max_total_tokens)
+        raise _no_page(page_size, size * (1 + len(groups)), budget_bytes, max_total_tokens)
     if context_length is not None:
         _check_context(context_length, largest, model_limit, budget_bytes, max_total_tokens)
-        full, local = budget.split_holding(-(-context_length // page_size))
-    else:
-        full, local = budget.split(-(-largest // page_size))
-    pages = {g.name: (full if g.chunk_size is None else local) + 1 for g in groups}
+    context = context_length or largest
+    usable = min(usable, max_running * footprint.superpages(context))
     return KVPlan(
         page_size=page_size,
-        num_pages=pages,
-        bytes_per_page=cost,
-        max_context=context_length or min(largest, _reach(budget, full, local) * page_size),
+        shape=shape,
+        num_superpages=usable + 1,
+        superpage_bytes=size,
+        max_context=context,
         largest_context=largest,
-        max_running=min(max_running, *(count - 1 for count in pages.values())),
-        bytes_total=sum(pages[name] * cost[name] for name in cost),
+        max_running=min(max_running, usable // len(groups)),
+        waste={g.name: shape.waste(g) for g in groups},
     )
-
-
-def _reach(budget: _Budget, full: int, local: int) -> int:
-    """Pages of the longest context these pools hold."""
-    by_full = full if budget.full_cost else UNLIMITED
-    by_local = local if budget.local_cost and local < budget.chunk else UNLIMITED
-    return min(by_full, by_local)
 
 
 def _no_page(page_size: int, page_bytes: int, budget_bytes: int, max_total_tokens: int | None) -> CapacityError:

@@ -14,10 +14,13 @@ NEVER = 1 << 62
 
 @dataclass(slots=True, kw_only=True)
 class PageTable:
-    """Pages of page indices first_index, first_index + 1, … of one group."""
+    """Pages of page indices first_index, first_index + 1, … of one group. next_page: the page to use next, in the superpage that this table
+    took last; num_spare: how many are left there."""
 
     first_index: int = 0
     pages: list[int] = field(default_factory=list)
+    next_page: int = 0
+    num_spare: int = 0
 
     @property
     def end_index(self) -> int:
@@ -29,10 +32,12 @@ class PageTable:
 class PageTables:
     """One table per KV group, in the groups' order.
 
-    capacity: tokens whose slots are reserved in every group.  next_drop: committed length at which the local table next gives pages back.
-    Both are kept here so that a decode step in the middle of a page costs two comparisons.
+    capacity: tokens whose slots are reserved in every group.  num_hashed: pages whose contents were offered to the prefix cache.
+    next_commit: committed length at which something is to be done next (a page is full, a chunk is over), so that a decode step in the middle of
+    a page costs two comparisons.
     """
 
     tables: Sequence[PageTable]
     capacity: int = 0
-    next_drop: int = NEVER
+    num_hashed: int = 0
+    next_commit: int = NEVER

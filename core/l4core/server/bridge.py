@@ -183,6 +183,11 @@ class Bridge:
         self._observer.submitted(requests)
         return stream
 
+    def flush_cache(self) -> None:
+        """The engine forgets all cached prefixes before it takes in what is submitted later. RequestError (503) while there is no engine."""
+        self._check_ready()
+        self._send(Inbox(flush_cache=True))
+
     def abort(self, request_ids: Iterable[str]) -> None:
         """Nobody waits for these any more. Unknown and ended ids are left out."""
         known = [i for i in request_ids if self._owners.pop(i, None) is not None]
@@ -211,11 +216,14 @@ class Bridge:
         self._fail_all(EngineDeadError("the server is shutting down"))
         await self._end_process(patience=0.0 if loading else STOP_SECONDS)
 
-    def _admit(self, count: int) -> None:
+    def _check_ready(self) -> None:
         if self.state is not EngineState.READY:
             raise RequestError(
                 f"the engine is {self.state.value}; try again shortly", status=503, code="engine_not_ready"
             )
+
+    def _admit(self, count: int) -> None:
+        self._check_ready()
         if len(self._owners) + count > self._max_sequences:
             raise RequestError(
                 f"{len(self._owners)} sequences are waiting or running and at most {self._max_sequences} may; try again shortly",

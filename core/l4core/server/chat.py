@@ -38,7 +38,9 @@ async def chat_completions(service: Service, http: Request) -> Response:
     service.check_model(body.model)
     params = chat_params(body, service.loaded.frontend.default_params())
     prompt = await chat_ids(service, body.messages, context_length=service.loaded.context_length)
-    generation = await Generation.start(service, [prompt], params, prefix="chatcmpl", priority=body.priority)
+    generation = await Generation.start(
+        service, [prompt], params, prefix="chatcmpl", priority=body.priority, cache_salt=body.cache_salt
+    )
     try:
         return await respond(http, generation, _ChatShaper(service, body, generation), body)
     except BaseException:

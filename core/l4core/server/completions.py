@@ -46,6 +46,7 @@ async def completions(service: Service, http: Request) -> Response:
         params,
         prefix="cmpl",
         priority=body.priority,
+        cache_salt=body.cache_salt,
         counts_output=not hidden,
     )
     try:

@@ -65,9 +65,11 @@ class Generation:
         *,
         prefix: str,
         priority: int | None = None,
+        cache_salt: str | None = None,
         counts_output: bool = True,
     ) -> Generation:
-        """Hand the sequences to the engine. counts_output: whether the usage has the generated tokens.
+        """Hand the sequences to the engine. cache_salt: cached prefixes are shared among equal salts only.
+        counts_output: whether the usage has the generated tokens.
 
         Raises RequestError: 400 (prompt too long, a token id out of range, a bad parameter), 429, 503.
         """
@@ -80,7 +82,12 @@ class Generation:
                 (number, request)
                 for number, prompt in enumerate(prompts)
                 for request in frontend.requests(
-                    f"{generation_id}-{number}", prompt, params, limit, priority=priority or 0
+                    f"{generation_id}-{number}",
+                    prompt,
+                    params,
+                    limit,
+                    priority=priority or 0,
+                    cache_salt=cache_salt or "",
                 )
             ]
             return [

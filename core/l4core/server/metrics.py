@@ -49,13 +49,24 @@ def _row(
 TABLE = (
     _row("l4_requests_running", "gauge", "sequences in the running batch", "vllm:num_requests_running"),
     _row("l4_requests_waiting", "gauge", "sequences waiting for their first step", "vllm:num_requests_waiting"),
-    _row("l4_kv_usage_ratio", "gauge", "used share of the fullest KV group, 0 to 1", "vllm:kv_cache_usage_perc"),
-    _row("l4_kv_pages", "gauge", "KV pages; state is used or total", labels=("group", "state")),
+    _row("l4_kv_usage_ratio", "gauge", "share of KV memory that requests hold, 0 to 1", "vllm:kv_cache_usage_perc"),
+    _row(
+        "l4_kv_pages",
+        "gauge",
+        "KV pages; state is used, cached (held by nobody, findable) or total (were all memory this group's)",
+        labels=("group", "state"),
+    ),
     _row("l4_preemptions", "counter", "sequences put back for want of KV pages", "vllm:num_preemptions"),
     _row("l4_prompt_tokens", "counter", "prompt tokens computed", "vllm:prompt_tokens"),
     _row("l4_generation_tokens", "counter", "tokens generated", "vllm:generation_tokens"),
     _row("l4_prefix_cache_queries", "counter", "prompt tokens looked up", "vllm:prefix_cache_queries"),
     _row("l4_prefix_cache_hits", "counter", "prompt tokens found in the prefix cache", "vllm:prefix_cache_hits"),
+    _row(
+        "l4_prefix_cache_group_hits",
+        "counter",
+        "tokens whose KV was found computed, restarts after preemption among them",
+        labels=("group",),
+    ),
     _row(
         "l4_requests_finished",
         "counter",
@@ -228,8 +239,11 @@ class Metrics(Collector):
         for group, total in stats.pages_total.items():
             self._set("l4_kv_pages", total, group=group, state="total")
             self._set("l4_kv_pages", stats.pages_used.get(group, 0), group=group, state="used")
+            self._set("l4_kv_pages", stats.pages_cached.get(group, 0), group=group, state="cached")
         shares = [stats.pages_used.get(group, 0) / total for group, total in stats.pages_total.items() if total]
-        self._set("l4_kv_usage_ratio", max(shares, default=0.0))
+        self._set("l4_kv_usage_ratio", min(sum(shares), 1.0))
+        for group, found in stats.num_prefix_hits.items():
+            self._counter("l4_prefix_cache_group_hits", group=group).inc(found)
 
     def _counter(self, name: str, **labels: str) -> Counter:
         made = self._made[name].labels(**self._labels, **labels)

@@ -90,6 +90,13 @@ def routes(openapi: Handler) -> tuple[Route, ...]:
             reply=replies.Status,
             unavailable=replies.Status,
         ),
+        Route(
+            method="POST",
+            path="/flush_cache",
+            handler=status.flush_cache,
+            summary="Forget all cached prefixes",
+            reply=replies.Status,
+        ),
         Route(method="GET", path="/version", handler=status.version, summary="Version of L4", reply=replies.Version),
         Route(method="GET", path="/metrics", handler=status.metrics, summary="Prometheus metrics"),
         Route(method="GET", path="/openapi.json", handler=openapi, summary="This description"),

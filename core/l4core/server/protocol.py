@@ -14,6 +14,8 @@ from msgspec import Meta
 from l4core.request import MAX_LOGPROBS, MAX_SAMPLER_NAME, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, MIN_REPETITION_PENALTY
 
 MAX_PRIORITY = (1 << 31) - 1
+MAX_CACHE_SALT = 1024
+"""Characters."""
 
 
 def _range(low: float | None = None, high: float | None = None, *, above: float | None = None) -> Meta:
@@ -67,6 +69,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    cache_salt: Annotated[str, Meta(max_length=MAX_CACHE_SALT)] | None = None
 
 
 class TextPart(msgspec.Struct):

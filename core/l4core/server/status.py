@@ -1,4 +1,4 @@
-"""Routes that tell about the server: health, readiness, version, metrics, models. None of them touches the engine."""
+"""Routes that tell about the server: health, readiness, version, metrics, models; and the one that flushes its cache."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ async def ready(service: Service, http: Request) -> Response:
 
 async def version(service: Service, http: Request) -> Response:
     return json_response(Version(__version__))
+
+
+async def flush_cache(service: Service, http: Request) -> Response:
+    """Cached prefixes are forgotten; requests that run keep theirs. 503 while there is no engine."""
+    service.bridge.flush_cache()
+    return json_response(Status("flushed"))
 
 
 async def metrics(service: Service, http: Request) -> Response:

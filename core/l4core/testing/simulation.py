@@ -6,7 +6,7 @@ in the local group. Freed pages are poisoned, and every read is compared with th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -15,6 +15,7 @@ from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.engine.stops import forbidden_token_ids
 from l4core.kv.blocks import NULL_PAGE, KVGroup
 from l4core.kv.manager import KVManager
+from l4core.kv.superpages import superpage_shape
 from l4core.request import Request, StepOutput, TokenLogprobs
 
 
@@ -49,23 +50,24 @@ def output_alone(groups: Sequence[KVGroup], request: Request, vocab_size: int) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cell:
-    """One KV slot in use: who wrote it, for which position."""
+    """One KV slot in use: who wrote it, and all tokens up to its own, on which keys and values depend (as a hash)."""
 
     owner: str
     position: int
     token: int
+    context: int
 
 
 class SimulatedMemory:
     """Pages of cells per group, None = poison; and the persistent block tables, a local row being a ring of two chunks."""
 
-    def __init__(
-        self, groups: Sequence[KVGroup], page_size: int, num_pages: Mapping[str, int], limits: SchedulerLimits
-    ) -> None:
+    def __init__(self, groups: Sequence[KVGroup], page_size: int, num_superpages: int, limits: SchedulerLimits) -> None:
         self.groups, self.page_size = groups, page_size
+        self.shape = superpage_shape(groups)
         self.cells: dict[str, list[list[_Cell | None]]] = {
-            g.name: [[None] * page_size for _ in range(num_pages[g.name])] for g in groups
+            g.name: [[None] * page_size for _ in range(num_superpages * self.shape.pages[g.name])] for g in groups
         }
+        self.num_written = 0
         columns = {
             g.name: (2 * g.chunk_size if g.chunk_size else limits.max_context + page_size) // page_size for g in groups
         }
@@ -88,11 +90,13 @@ class SimulatedMemory:
 
     def write(self, seq: ScheduledSequence) -> None:
         """The piece's tokens into their slots. A slot in use, or a page another request writes, is an error."""
-        owner = seq.request.request_id
+        owner, known = seq.request.request_id, _known(seq)
+        self.num_written += len(seq.token_ids)
         for group in self.groups:
             for position, token in enumerate(seq.token_ids, start=seq.start):
                 page = self._page(group.name, seq.row, position)
-                assert page != NULL_PAGE, f"{owner}: position {position} has no {group.name} page"
+                assert page >= self.shape.pages[group.name], f"{owner}: position {position} has no {group.name} page"
+                self._check_use(group, page)
                 cells = self.cells[group.name][page]
                 assert all(cell is None or cell.owner == owner for cell in cells), (
                     f"two writers of {group.name} page {page}"
@@ -100,24 +104,46 @@ class SimulatedMemory:
                 assert cells[position % self.page_size] is None, (
                     f"{owner}: {group.name} position {position} written twice"
                 )
-                cells[position % self.page_size] = _Cell(owner=owner, position=position, token=token)
+                cells[position % self.page_size] = _cell(owner, known, position)
+                assert token == known[position]
 
     def read(self, group: KVGroup, seq: ScheduledSequence) -> list[int]:
         """Tokens the piece's last one sees. A poisoned cell, or one of another request or position, is an error."""
         end = seq.start + len(seq.token_ids)
         begin = (end - 1) // group.chunk_size * group.chunk_size if group.chunk_size else 0
         assert seq.start >= begin, f"{seq.request.request_id}: the piece [{seq.start}, {end}) crosses a chunk border"
-        known, found = [*seq.request.prompt_token_ids, *seq.output_token_ids], []
+        known, found = _known(seq), []
         for position in range(begin, end):
             cell = self.cells[group.name][self._page(group.name, seq.row, position)][position % self.page_size]
-            wanted = _Cell(owner=seq.request.request_id, position=position, token=known[position])
+            wanted = _cell(
+                cell.owner if cell else "", known, position
+            )  # a cached prefix has another's pages of the same tokens
             assert cell == wanted, f"{group.name}: found {cell}, wanted {wanted}"
             found.append(wanted.token)
         return found
 
+    def _check_use(self, group: KVGroup, page: int) -> None:
+        """The bytes of a superpage in use as one group's pages are no other group's."""
+        superpage = page // self.shape.pages[group.name]
+        for other in self.groups:
+            if other is not group:
+                per = self.shape.pages[other.name]
+                cells = self.cells[other.name][superpage * per : (superpage + 1) * per]
+                assert not any(cell for page in cells for cell in page), (
+                    f"{group.name} page {page} overlaps {other.name} pages"
+                )
+
     def _page(self, group: str, row: int, position: int) -> int:
         columns = self.tables[group][row]
         return columns[position // self.page_size % len(columns)]
+
+
+def _known(seq: ScheduledSequence) -> list[int]:
+    return [*seq.request.prompt_token_ids, *seq.output_token_ids]
+
+
+def _cell(owner: str, known: Sequence[int], position: int) -> _Cell:
+    return _Cell(owner=owner, position=position, token=known[position], context=hash(tuple(known[: position + 1])))
 
 
 class SimulatedEngine:
@@ -128,14 +154,15 @@ class SimulatedEngine:
         groups: Sequence[KVGroup],
         *,
         page_size: int,
-        num_pages: Mapping[str, int],
+        num_superpages: int,
         max_running: int,
         max_tokens_per_step: int,
         max_context: int,
         vocab_size: int = 8,
         failing: Collection[str] = (),
+        prefix_cache: bool = True,
     ) -> None:
-        """failing: ids of requests whose first draw fails."""
+        """num_superpages: the null one among them.  failing: ids of requests whose first draw fails."""
         chunk_size = next((g.chunk_size for g in groups if g.chunk_size is not None), None)
         limits = SchedulerLimits(
             max_running=max_running,
@@ -143,8 +170,9 @@ class SimulatedEngine:
             chunk_size=chunk_size,
             max_context=max_context,
         )
-        self.memory = SimulatedMemory(groups, page_size, num_pages, limits)
-        self.scheduler = Scheduler(limits, KVManager(groups, page_size, num_pages, on_freed=self.memory.poison))
+        self.memory = SimulatedMemory(groups, page_size, num_superpages, limits)
+        kv = KVManager(groups, page_size, num_superpages, prefix_cache=prefix_cache, on_empty=self.memory.poison)
+        self.scheduler = Scheduler(limits, kv)
         self.groups, self.vocab_size, self.failing = groups, vocab_size, failing
 
     def step(self) -> StepOutput:

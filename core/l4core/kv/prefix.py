@@ -1,0 +1,64 @@
+"""Finding computed tokens again: pages named by a hash of all tokens up to their end. Torch-free.
+
+The hash of page i covers the salt and every token of pages 0 … i (SHA-256, chained), so equal hashes mean equal contents: keys and values of a
+token depend on the tokens before it and nothing else. A salt of its own keeps a tenant's pages from being found, or probed for, by another.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+
+
+class PageHashes:
+    """The chain of one sequence, computed as far as someone asked. Tokens of finished pages never change."""
+
+    __slots__ = ("_chain", "_page_size", "_seed", "_tokens")
+
+    def __init__(self, salt: str, page_size: int, tokens: Callable[[int, int], Sequence[int]]) -> None:
+        """tokens(begin, end): the sequence's own."""
+        self._seed = sha256(b"l4 page" + salt.encode()).digest()
+        self._page_size = page_size
+        self._tokens = tokens
+        self._chain: list[bytes] = []
+
+    def __getitem__(self, index: int) -> bytes:
+        """Hash of page `index`, whose tokens must all be known."""
+        while len(self._chain) <= index:
+            begin = len(self._chain) * self._page_size
+            tokens = array("q", self._tokens(begin, begin + self._page_size))
+            assert len(tokens) == self._page_size, "a page is hashed when all its tokens are known"
+            self._chain.append(sha256((self._chain[-1] if self._chain else self._seed) + tokens.tobytes()).digest())
+        return self._chain[index]
+
+
+class PrefixIndex:
+    """hash → page and back, for one group."""
+
+    __slots__ = ("_hash_of", "_page_of")
+
+    def __init__(self) -> None:
+        self._page_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._page_of)
+
+    def find(self, key: bytes) -> int | None:
+        """The page that holds these tokens, None when there is none."""
+        return self._page_of.get(key)
+
+    def add(self, key: bytes, page: int) -> bool:
+        """→ whether the page can be found by this hash from now on; False where another page has the same contents already."""
+        if key in self._page_of:
+            return self._page_of[key] == page
+        self._page_of[key] = page
+        self._hash_of[page] = key
+        return True
+
+    def drop(self, page: int) -> None:
+        """The page's contents are gone."""
+        key = self._hash_of.pop(page, None)
+        if key is not None:
+            del self._page_of[key]
