@@ -124,9 +124,7 @@ class EngineConfig:
         maximum=1.0,
         not_built=f"--swa-full-tokens-ratio {LATER}; leave it out, the pools are sized from what requests need",
     )
-    disable_radix_cache: bool = _opt(
-        False, "no prefix cache: every prompt is computed whole", MEMORY
-    )
+    disable_radix_cache: bool = _opt(False, "no prefix cache: every prompt is computed whole", MEMORY)
     disable_cuda_graph: bool = _opt(
         False,
         "no graph capture (there is none yet, so this changes nothing; start-up says so)",

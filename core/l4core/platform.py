@@ -96,7 +96,9 @@ def free_memory(platform: Platform) -> int:
         return int(psutil.virtual_memory().available)
     import torch
 
-    own = getattr(getattr(torch, platform.device_type, None), "mem_get_info", None)  # a vendor's device may lack torch's allocator
+    own = getattr(
+        getattr(torch, platform.device_type, None), "mem_get_info", None
+    )  # a vendor's device may lack torch's allocator
     free, _ = own() if own is not None else torch.accelerator.get_memory_info()
     return int(free)
 

@@ -426,7 +426,7 @@ def test_a_backend_that_asks_to_be_named_is_never_chosen_by_itself() -> None:
     assert select_backend(plugins, CPU, SMALL, device="cpu").entry.name == "plain"
     assert select_backend(plugins, CPU, SMALL, device="cpu", named="shy").entry.name == "shy"
     assert "only when named · any page size · made for another device" in explain(plugins, CPU).text()
-    with pytest.raises(BackendUnavailable, match="shy.*only when named.*--attention-backend shy"):
+    with pytest.raises(BackendUnavailable, match=r"shy.*only when named.*--attention-backend shy"):
         select_backend(make_plugins(shy), CPU, SMALL, device="cpu")
 
 

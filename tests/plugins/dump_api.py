@@ -23,7 +23,9 @@ def public_modules() -> list[str]:
         "l4core.plugin_api",
         "l4core.hookspecs",
         "l4core.plugin_ops.attention",
+        "l4core.plugin_ops.quantize",
         "l4core.plugin_ops.sampling",
+        "l4core.plugin_ops.tree",
         *(
             f"l4core.testing.{m.name}"
             for m in pkgutil.iter_modules(testing.__path__)
