@@ -16,7 +16,7 @@ ROWS = [
 ]
 
 
-def tests_of(path: Path) -> set[str]:
+def names_in(path: Path) -> set[str]:
     """Functions and classes: a kit is a class."""
     return {
         node.name
@@ -36,4 +36,4 @@ def test_each_promise_is_shown_by_something_that_exists(promise: str, shown: str
         assert path.startswith("benchmarks/results/"), f"{promise}: {shown} is neither a test nor a file of results"
         assert (ROOT / path).is_file(), f"{promise}: {shown} is not there"
         return
-    assert name in tests_of(ROOT / path), f"{promise}: {shown} is not there"
+    assert name in names_in(ROOT / path), f"{promise}: {shown} is not there"
