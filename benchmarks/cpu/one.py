@@ -23,7 +23,15 @@ Run = Callable[[Prompts, int], object]
 def l4(model: str, dtype: str) -> Run:
     from l4core import LLM, SamplingParams
 
-    llm = LLM(model, dtype=dtype, device="cpu", max_running_requests=64, context_length=1024, progress=False)
+    llm = LLM(
+        model,
+        dtype=dtype,
+        device="cpu",
+        max_running_requests=64,
+        context_length=1024,
+        disable_radix_cache=True,
+        progress=False,
+    )
     return lambda prompts, new: llm.generate(
         prompts, SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True), use_tqdm=False
     )

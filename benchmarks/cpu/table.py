@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 COLUMNS = ("decode_b1", "decode_b8", "decode_b64", "prefill_8x512", "rss_mib", "ready_s")
 
 
-def measure(python: str, engine: str, model: Path, dtype: str, threads: int, repeats: int) -> dict[str, Any]:
-    """One engine in a process of its own → its row."""
+def measure(python: str, engine: str, model: Path, dtype: str, threads: int, repeats: int) -> dict[str, Any] | None:
+    """One engine in a process of its own → its row; None when it failed, so that the others' rows are not lost."""
     command = [
         python,
         str(HERE / "one.py"),
@@ -43,8 +43,9 @@ def measure(python: str, engine: str, model: Path, dtype: str, threads: int, rep
     }
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{engine} failed:\n{done.stderr[-2000:]}")
-    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        print(f"{engine} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+        return None
+    row: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"engine"')))
     return row
 
 
@@ -108,11 +109,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         subprocess.run([sys.executable, str(HERE / "make_model.py"), str(model)], check=True, capture_output=True)
-        rows = [
+        measured = [
             measure(python, engine, model, dtype, args.threads, args.repeats)
             for dtype in args.dtypes
             for engine, python in engines.items()
         ]
+        rows = [row for row in measured if row is not None]
         ready = seconds_to_ready(model)
     print(show(rows))
     print(f"l4 serve ready after {ready} s")

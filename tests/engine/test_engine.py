@@ -53,7 +53,7 @@ def engine() -> Engine:
     group = KVGroup(name="global", layer_ids=(0,), chunk_size=None)
     limits = SchedulerLimits(max_running=4, max_tokens_per_step=64, chunk_size=None, max_context=64)
     runner: Any = Runner()
-    return Engine(Scheduler(limits, KVManager((group,), 4, {"global": 40})), runner)
+    return Engine(Scheduler(limits, KVManager((group,), 4, 40)), runner)
 
 
 def ask(request_id: str, **params: Any) -> Request:

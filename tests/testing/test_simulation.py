@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import msgspec
 import pytest
 
 from l4core.engine.batch import NewPages, ScheduledSequence
@@ -14,6 +16,10 @@ from l4core.testing.simulation import SimulatedMemory, next_token, output_alone
 
 GLOBAL = KVGroup(name="global", layer_ids=(1,), chunk_size=None)
 LOCAL = KVGroup(name="local", layer_ids=(0,), chunk_size=4)
+
+
+LOCAL_PAGES = 10
+"""Both groups have a page a superpage; the local ones begin here."""
 
 
 def ask(request_id: str = "a", tokens: int = 6, **params: object) -> Request:
@@ -32,7 +38,10 @@ def piece(start: int, end: int, pages: list[int], *, request_id: str = "a", row:
         row=row,
         start=start,
         token_ids=list(range(start, end)),
-        new_pages={g: NewPages(first_index=start // 2, pages=pages) for g in ("global", "local")},
+        new_pages={
+            "global": NewPages(first_index=start // 2, pages=pages),
+            "local": NewPages(first_index=start // 2, pages=[page + LOCAL_PAGES for page in pages]),
+        },
         draws=False,
         is_decode=False,
     )
@@ -41,7 +50,7 @@ def piece(start: int, end: int, pages: list[int], *, request_id: str = "a", row:
 @pytest.fixture
 def memory() -> SimulatedMemory:
     limits = SchedulerLimits(max_running=2, max_tokens_per_step=8, chunk_size=4, max_context=20)
-    made = SimulatedMemory([GLOBAL, LOCAL], 2, {"global": 9, "local": 9}, limits)
+    made = SimulatedMemory([GLOBAL, LOCAL], 2, 20, limits)
     first = piece(0, 4, [1, 2])
     made.enter(first)
     made.write(first)
@@ -55,7 +64,7 @@ def test_a_local_read_begins_at_the_chunk_and_wraps_round_the_ring(memory: Simul
     memory.write(second)
     assert memory.read(LOCAL, second) == [4, 5]
     assert memory.read(GLOBAL, second) == [0, 1, 2, 3, 4, 5]
-    assert memory.tables["local"][0] == [1, 2, 3, 0]
+    assert memory.tables["local"][0] == [11, 12, 13, 0]
 
 
 def freed_too_early(memory: SimulatedMemory) -> None:
@@ -82,6 +91,20 @@ def anothers_page(memory: SimulatedMemory) -> None:
     memory.read(GLOBAL, piece(0, 4, []))
 
 
+def a_superpage_in_two_uses(memory: SimulatedMemory) -> None:
+    overlapping = piece(4, 5, [LOCAL_PAGES + 1])
+    memory.enter(overlapping)
+    memory.write(overlapping)
+
+
+def a_prefix_of_other_tokens(memory: SimulatedMemory) -> None:
+    """As if two prompts had one hash."""
+    prompt = [9, *range(1, 6)]
+    thief = msgspec.structs.replace(piece(0, 4, [1, 2]), request=replace(ask("b"), prompt_token_ids=prompt))
+    memory.enter(thief)
+    memory.read(GLOBAL, thief)
+
+
 def piece_over_a_border(memory: SimulatedMemory) -> None:
     memory.read(LOCAL, piece(3, 5, []))
 
@@ -94,6 +117,8 @@ def piece_over_a_border(memory: SimulatedMemory) -> None:
         (entry_not_sent, "position 4 has no global page"),
         (written_twice, "global position 3 written twice"),
         (anothers_page, "global: found None"),
+        (a_superpage_in_two_uses, "global page 11 overlaps local pages"),
+        (a_prefix_of_other_tokens, "global: found _Cell"),
         (piece_over_a_border, r"the piece \[3, 5\) crosses a chunk border"),
     ],
 )
