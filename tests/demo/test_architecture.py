@@ -23,6 +23,8 @@ PROMPT_TOKENS = 1100  # more than two chunks of 512
 NEW_TOKENS = 8
 pytestmark = pytest.mark.timeout(3600)
 """The full counts take ten minutes on two quiet cores."""
+FIRST_TOKEN = 500
+"""Read from token 0 on, token 3,650 meets a router tie (margin 6.6e-7 in layer 9): rounding picks the expert there, in both programs."""
 PARITY_TOKENS, PARITY_POSITIONS = (4000, 100) if FULL else (1100, 30)
 
 
@@ -48,7 +50,7 @@ def open_llm(folder: Path) -> LLM:
 
 
 def token_stream(llm: LLM) -> list[int]:
-    return llm._frontend.tokenizer.encode_text(long_text() * 3, allow_special=False)
+    return llm._frontend.tokenizer.encode_text(long_text() * 4, allow_special=False)
 
 
 def answers(llm: LLM) -> list[list[int]]:
@@ -109,7 +111,7 @@ def test_logits_equal_transformers(smol: Path) -> None:
     """max |Δ| ≤ 1e-3 in float32 (logit std about 6), at positions spread over several chunks."""
     from transformers import Llama4ForCausalLM
 
-    ids = token_stream(open_llm(smol))[:PARITY_TOKENS]
+    ids = token_stream(open_llm(smol))[FIRST_TOKEN : FIRST_TOKEN + PARITY_TOKENS]
     assert len(ids) == PARITY_TOKENS
     positions = torch.linspace(0, PARITY_TOKENS - 1, PARITY_POSITIONS).long()
     ours = logits_at(smol, ids, positions.tolist())
