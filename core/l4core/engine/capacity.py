@@ -31,6 +31,9 @@ DEVICES: Mapping[str, float] = {
 PRESETS = ("scout", "maverick")
 WEIGHTS: Mapping[str, float] = {"bfloat16": 2.0, "fp8": 1.0, "int4": 0.5 + 2 / 128}
 """Bytes an element of a linear layer, scales included where they count: int4 has one bfloat16 scale for 128 elements, on experts only."""
+EXPERTS = (".moe.experts.", ".moe.shared.")
+LINEAR = (*EXPERTS, ".attn.qkv.", ".attn.o.", ".mlp.")
+"""Parts of the names of quantised parameters."""
 LENGTHS = (1_000, 8_000, 32_000, 128_000, 1_000_000)
 
 
@@ -115,10 +118,8 @@ def rank_weight_bytes(config: ModelConfig, tp: int, weights: str) -> int:
 
 
 def _element_bytes(parameter: Parameter, weights: str) -> float:
-    expert = any(word in parameter.name for word in (".moe.experts.", ".moe.shared."))
-    linear = expert or any(word in parameter.name for word in (".attn.qkv", ".attn.o", ".mlp."))
-    quantised = expert if weights == "int4" else linear and ".attn_norm" not in parameter.name
-    return WEIGHTS[weights] if quantised and "norm" not in parameter.name else WEIGHTS["bfloat16"]
+    quantised = EXPERTS if weights == "int4" else LINEAR
+    return WEIGHTS[weights if any(part in parameter.name for part in quantised) else "bfloat16"]
 
 
 def largest_context(config: ModelConfig, setup: Setup) -> int:

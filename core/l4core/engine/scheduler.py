@@ -194,9 +194,7 @@ class Scheduler:
             return
         length = self.kv.find_prefix(seq.hashes, seq.num_tokens - 1)
         self.kv.take_prefix(seq.tables, seq.hashes, length)
-        if not self.kv.fits_alone(
-            seq.tables, length, seq.last_slot
-        ):  # its pages lie too scattered to ever finish beside them
+        if not self.kv.fits_alone(seq.tables, length, seq.last_slot):  # too scattered to finish beside
             self.kv.release(seq.tables)
             length = 0
         seq.num_computed = length

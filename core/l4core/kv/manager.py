@@ -26,12 +26,11 @@ class KVManager:
         num_superpages: int,
         *,
         prefix_cache: bool = True,
-        drop_local: bool = True,
         on_empty: Callable[[str, Sequence[int]], None] | None = None,
     ) -> None:
-        """num_superpages: in memory, the null one among them.  prefix_cache: whether computed pages can be found again.  drop_local: whether
-        local pages of finished chunks are given back (False keeps them, for comparison).  on_empty(group name, pages) is told of every page
-        whose contents nobody can reach any more (tests poison them). Raises ConfigError for a page size that does not divide a chunk."""
+        """num_superpages: in memory, the null one among them.  prefix_cache: whether computed pages can be found again.
+        on_empty(group name, pages) is told of every page whose contents nobody can reach any more (tests poison them).
+        Raises ConfigError for a page size that does not divide a chunk."""
         check_page_size(groups, page_size)
         chunks = {group.chunk_size for group in groups if group.chunk_size is not None}
         if len(chunks) > 1 or not groups:
@@ -41,7 +40,6 @@ class KVManager:
         self.chunk_size = chunks.pop() if chunks else None
         self.prefix_cache = prefix_cache
         self._on_empty = on_empty
-        self._drops = drop_local
         self._pages_per = tuple(superpage_shape(groups).pages[group.name] for group in groups)
         self._pool = SuperpagePool(num_superpages, self._pages_per, self._empty)
         self._index = [PrefixIndex() for _ in groups]
@@ -215,7 +213,7 @@ class KVManager:
 
     def _first_needed(self, group: KVGroup, length: int) -> int:
         """First page index that a query at position `length` or later may read."""
-        if group.chunk_size is None or not self._drops:
+        if group.chunk_size is None:
             return 0
         return length // group.chunk_size * group.chunk_size // self.page_size
 
@@ -223,7 +221,7 @@ class KVManager:
         after = NEVER
         if self.prefix_cache:
             after = (length // self.page_size + 1) * self.page_size
-        elif self.chunk_size is not None and self._drops:
+        elif self.chunk_size is not None:
             after = (length // self.chunk_size + 1) * self.chunk_size
         tables.next_commit = after
 
@@ -271,7 +269,7 @@ class KVManager:
 
     def _peak(self, number: int, table: PageTable, begin: int, end: int) -> int:
         chunk = self.groups[number].chunk_size
-        if chunk is None or not self._drops:
+        if chunk is None:
             return self._superpages_for(number, table, max(table.end_index, -(-end // self.page_size)))
         border = (begin // chunk + 1) * chunk
         now = self._superpages_for(number, table, max(table.end_index, -(-min(end, border) // self.page_size)))
@@ -296,7 +294,7 @@ class KVManager:
     def _check_ring(self, tables: PageTables, end: int) -> None:
         for group, table in zip(self.groups, tables.tables, strict=True):
             span = (end - table.first_index) * self.page_size
-            if group.chunk_size is not None and self._drops and span > 2 * group.chunk_size:
+            if group.chunk_size is not None and span > 2 * group.chunk_size:
                 raise ValueError(
                     f"local pages {table.first_index} … {end - 1} of {self.page_size} tokens span more than two chunks of {group.chunk_size}"
                 )
