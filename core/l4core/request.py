@@ -222,7 +222,7 @@ class StepStats:
     """Gauges and counters after a step; the server's /metrics and the logs are made of these. Pages are counted per KV group.
 
     pages_total: were all memory that group's.  pages_cached: held by nobody, still findable.  num_prefix_hits: tokens that started sequences
-    found computed in this step.
+    found computed in this step.  num_drafted_tokens, num_accepted_tokens: guesses verified in this step, and those that were right.
     """
 
     num_running: int = 0
@@ -234,6 +234,8 @@ class StepStats:
     pages_total: Mapping[str, int] = field(default_factory=dict)
     pages_cached: Mapping[str, int] = field(default_factory=dict)
     num_prefix_hits: Mapping[str, int] = field(default_factory=dict)
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,9 +38,9 @@ class Runner:
         drawn = [
             SimpleNamespace(
                 request_id=s.request.request_id,
-                token_id=7 if s.draws else None,
+                token_ids=(7,) if s.draws else (),
                 error="",
-                logprobs=None,
+                logprobs=(),
                 prompt_logprobs=(),
             )
             for s in batch.sequences

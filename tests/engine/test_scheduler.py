@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import pytest
 
-from l4core.engine.batch import DrawnToken, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.engine.batch import DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.errors import RequestError
 from l4core.kv.blocks import KVGroup
@@ -416,7 +416,7 @@ def play(request: Request, tokens: Sequence[int]) -> list[SequenceUpdate]:
     for token in tokens:
         if scheduler.schedule() is None:
             break
-        drawn = DrawnToken(request_id=request.request_id, token_id=token)
+        drawn = DrawnTokens(request_id=request.request_id, token_ids=[token])
         updates += scheduler.commit(StepTokens(drawn=[drawn])).updates
     return updates
 
@@ -578,13 +578,13 @@ def test_steps_out_of_order_are_refused() -> None:
     made = engine()
     assert made.scheduler.schedule() is None
     with pytest.raises(ValueError, match="1 draws came for 0"):
-        made.scheduler.commit(StepTokens(drawn=[DrawnToken(request_id="a", token_id=1)]))
+        made.scheduler.commit(StepTokens(drawn=[DrawnTokens(request_id="a", token_ids=[1])]))
     made.scheduler.add(ask("a", 9))
     assert made.scheduler.schedule() is not None
     with pytest.raises(RuntimeError, match="before the batch in flight was committed"):
         made.scheduler.schedule()
     with pytest.raises(ValueError, match="does not end its known tokens"):
-        made.scheduler.commit(StepTokens(drawn=[DrawnToken(request_id="a", token_id=1)]))
+        made.scheduler.commit(StepTokens(drawn=[DrawnTokens(request_id="a", token_ids=[1])]))
 
 
 def test_draws_of_another_request_are_refused() -> None:
@@ -592,7 +592,7 @@ def test_draws_of_another_request_are_refused() -> None:
     made.scheduler.add(ask("a", 3))
     assert made.scheduler.schedule() is not None
     with pytest.raises(ValueError, match="a draw for 'b' came where 'a' was scheduled"):
-        made.scheduler.commit(StepTokens(drawn=[DrawnToken(request_id="b", token_id=1)]))
+        made.scheduler.commit(StepTokens(drawn=[DrawnTokens(request_id="b", token_ids=[1])]))
 
 
 def test_limits_and_memory_must_speak_of_one_model() -> None:

@@ -27,6 +27,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, kw_only=True):
 
     row: the request's row in the persistent block tables, its own from admission to end or preemption.  new_pages: KV group name → entries
     that changed since the request was last scheduled.  draws: the last token's logits give a new token (False while the prompt is unfinished).
+    num_drafts: how many of token_ids, the last ones, are guesses to verify.  parents: of each guess, as in `Draft`; empty = a chain.
     output_token_ids: all drawn so far, as a view of the scheduler's own list: read it before `commit`, which appends to it.
     """
 
@@ -38,11 +39,13 @@ class ScheduledSequence(msgspec.Struct, frozen=True, kw_only=True):
     draws: bool
     is_decode: bool
     output_token_ids: Sequence[int] = ()
+    num_drafts: int = 0
+    parents: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledBatch:
-    """Decodes first, then prefill pieces; a piece never crosses a chunk border. step: counts scheduled batches."""
+    """Decodes first, then decodes with drafts, then prefill pieces; a piece never crosses a chunk border. step: counts scheduled batches."""
 
     step: int
     sequences: Sequence[ScheduledSequence]
@@ -53,15 +56,47 @@ class ScheduledBatch:
 
     @property
     def num_decodes(self) -> int:
-        return sum(s.is_decode for s in self.sequences)
+        """Sequences of one row."""
+        return sum(s.is_decode and not s.num_drafts for s in self.sequences)
+
+    @property
+    def num_verified(self) -> int:
+        """Sequences with drafts."""
+        return sum(s.num_drafts > 0 for s in self.sequences)
 
 
-class DrawnToken(msgspec.Struct, frozen=True, kw_only=True):
-    """The token drawn for one scheduled sequence, None while its prompt is unfinished; prompt logprobs of this piece if asked."""
+class Draft(msgspec.Struct, frozen=True, kw_only=True):
+    """Guesses of what follows a sequence's last token. parents[i]: index of the guess before guess i, −1 = the last token; smaller than i, so that
+    any first part of a draft is a draft. Empty parents: a chain, each guess follows the one before."""
+
+    token_ids: Sequence[int] = ()
+    parents: Sequence[int] = ()
+
+
+NO_DRAFT = Draft()
+
+
+class DraftRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A decoding sequence that may be given a draft of up to max_drafts tokens. It has num_tokens tokens, all but the last computed, and slots for
+    the draft; new_pages: block-table entries for them.  output_token_ids: a view, as in ScheduledSequence."""
+
+    request: Request
+    row: int
+    num_tokens: int
+    output_token_ids: Sequence[int]
+    max_drafts: int
+    new_pages: Mapping[str, NewPages]
+
+
+class DrawnTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens drawn for one scheduled sequence: none while its prompt is unfinished, one, or one more than drafts were accepted.
+
+    logprobs: of each token, if asked.  prompt_logprobs: of this piece, if asked.  error: why the request ends after these tokens.
+    """
 
     request_id: str
-    token_id: int | None
-    logprobs: TokenLogprobs | None = None
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
     prompt_logprobs: Sequence[TokenLogprobs | None] = ()
     error: str = ""
 
@@ -70,7 +105,7 @@ class DrawnToken(msgspec.Struct, frozen=True, kw_only=True):
 class StepTokens:
     """What one executed batch brought, in the batch's order."""
 
-    drawn: Sequence[DrawnToken] = field(default_factory=tuple)
+    drawn: Sequence[DrawnTokens] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

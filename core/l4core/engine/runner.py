@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from l4core.attention.chunked import single_chunk_metadata
-from l4core.engine.batch import DrawnToken, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.engine.batch import DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
 from l4core.engine.block_tables import BlockTables
 from l4core.engine.stops import forbidden_token_ids
 from l4core.kv.blocks import KVGroup
@@ -110,10 +110,10 @@ class Runner:
             end = begin + len(seq.token_ids)
             result = next(draws) if seq.draws else None
             drawn.append(
-                DrawnToken(
+                DrawnTokens(
                     request_id=seq.request.request_id,
-                    token_id=None if result is None or result.error else result.token_id,
-                    logprobs=None if result is None else result.logprobs,
+                    token_ids=() if result is None or result.token_id is None else (result.token_id,),
+                    logprobs=() if result is None or result.logprobs is None else (result.logprobs,),
                     prompt_logprobs=self._prompt_logprobs(seq, hidden[begin:end]),
                     error="" if result is None else result.error,
                 )

@@ -11,16 +11,26 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from l4core.engine.admission import SchedulerLimits, refusal, victims_for
-from l4core.engine.batch import DrawnToken, NewPages, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.engine.batch import (
+    NO_DRAFT,
+    Draft,
+    DraftRequest,
+    DrawnTokens,
+    NewPages,
+    ScheduledBatch,
+    ScheduledSequence,
+    StepTokens,
+)
 from l4core.engine.sequence import NO_ROW, RankedQueue, SequenceState
 from l4core.engine.stops import StopRule
 from l4core.errors import RequestError
-from l4core.kv.manager import NOTHING, KVManager
+from l4core.kv.manager import NOTHING, KVManager, NewEntries
 from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput, StepStats
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
 NO_PAGES: Mapping[str, NewPages] = MappingProxyType({})
+NO_DRAFTS: Mapping[str, Draft] = MappingProxyType({})
 
 
 class Scheduler:
@@ -37,7 +47,7 @@ class Scheduler:
         self._in_flight: list[SequenceState] = []
         self._updates: list[SequenceUpdate] = []
         self._evicted: list[SequenceState] = []
-        self._num_arrived = self._step = 0
+        self._num_arrived = self._step = self._num_drafted = self._num_accepted = 0
         self._hits = dict.fromkeys((group.name for group in kv.groups), 0)
 
     @property
@@ -75,12 +85,38 @@ class Scheduler:
             self._end(seq)
             self._report_end(seq.request, FinishReason.ABORT)
 
-    def schedule(self) -> ScheduledBatch | None:
-        """The next step's work with its KV slots reserved, or None when there is none. Raises RuntimeError before the last one is committed."""
+    def draftable(self, max_drafts: int) -> list[DraftRequest]:
+        """Decoding sequences that have slots for drafts, best first; slots that are free are taken for them, nobody is evicted.
+
+        Slots stay the sequence's when the draft is refused: its own tokens come to lie there.
+        """
+        found: list[DraftRequest] = []
+        for seq in self._running:
+            count = min(max_drafts, seq.last_slot - seq.num_tokens)
+            if not seq.is_decode or count < 1:
+                continue
+            new = self.kv.reserve(seq.tables, seq.num_tokens + count)
+            if new is None:
+                continue
+            found.append(
+                DraftRequest(
+                    request=seq.request,
+                    row=seq.row,
+                    num_tokens=seq.num_tokens,
+                    output_token_ids=seq.output_token_ids,
+                    max_drafts=count,
+                    new_pages=_entries(new),
+                )
+            )
+        return found
+
+    def schedule(self, drafts: Mapping[str, Draft] = NO_DRAFTS) -> ScheduledBatch | None:
+        """The next step's work with its KV slots reserved, or None when there is none. drafts: request id → what to verify of a sequence that
+        `draftable` named since the last commit. Raises RuntimeError before the last step is committed."""
         if self._in_flight:
             raise RuntimeError("schedule() was called before the batch in flight was committed")
         decodes, prefills = self._split()
-        chosen, budget = self._schedule_decodes(decodes)
+        chosen, budget = self._schedule_decodes(decodes, drafts)
         self._schedule_prefills(prefills, chosen, budget)
         self._in_flight = [seq for seq in chosen if seq.entry is not None] if self._evicted else chosen
         if not self._in_flight:
@@ -150,30 +186,42 @@ class Scheduler:
             (decodes if seq.is_decode else prefills).append(seq)
         return decodes, prefills
 
-    def _schedule_decodes(self, decodes: list[SequenceState]) -> tuple[list[SequenceState], int]:
+    def _schedule_decodes(
+        self, decodes: list[SequenceState], drafts: Mapping[str, Draft]
+    ) -> tuple[list[SequenceState], int]:
         """→ (those in the batch, tokens still allowed).
 
-        There are never more decodes than a step has tokens: the youngest was admitted in a step that served all the others too.
+        There are never more decodes than a step has tokens: the youngest was admitted in a step that served all the others too. Drafts get what
+        is left.
         """
         chosen: list[SequenceState] = []
+        verified: list[SequenceState] = []
+        spare = self.limits.max_tokens_per_step - len(decodes)
         for seq in decodes:
             if seq.row == NO_ROW:  # evicted by a better one a moment ago
                 continue
             new_pages = NO_PAGES if seq.num_tokens <= seq.tables.capacity else self._make_room(seq, seq.num_tokens)
             if new_pages is None:
                 continue
+            draft = drafts.get(seq.request.request_id, NO_DRAFT) if drafts else NO_DRAFT
+            most = min(spare, min(seq.tables.capacity, seq.last_slot) - seq.num_tokens)
+            guesses = draft.token_ids[:most] if most > 0 else ()
             seq.entry = ScheduledSequence(
                 request=seq.request,
                 row=seq.row,
                 start=seq.num_computed,
-                token_ids=seq.output_token_ids[-1:],
+                token_ids=(*seq.output_token_ids[-1:], *guesses) if guesses else seq.output_token_ids[-1:],
                 new_pages=new_pages,
                 draws=True,
                 is_decode=True,
                 output_token_ids=seq.output_token_ids,
+                num_drafts=len(guesses),
+                parents=draft.parents[: len(guesses)],
             )
-            chosen.append(seq)
-        return chosen, self.limits.max_tokens_per_step - len(chosen)
+            spare -= len(guesses)
+            (verified if guesses else chosen).append(seq)
+        chosen += verified
+        return chosen, spare + len(decodes) - len(chosen)
 
     def _schedule_prefills(self, prefills: list[SequenceState], chosen: list[SequenceState], budget: int) -> None:
         """The next piece of every prompt, running or waiting, best first, until tokens or pages run out."""
@@ -292,9 +340,7 @@ class Scheduler:
             if victim is seq or (victim.entry is not None and victim.request.priority == seq.request.priority):
                 return None
             self._preempt(victim)
-        if new is NOTHING:
-            return NO_PAGES
-        return {name: NewPages(first_index=first, pages=pages) for name, (first, pages) in new.items()}
+        return _entries(new)
 
     # --- what becomes of a sequence ----------------------------------------------------------------------------------------------------
 
@@ -319,37 +365,51 @@ class Scheduler:
         self._rows.append(seq.row)
         seq.row = NO_ROW
 
-    def _take_in(self, seq: SequenceState, entry: ScheduledSequence, drawn: DrawnToken) -> SequenceUpdate | None:
+    def _take_in(self, seq: SequenceState, entry: ScheduledSequence, drawn: DrawnTokens) -> SequenceUpdate | None:
         request_id = seq.request.request_id
-        if drawn.request_id != request_id:
-            raise ValueError(f"a draw for {drawn.request_id!r} came where {request_id!r} was scheduled")
-        if drawn.error:
+        self._check_draws(entry, drawn)
+        if drawn.error and not drawn.token_ids:
             self._end(seq)
             return SequenceUpdate(request_id=request_id, finish_reason=FinishReason.ERROR, error=drawn.error)
-        seq.num_computed = length = entry.start + len(entry.token_ids)
+        is_first = seq.num_tokens == seq.prompt_len
+        token_ids, reason = seq.extend(drawn.token_ids)
+        seq.num_computed = length = entry.start + (len(token_ids) if entry.is_decode else len(entry.token_ids))
         if length >= seq.tables.next_commit:
             self.kv.commit(seq.tables, length, seq.hashes)
         prompt_logprobs = seq.new_prompt_logprobs(entry.start, drawn.prompt_logprobs) if drawn.prompt_logprobs else ()
-        token_id = drawn.token_id
-        if (token_id is not None) is not entry.draws:
-            raise ValueError(
-                f"{request_id}: token {token_id} was drawn; the piece {'ends' if entry.draws else 'does not end'} its known tokens"
-            )
-        if token_id is None:
+        if not token_ids:
             return SequenceUpdate(request_id=request_id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
-        stop_token_id, reason = None, seq.append(token_id)
+        self._count_drafts(entry, len(token_ids))
+        if reason is None and drawn.error:
+            reason = FinishReason.ERROR
         if reason is not None:
             self._end(seq)
-            stop_token_id = token_id if reason is FinishReason.STOP else None
         return SequenceUpdate(
             request_id=request_id,
-            new_token_ids=(token_id,),
-            logprobs=() if drawn.logprobs is None else (drawn.logprobs,),
+            new_token_ids=token_ids,
+            logprobs=drawn.logprobs[: len(token_ids)],
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
-            stop_token_id=stop_token_id,
-            num_cached_tokens=(seq.num_cached or 0) if seq.num_tokens == seq.prompt_len + 1 else 0,  # told once
+            stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
+            error=drawn.error if reason is FinishReason.ERROR else "",
+            num_cached_tokens=(seq.num_cached or 0) if is_first else 0,  # told once
         )
+
+    def _check_draws(self, entry: ScheduledSequence, drawn: DrawnTokens) -> None:
+        request_id, count = entry.request.request_id, len(drawn.token_ids)
+        if drawn.request_id != request_id:
+            raise ValueError(f"a draw for {drawn.request_id!r} came where {request_id!r} was scheduled")
+        if (count > 0) is not entry.draws and not drawn.error:
+            raise ValueError(
+                f"{request_id}: {count} tokens were drawn; the piece {'ends' if entry.draws else 'does not end'} its known tokens"
+            )
+        if count > entry.num_drafts + 1:
+            raise ValueError(f"{request_id}: {count} tokens were drawn to verify {entry.num_drafts} drafts")
+
+    def _count_drafts(self, entry: ScheduledSequence, num_tokens: int) -> None:
+        """For the gauges."""
+        self._num_drafted += entry.num_drafts
+        self._num_accepted += min(num_tokens - 1, entry.num_drafts) if entry.num_drafts else 0
 
     def _report_end(self, request: Request, reason: FinishReason, error: str = "") -> None:
         self._updates.append(SequenceUpdate(request_id=request.request_id, finish_reason=reason, error=error))
@@ -358,6 +418,8 @@ class Scheduler:
         """num_preemptions and the token counts are this step's; the rest are gauges after it."""
         evicted, self._evicted = self._evicted, []
         hits, self._hits = self._hits, dict.fromkeys(self._hits, 0)
+        num_drafted, num_accepted = self._num_drafted, self._num_accepted
+        self._num_drafted = self._num_accepted = 0
         return StepStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -368,4 +430,12 @@ class Scheduler:
             pages_total=self.kv.pages_total,
             pages_cached=self.kv.pages_cached,
             num_prefix_hits=hits,
+            num_drafted_tokens=num_drafted,
+            num_accepted_tokens=num_accepted,
         )
+
+
+def _entries(new: NewEntries) -> Mapping[str, NewPages]:
+    if new is NOTHING:
+        return NO_PAGES
+    return {name: NewPages(first_index=first, pages=pages) for name, (first, pages) in new.items()}

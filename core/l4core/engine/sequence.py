@@ -65,6 +65,14 @@ class SequenceState:
         outputs = self.output_token_ids[max(0, begin - split) : end - split]
         return outputs if begin >= split else [*prompt[begin:], *outputs]
 
+    def extend(self, token_ids: Sequence[int]) -> tuple[Sequence[int], FinishReason | None]:
+        """Take in tokens up to the one that ends the sequence → those taken in, and why it ends."""
+        for count, token_id in enumerate(token_ids, start=1):
+            reason = self.append(token_id)
+            if reason is not None:
+                return token_ids[:count], reason
+        return token_ids, None
+
     def append(self, token_id: int) -> FinishReason | None:
         """Take in the drawn token → why the sequence ends with it, None = it goes on."""
         self.output_token_ids.append(token_id)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from l4core.engine.batch import DrawnToken, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.engine.batch import DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.engine.stops import forbidden_token_ids
 from l4core.kv.blocks import NULL_PAGE, KVGroup
@@ -188,16 +188,16 @@ class SimulatedEngine:
             self.memory.write(seq)
         return StepTokens(drawn=[self._draw(seq) for seq in batch.sequences])
 
-    def _draw(self, seq: ScheduledSequence) -> DrawnToken:
+    def _draw(self, seq: ScheduledSequence) -> DrawnTokens:
         seen = [self.memory.read(group, seq) for group in self.groups]
         request_id = seq.request.request_id
         if seq.draws and request_id in self.failing:
-            return DrawnToken(request_id=request_id, token_id=None, error="the sampler failed")
+            return DrawnTokens(request_id=request_id, error="the sampler failed")
         forbidden = forbidden_token_ids(seq.request, len(seq.output_token_ids))
-        return DrawnToken(
+        return DrawnTokens(
             request_id=request_id,
-            token_id=_say(seen, self.vocab_size, forbidden) if seq.draws else None,
-            logprobs=_logprobs(0, 0) if seq.draws and seq.request.params.logprobs is not None else None,
+            token_ids=(_say(seen, self.vocab_size, forbidden),) if seq.draws else (),
+            logprobs=(_logprobs(0, 0),) if seq.draws and seq.request.params.logprobs is not None else (),
             prompt_logprobs=_prompt_logprobs(seq),
         )
 
