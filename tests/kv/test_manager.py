@@ -99,6 +99,33 @@ def test_a_reservation_alone_drops_nothing(emptied: Emptied) -> None:
     assert emptied == []
 
 
+def test_drafts_take_no_memory_that_others_need() -> None:
+    kv = manager(5)
+    tables = kv.new_tables()
+    assert kv.reserve(tables, 3) is not None  # one global superpage and two local ones
+    assert kv.reserve(tables, 6, leave=2) is None
+    assert (tables.capacity, kv.num_available) == (4, 2)
+    assert kv.reserve(tables, 6, leave=1) == {"global": (2, [5]), "local": (2, [4])}
+    assert kv.reserve(tables, 6, leave=5) == {}, "it has the slots already"
+
+
+def test_slots_of_refused_drafts_are_written_again(emptied: Emptied) -> None:
+    """Four guesses at 3 tokens, over the border at 4; one is accepted, then all."""
+    kv = manager(note=emptied)
+    tables, tokens = kv.new_tables(), list(COUNT)
+    grow(kv, tables, 3, hashes(tokens))
+    assert kv.reserve(tables, 8) is not None
+    held = list(pages(tables)[1])
+    kv.commit(tables, 4, hashes(tokens))
+    assert pages(tables)[1] == held[2:], "the chunk before is over, the next one's slots are still there"
+    assert kv.find_prefix(hashes(tokens), 8) == 4, "pages of refused drafts are nobody's prefix"
+    assert kv.reserve(tables, 8) == {}
+    kv.commit(tables, 8, hashes(tokens))
+    assert kv.find_prefix(hashes(tokens), 8) == 8
+    assert emptied == []
+    kv.check_integrity([tables])
+
+
 def test_a_third_chunk_has_no_column_in_the_ring() -> None:
     kv = manager()
     with pytest.raises(ValueError, match="more than two chunks of 4"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -82,6 +83,27 @@ def test_a_superpage_in_one_use_touches_no_other(memory: KVMemory) -> None:
         for page in pages:
             assert memory.view(layer).k[page * scale].unique().tolist() == [10 * layer + 1]
             assert memory.view(layer).v[page * scale].unique().tolist() == [10 * layer + 2]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_drafts_layer_lies_beside_the_global_ones(dense: bool) -> None:
+    """Layer 4 is the draft's: the same page numbers, keys and values of its own, also where local pages are the larger use."""
+    groups = (replace(GROUPS[0], layer_ids=(3, 4)), GROUPS[1])
+    shape = superpage_shape(groups)
+    made = cast(KVPlan, SimpleNamespace(page_size=16, shape=shape, num_superpages=4))
+    memory = KVMemory(groups, made, 2, 8, torch.float32, "cpu", dense=dense)
+    per = shape.pages["global"]
+    assert memory.group_of(4) == "global"
+    for layer in (0, 1, 2, 3, 4):
+        superpage = 1 if layer < 3 else 2
+        count = shape.pages[memory.group_of(layer)]
+        memory.pages(layer)[superpage * count : (superpage + 1) * count] = float(layer + 1)
+    for layer in (3, 4):
+        view, scale = memory.view(layer), memory.table_scale["global"]
+        for page in range(2 * per, 3 * per):
+            assert view.k[page * scale].unique().tolist() == view.v[page * scale].unique().tolist() == [layer + 1]
+    for layer in (0, 1, 2):
+        assert memory.pages(layer)[shape.pages["local"]].unique().tolist() == [layer + 1]
 
 
 def test_the_null_superpage_is_zero(memory: KVMemory) -> None:

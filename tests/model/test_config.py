@@ -8,6 +8,7 @@ import pytest
 
 from l4core.errors import CheckpointError
 from l4core.kv.blocks import KVGroup
+from l4core.kv.superpages import superpage_shape
 from l4core.model.config import ModelConfig, RopeScaling
 from l4core.testing.checkpoints import text_config
 
@@ -76,6 +77,15 @@ def test_scout() -> None:
         KVGroup(name="global", layer_ids=full, chunk_size=None),
         KVGroup(name="local", layer_ids=tuple(i for i in range(48) if i not in full), chunk_size=8192),
     )
+
+
+def test_a_drafts_layers_are_stored_beside_the_global_ones() -> None:
+    full, local = ModelConfig.from_dict(SCOUT).kv_groups(num_draft_layers=1)
+    assert full.layer_ids == (*range(3, 48, 4), 48)
+    assert (full.chunk_size, len(local.layer_ids)) == (None, 36)
+    assert superpage_shape([full, local]).pages == {"global": 3, "local": 1}
+    alone = parse(no_rope_layers=[1] * 8).kv_groups(num_draft_layers=1)
+    assert [(g.name, g.layer_ids[-1]) for g in alone] == [("global", 8), ("local", 7)]
 
 
 def test_maverick_alternates_dense_and_moe() -> None:

@@ -87,8 +87,13 @@ class KVManager:
         tables.num_hashed = end
         self._set_next_commit(tables, length)
 
-    def reserve(self, tables: PageTables, upto_len: int) -> NewEntries | None:
+    def reserve(self, tables: PageTables, upto_len: int, *, leave: int = 0) -> NewEntries | None:
         """Slots for the request's first `upto_len` tokens → the entries that are new, or None, and nothing taken, when memory cannot give.
+
+        Drafts: reserve for the committed tokens and all k + 1 in flight, then `commit` what was accepted. Until then both sides of a border are
+        held. There is nothing to roll back: no later page is offered to the prefix cache, no chunk dropped, and slots behind the committed length
+        stay the request's, to be written again by the tokens that do come; `release` gives back all of them.
+        leave: superpages that must stay available to others afterwards, so that guesses do not take what their next tokens need.
 
         Raises ValueError when a local table would hold more than two chunks: its ring has no column for a third.
         """
@@ -96,7 +101,8 @@ class KVManager:
             return NOTHING
         end = -(-upto_len // self.page_size)
         self._check_ring(tables, end)
-        if sum(self._superpages_for(n, table, end) for n, table in enumerate(tables.tables)) > self._pool.num_available:
+        wanted = sum(self._superpages_for(n, table, end) for n, table in enumerate(tables.tables))
+        if wanted > self._pool.num_available - (leave if wanted else 0):
             return None
         new: dict[str, tuple[int, Sequence[int]]] = {}
         for number, (group, table) in enumerate(zip(self.groups, tables.tables, strict=True)):

@@ -20,7 +20,7 @@ class KVMemory:
     The buffer is made of units [page_size, num_kv_heads, head_dim]: one page of one layer's keys or values. A superpage is `plan.shape.units` of
     them, and any group's pages lie in it at a whole stride (kv.superpages): page i of a group begins at unit i · page_stride, its layer n keeps
     keys at + 2n and values at + 2n + 1. A layer's view therefore has a page stride larger than a page; element offsets pass 2³² and are 64-bit
-    everywhere.
+    everywhere. A draft's layers are layers of the global group like any other (ModelConfig.kv_groups).
 
     For a backend that wants its pages back to back (`page_stride` "dense") the same bytes are shown as units: the layer is the view's base offset,
     and block tables count units (`table_scale`).
