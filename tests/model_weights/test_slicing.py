@@ -21,7 +21,8 @@ from tiny_folder import (
 
 from l4core.errors import ConfigError
 from l4core.model.config import ModelConfig
-from l4core.model.slicing import check_world
+from l4core.model.layout import parameters
+from l4core.model.slicing import check_world, rank_config, rank_shape
 from l4core.model.weight_plan import plan_weights
 from l4core.model.weights import place_of
 
@@ -92,6 +93,14 @@ def together(name: str, config: ModelConfig, shares: list[torch.Tensor]) -> torc
         return torch.cat(shares)
     assert all(torch.equal(s, shares[0]) for s in shares), name
     return shares[0]
+
+
+@given(models())
+def test_a_rank_by_itself_is_a_whole_model_of_its_shapes(case: tuple[ModelConfig, int, bool]) -> None:
+    config, world, _ = case
+    alone = {p.name: p.shape for p in parameters(rank_config(config, world), ())}
+    for rank in range(world):
+        assert alone == {p.name: rank_shape(p, rank, world) for p in parameters(config, ())}
 
 
 def test_a_rank_holds_the_kv_head_of_its_query_heads() -> None:

@@ -322,3 +322,14 @@ def test_dummy_needs_no_order_of_parameters() -> None:
     params = params_for(full_names())
     fill_dummy(dict(reversed(params.items())), 7)
     assert all(torch.equal(params[name], want) for name, want in dummy(7).items())
+
+
+def test_dummy_weights_repeat_beyond_their_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing 100 billion numbers takes minutes. The period is a prime: rows repeat shifted."""
+    monkeypatch.setattr(weights, "DUMMY_PERIOD", 97)
+    params = {"a": torch.empty(3, 20, 10), "b": torch.empty(9, 10)}
+    fill_dummy(params, 7)
+    flat = params["a"].flatten()
+    assert torch.equal(flat[:-97], flat[97:])
+    assert len(flat[:97].unique()) == 97
+    assert len(params["b"].unique()) == 90

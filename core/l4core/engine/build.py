@@ -45,11 +45,18 @@ class BuiltEngine:
     context_length: int
 
 
-def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
-    """Raises ConfigError, CheckpointError, CapacityError, BackendUnavailable or PluginError; each names its fix."""
+def build_engine(
+    config: EngineConfig, *, progress: bool = True, model_config: ModelConfig | None = None
+) -> BuiltEngine:
+    """Raises ConfigError, CheckpointError, CapacityError, BackendUnavailable or PluginError; each names its fix.
+
+    model_config: for benchmarks of shapes that no folder holds (model.slicing.rank_config); weights are then dummy ones.
+    """
     began = time.perf_counter()
-    folder = resolve_model(config)
-    model_config = ModelConfig.from_folder(folder)
+    if model_config is not None and config.load_format != "dummy":
+        raise ConfigError("a model without a folder has dummy weights only", fix="--load-format dummy")
+    folder = resolve_model(config) if model_config is None else Path()
+    model_config = model_config or ModelConfig.from_folder(folder)
     named = None if config.device == "auto" else _named_device(config.device)
     platform = detect(config.device)
     device = named or torch.device(platform.device_type)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,6 +41,23 @@ def _divides(config: ModelConfig, world: int) -> bool:
     sizes += [] if all(config.moe_layers) else [config.intermediate_size_mlp]
     kv_even = config.num_kv_heads % world == 0 or world % config.num_kv_heads == 0
     return kv_even and all(size % world == 0 for size in sizes)
+
+
+def rank_config(config: ModelConfig, world: int) -> ModelConfig:
+    """The model that one of `world` ranks is by itself: a whole model whose every parameter has the rank's shape (all ranks have the same).
+
+    Without the sums over ranks it computes nothing of use, but it takes a rank's time and memory. Raises ConfigError as `check_world` does.
+    """
+    check_world(config, world)
+    dense = not all(config.moe_layers)
+    return dataclasses.replace(
+        config,
+        vocab_size=config.vocab_size // world,
+        num_q_heads=config.num_q_heads // world,
+        num_kv_heads=max(1, config.num_kv_heads // world),
+        intermediate_size=config.intermediate_size // world,
+        intermediate_size_mlp=config.intermediate_size_mlp // (world if dense else 1),
+    )
 
 
 def rank_shape(parameter: Parameter, rank: int, world: int) -> Shape:
