@@ -46,6 +46,7 @@ def engines(draw: st.DrawFn) -> SimulatedEngine:
         max_tokens_per_step=draw(st.integers(1, 16)),
         max_context=MAX_CONTEXT,
         vocab_size=VOCAB,
+        num_drafts=min(chunk - 1, draw(st.sampled_from([0, 0, 1, 3]))),
     )
 
 
@@ -122,8 +123,9 @@ def check_batch(engine: SimulatedEngine, batch: ScheduledBatch) -> None:
     assert all(0 <= s.row < limits.max_running for s in sequences)
     for seq in sequences:
         known = [*seq.request.prompt_token_ids, *seq.output_token_ids]
-        end = seq.start + len(seq.token_ids)
-        assert list(seq.token_ids) == known[seq.start : end]
+        end = seq.start + len(seq.token_ids) - seq.num_drafts
+        assert list(seq.token_ids[: end - seq.start]) == known[seq.start : end]
+        assert not seq.num_drafts or seq.is_decode
         assert seq.draws == (end == len(known))
         if limits.chunk_size is not None:
             assert seq.start // limits.chunk_size == (end - 1) // limits.chunk_size
@@ -161,7 +163,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, abort: str | None = None) -> None:
         first = min(self.scheduler.sequences, key=lambda s: s.rank, default=None)
         before = None if first is None else (first.row, first.num_computed)
-        batch = self.scheduler.schedule()
+        batch = self.scheduler.schedule(self.engine.propose())
         assert (batch is None) == (first is None), "there is work, and the step has none"
         tokens = None
         if batch is not None:
@@ -192,6 +194,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.answers[update.request_id].take(update)
         if output.stats.num_preemptions:
             event("a request was preempted")
+        if output.stats.num_accepted_tokens:
+            event("a guess was accepted")
 
     @invariant()
     def books_agree(self) -> None:
@@ -201,10 +205,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         chunk, page = self.scheduler.limits.chunk_size, self.scheduler.kv.page_size
         for seq in self.scheduler.sequences:
             for group, table in zip(self.engine.groups, seq.tables.tables, strict=True):
-                assert len(table.pages) <= -(-seq.num_computed // page)
+                guessed = self.engine.num_drafts + 1 if self.engine.num_drafts else 0
+                assert len(table.pages) <= -(-(seq.num_computed + guessed) // page)
                 if group.chunk_size is not None and chunk is not None:
                     assert table.first_index == seq.num_computed // chunk * chunk // page
-                    assert len(table.pages) == -(-(seq.num_computed % chunk) // page), (
+                    most = -(-(seq.num_computed % chunk + guessed) // page)
+                    assert -(-(seq.num_computed % chunk) // page) <= len(table.pages) <= most, (
                         "pages of a finished chunk are held"
                     )
 

@@ -10,13 +10,14 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from l4core.engine.batch import DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.engine.batch import Draft, DraftRequest, DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.engine.stops import forbidden_token_ids
 from l4core.kv.blocks import NULL_PAGE, KVGroup
 from l4core.kv.manager import KVManager
 from l4core.kv.superpages import superpage_shape
 from l4core.request import Request, StepOutput, TokenLogprobs
+from l4core.sampling.verify import accepted_path
 
 
 def next_token(
@@ -68,6 +69,7 @@ class SimulatedMemory:
             g.name: [[None] * page_size for _ in range(num_superpages * self.shape.pages[g.name])] for g in groups
         }
         self.num_written = 0
+        self.guessed: set[str] = set()  # owners whose slots may hold refused guesses
         columns = {
             g.name: (2 * g.chunk_size if g.chunk_size else limits.max_context + page_size) // page_size for g in groups
         }
@@ -81,7 +83,7 @@ class SimulatedMemory:
             assert page != NULL_PAGE, "the null page was freed"
             self.cells[group][page] = [None] * self.page_size
 
-    def enter(self, seq: ScheduledSequence) -> None:
+    def enter(self, seq: ScheduledSequence | DraftRequest) -> None:
         """Write the block-table entries the scheduler sent."""
         for name, new in seq.new_pages.items():
             row = self.tables[name][seq.row]
@@ -91,27 +93,31 @@ class SimulatedMemory:
     def write(self, seq: ScheduledSequence) -> None:
         """The piece's tokens into their slots. A slot in use, or a page another request writes, is an error."""
         owner, known = seq.request.request_id, _known(seq)
+        if seq.num_drafts:
+            self.guessed.add(owner)
         self.num_written += len(seq.token_ids)
         for group in self.groups:
             for position, token in enumerate(seq.token_ids, start=seq.start):
                 page = self._page(group.name, seq.row, position)
                 assert page >= self.shape.pages[group.name], f"{owner}: position {position} has no {group.name} page"
                 self._check_use(group, page)
-                cells = self.cells[group.name][page]
+                cells, offset = self.cells[group.name][page], position % self.page_size
                 assert all(cell is None or cell.owner == owner for cell in cells), (
                     f"two writers of {group.name} page {page}"
                 )
-                assert cells[position % self.page_size] is None, (
+                assert cells[offset] is None or owner in self.guessed, (
                     f"{owner}: {group.name} position {position} written twice"
                 )
-                cells[position % self.page_size] = _cell(owner, known, position)
+                cells[offset] = _cell(owner, known, position)
                 assert token == known[position]
 
-    def read(self, group: KVGroup, seq: ScheduledSequence) -> list[int]:
-        """Tokens the piece's last one sees. A poisoned cell, or one of another request or position, is an error."""
-        end = seq.start + len(seq.token_ids)
+    def read(self, group: KVGroup, seq: ScheduledSequence, end: int | None = None) -> list[int]:
+        """Tokens that the token before `end` (default: the piece's last) sees. A poisoned cell, or one of another request or position, is an error."""
+        end = seq.start + len(seq.token_ids) if end is None else end
         begin = (end - 1) // group.chunk_size * group.chunk_size if group.chunk_size else 0
-        assert seq.start >= begin, f"{seq.request.request_id}: the piece [{seq.start}, {end}) crosses a chunk border"
+        assert seq.start >= begin or seq.num_drafts, (
+            f"{seq.request.request_id}: the piece [{seq.start}, {end}) crosses a chunk border"
+        )
         known, found = _known(seq), []
         for position in range(begin, end):
             cell = self.cells[group.name][self._page(group.name, seq.row, position)][position % self.page_size]
@@ -139,7 +145,8 @@ class SimulatedMemory:
 
 
 def _known(seq: ScheduledSequence) -> list[int]:
-    return [*seq.request.prompt_token_ids, *seq.output_token_ids]
+    guesses = seq.token_ids[len(seq.token_ids) - seq.num_drafts :]
+    return [*seq.request.prompt_token_ids, *seq.output_token_ids, *guesses]
 
 
 def _cell(owner: str, known: Sequence[int], position: int) -> _Cell:
@@ -161,8 +168,9 @@ class SimulatedEngine:
         vocab_size: int = 8,
         failing: Collection[str] = (),
         prefix_cache: bool = True,
+        num_drafts: int = 0,
     ) -> None:
-        """num_superpages: the null one among them.  failing: ids of requests whose first draw fails."""
+        """num_superpages: the null one among them.  failing: ids of requests whose first draw fails.  num_drafts: guesses a step, most of them right."""
         chunk_size = next((g.chunk_size for g in groups if g.chunk_size is not None), None)
         limits = SchedulerLimits(
             max_running=max_running,
@@ -174,11 +182,24 @@ class SimulatedEngine:
         kv = KVManager(groups, page_size, num_superpages, prefix_cache=prefix_cache, on_empty=self.memory.poison)
         self.scheduler = Scheduler(limits, kv)
         self.groups, self.vocab_size, self.failing = groups, vocab_size, failing
+        self.num_drafts = num_drafts
 
     def step(self) -> StepOutput:
-        """Schedule, execute, commit."""
-        batch = self.scheduler.schedule()
+        """Propose, schedule, execute, commit."""
+        batch = self.scheduler.schedule(self.propose())
         return self.scheduler.commit(StepTokens() if batch is None else self.execute(batch))
+
+    def propose(self) -> dict[str, Draft]:
+        """A chain for every sequence that can take one. Guess i of a sequence of n tokens is wrong when n + i is a multiple of 4."""
+        drafts = {}
+        for wanted in self.scheduler.draftable(self.num_drafts) if self.num_drafts else ():
+            self.memory.enter(wanted)
+            tokens = [*wanted.request.prompt_token_ids, *wanted.output_token_ids]
+            for _ in range(wanted.max_drafts):
+                true = next_token(self.groups, tokens, self.vocab_size)
+                tokens.append((true + (len(tokens) % 4 == 0)) % self.vocab_size)
+            drafts[wanted.request.request_id] = Draft(token_ids=tokens[wanted.num_tokens :])
+        return drafts
 
     def execute(self, batch: ScheduledBatch) -> StepTokens:
         """What the device would do: all writes, then all reads."""
@@ -189,15 +210,21 @@ class SimulatedEngine:
         return StepTokens(drawn=[self._draw(seq) for seq in batch.sequences])
 
     def _draw(self, seq: ScheduledSequence) -> DrawnTokens:
-        seen = [self.memory.read(group, seq) for group in self.groups]
-        request_id = seq.request.request_id
+        request_id, end = seq.request.request_id, seq.start + len(seq.token_ids)
+        ends = range(end - seq.num_drafts, end + 1)
+        seen = [[self.memory.read(group, seq, at) for group in self.groups] for at in ends]
         if seq.draws and request_id in self.failing:
             return DrawnTokens(request_id=request_id, error="the sampler failed")
-        forbidden = forbidden_token_ids(seq.request, len(seq.output_token_ids))
+        drawn = [
+            _say(tokens, self.vocab_size, forbidden_token_ids(seq.request, len(seq.output_token_ids) + row))
+            for row, tokens in enumerate(seen)
+        ]
+        path = accepted_path(seq.token_ids[len(seq.token_ids) - seq.num_drafts :], seq.parents, drawn)
+        wants_logprobs = seq.request.params.logprobs is not None
         return DrawnTokens(
             request_id=request_id,
-            token_ids=(_say(seen, self.vocab_size, forbidden),) if seq.draws else (),
-            logprobs=(_logprobs(0, 0),) if seq.draws and seq.request.params.logprobs is not None else (),
+            token_ids=[drawn[row] for row in path] if seq.draws else (),
+            logprobs=[_logprobs(0, 0) for _ in path] if seq.draws and wants_logprobs else (),
             prompt_logprobs=_prompt_logprobs(seq),
         )
 
