@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice, pairwise
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 
-from l4core.attention.chunked import single_chunk_metadata
-from l4core.engine.batch import DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.attention.chunked import single_chunk_metadata, virtual_batches
+from l4core.engine.batch import ScheduledBatch, ScheduledSequence, StepTokens
 from l4core.engine.block_tables import BlockTables
-from l4core.engine.stops import forbidden_token_ids
+from l4core.engine.verify_rows import Verified, draw_rows, verified
 from l4core.kv.blocks import KVGroup
 from l4core.kv.memory import KVMemory
 from l4core.model.batch import AttentionSegment, ForwardBatch
@@ -20,7 +21,11 @@ from l4core.model.llama4 import Llama4
 from l4core.plugin_api import AttentionBackend, AttentionMetadata, ChunkInfo
 from l4core.request import TokenLogprobs
 from l4core.sampling.logprobs import prompt_logprobs
-from l4core.sampling.pipeline import Draw, DrawRow, SamplingPipeline
+from l4core.sampling.pipeline import Draw, SamplingPipeline
+
+Phase: TypeAlias = Literal["decode", "verify", "prefill"]
+PHASES: tuple[Phase, ...] = ("decode", "verify", "prefill")
+"""In the order of a batch's sequences."""
 
 LOGPROB_ROWS = 256
 """Prompt rows whose logits are held at once: 256 × 202,048 float32 = 207 MB."""
@@ -28,13 +33,15 @@ LOGPROB_ROWS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
-    """Where everything of a batch lies, on the host: sequence b owns token rows [cu[b], cu[b+1])."""
+    """Where everything of a batch lies, on the host: sequence b owns token rows [cu[b], cu[b+1]). phases: name → its sequences [begin, end).
+    logits: of each sequence, how many of its last rows are drawn from."""
 
     rows: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     cu: np.ndarray
-    num_decodes: int
+    logits: np.ndarray
+    phases: Mapping[Phase, tuple[int, int]]
 
 
 class Runner:
@@ -78,7 +85,8 @@ class Runner:
             chain.from_iterable(s.token_ids for s in batch.sequences), dtype=np.int64, count=int(cu[-1])
         )
         tables = self._step_tables(layout)
-        draws = np.fromiter((s.draws for s in batch.sequences), dtype=bool, count=len(lengths))
+        last = np.repeat(cu[1:], layout.logits)
+        behind = np.repeat(np.cumsum(layout.logits), layout.logits) - np.arange(len(last))
         return ForwardBatch(
             token_ids=self._send(token_ids),
             positions=positions,
@@ -86,7 +94,7 @@ class Runner:
                 g.name: _slots(tables[g.name], self._send(owner), positions, self._page_size) for g in self._groups
             },
             segments=self._segments(layout, tables),
-            logits_rows=self._send(cu[1:][draws] - 1),
+            logits_rows=self._send(last - behind),
         )
 
     @torch.inference_mode()
@@ -99,34 +107,35 @@ class Runner:
     def draw(
         self, batch: ScheduledBatch, forward: ForwardBatch, hidden: torch.Tensor, parsed: Mapping[str, object]
     ) -> StepTokens:
-        """Draw one token for every sequence whose piece ended its known tokens. parsed: request id → what its sampler parsed."""
-        drawing = [s for s in batch.sequences if s.draws]
+        """Draw for every sequence whose piece ended its known tokens: one token, or as many as its draft earns. parsed: request id → what its
+        sampler parsed."""
+        return StepTokens(drawn=[one.tokens for one in self.verify(batch, forward, hidden, parsed)])
+
+    @torch.inference_mode()
+    def verify(
+        self, batch: ScheduledBatch, forward: ForwardBatch, hidden: torch.Tensor, parsed: Mapping[str, object]
+    ) -> list[Verified]:
+        """`draw`, with the rows the tokens came from."""
+        rows = [row for s in batch.sequences if s.draws for row in draw_rows(s, parsed[s.request.request_id])]
         draws: Iterator[Draw] = iter(())
-        if drawing:
+        if rows:
             logits = self._logits(hidden.index_select(0, forward.logits_rows))
-            draws = iter(self.pipeline.sample(logits, [_draw_row(s, parsed[s.request.request_id]) for s in drawing]))
-        drawn, begin = [], 0
+            draws = iter(self.pipeline.sample(logits, rows))
+        found, begin = [], 0
         for seq in batch.sequences:
             end = begin + len(seq.token_ids)
-            result = next(draws) if seq.draws else None
-            drawn.append(
-                DrawnTokens(
-                    request_id=seq.request.request_id,
-                    token_ids=() if result is None or result.token_id is None else (result.token_id,),
-                    logprobs=() if result is None or result.logprobs is None else (result.logprobs,),
-                    prompt_logprobs=self._prompt_logprobs(seq, hidden[begin:end]),
-                    error="" if result is None else result.error,
-                )
-            )
+            own = list(islice(draws, seq.num_drafts + 1)) if seq.draws else []
+            found.append(verified(seq, own, self._prompt_logprobs(seq, hidden[begin:end])))
             begin = end
-        return StepTokens(drawn=drawn)
+        return found
 
     def _segments(self, layout: _Layout, tables: Mapping[str, torch.Tensor]) -> list[AttentionSegment]:
-        """Decodes and prefill pieces are separate calls: backends have a kernel for each, and a decode row never waits for a mask."""
-        split, last = layout.num_decodes, len(layout.lengths)
-        return [self._segment(layout, tables, a, b) for a, b in ((0, split), (split, last)) if b > a]
+        """Phases are separate calls: backends have a kernel for each, and a decode row never waits for a mask."""
+        return [self._segment(layout, tables, phase, *span) for phase, span in layout.phases.items()]
 
-    def _segment(self, layout: _Layout, tables: Mapping[str, torch.Tensor], first: int, last: int) -> AttentionSegment:
+    def _segment(
+        self, layout: _Layout, tables: Mapping[str, torch.Tensor], phase: Phase, first: int, last: int
+    ) -> AttentionSegment:
         begin, end = int(layout.cu[first]), int(layout.cu[last])
         seq_lens = (layout.starts + layout.lengths)[first:last]
         meta = AttentionMetadata(
@@ -136,7 +145,7 @@ class Runner:
             max_seqlen_q=int(layout.lengths[first:last].max()),
             max_seqlen_k=int(seq_lens.max()),
             num_seqs=last - first,
-            phase="decode" if first < layout.num_decodes else "prefill",
+            phase=phase,
         )
         plans = {
             g.name: self.backend.plan(self._group_metadata(meta, g, tables[g.name][first:last])) for g in self._groups
@@ -150,6 +159,8 @@ class Runner:
             return replace(meta, block_table=table)
         if self._native_chunk:
             return replace(meta, block_table=table, chunk=ChunkInfo(size=group.chunk_size))
+        if meta.phase == "verify":  # a draft may lie on both sides of a border
+            return virtual_batches(meta, table, group.chunk_size, self._page_size, 2)
         return single_chunk_metadata(meta, table, group.chunk_size, self._page_size)
 
     def _step_tables(self, layout: _Layout) -> dict[str, torch.Tensor]:
@@ -186,12 +197,15 @@ class Runner:
 def _lay_out(batch: ScheduledBatch) -> _Layout:
     sequences, num = batch.sequences, len(batch.sequences)
     lengths = np.fromiter((len(s.token_ids) for s in sequences), dtype=np.int64, count=num)
+    borders = (0, batch.num_decodes, batch.num_decodes + batch.num_verified, num)
+    spans = zip(PHASES, pairwise(borders), strict=True)
     return _Layout(
         rows=np.fromiter((s.row for s in sequences), dtype=np.int64, count=num),
         starts=np.fromiter((s.start for s in sequences), dtype=np.int64, count=num),
         lengths=lengths,
         cu=np.concatenate(([0], np.cumsum(lengths))),
-        num_decodes=batch.num_decodes,
+        logits=np.fromiter((s.draws + s.num_drafts for s in sequences), dtype=np.int64, count=num),
+        phases={phase: span for phase, span in spans if span[1] > span[0]},
     )
 
 
@@ -199,14 +213,3 @@ def _slots(table: torch.Tensor, owner: torch.Tensor, positions: torch.Tensor, pa
     """Slot of each new token: page · page_size + offset. table: int32 [B, W], a ring where W is smaller than the context."""
     page = table[owner, positions // page_size % table.shape[1]].long()
     return page * page_size + positions % page_size
-
-
-def _draw_row(seq: ScheduledSequence, parsed: object) -> DrawRow:
-    return DrawRow(
-        params=seq.request.params,
-        parsed=parsed,
-        prompt_token_ids=seq.request.prompt_token_ids,
-        output_token_ids=seq.output_token_ids,
-        position=seq.start + len(seq.token_ids),
-        forbidden=forbidden_token_ids(seq.request, len(seq.output_token_ids)),
-    )

@@ -112,7 +112,7 @@ class SimulatedMemory:
                 assert token == known[position]
 
     def read(self, group: KVGroup, seq: ScheduledSequence, end: int | None = None) -> list[int]:
-        """Tokens that the token before `end` (default: the piece's last) sees. A poisoned cell, or one of another request or position, is an error."""
+        """Tokens that the token before `end` (default: the piece's last) sees. A poisoned cell, or one of another, is an error."""
         end = seq.start + len(seq.token_ids) if end is None else end
         begin = (end - 1) // group.chunk_size * group.chunk_size if group.chunk_size else 0
         assert seq.start >= begin or seq.num_drafts, (
@@ -170,7 +170,8 @@ class SimulatedEngine:
         prefix_cache: bool = True,
         num_drafts: int = 0,
     ) -> None:
-        """num_superpages: the null one among them.  failing: ids of requests whose first draw fails.  num_drafts: guesses a step, most of them right."""
+        """num_superpages: the null one among them.  failing: ids of requests whose first draw fails.
+        num_drafts: guesses a step, most of them right."""
         chunk_size = next((g.chunk_size for g in groups if g.chunk_size is not None), None)
         limits = SchedulerLimits(
             max_running=max_running,
