@@ -21,13 +21,18 @@ from l4core.plugin_api import AttentionBackend, AttentionMetadata
 
 
 def ours(
-    hf, dtype: torch.dtype = torch.float32, max_positions: int = 4096, device: str = "cpu", **config_keys: object
+    hf,
+    dtype: torch.dtype = torch.float32,
+    max_positions: int = 4096,
+    device: str = "cpu",
+    aux_layers: tuple[int, ...] = (),
+    **config_keys: object,
 ) -> Llama4:
     """Our model with the weights of a transformers model. config_keys: replace keys of its config.json."""
     raw = hf.config.to_dict() | {"architectures": [type(hf).__name__]} | config_keys
     config = ModelConfig.from_dict(raw)
     with torch.device("meta"):
-        model = Llama4(config, max_positions=max_positions)
+        model = Llama4(config, max_positions=max_positions, aux_layers=aux_layers)
     model = model.to(dtype).to_empty(device=device)
     copy_weights(dict(model.named_parameters()), hf.state_dict())
     return model
@@ -68,7 +73,7 @@ def backend_of(name: str, page_size: int, dtype: torch.dtype = torch.float32) ->
 
 
 class Harness:
-    """step({sequence: new tokens}) → {sequence: logits of those tokens}."""
+    """step({sequence: new tokens}) → {sequence: logits of those tokens}. aux: what the model handed out in the last step, in batch order."""
 
     def __init__(
         self,
@@ -117,7 +122,10 @@ class Harness:
             logits_rows=torch.arange(len(owner)),
         )
         with torch.inference_mode():
-            logits = self.model.logits(self.model(batch, self.memory, self.backend))
+            weight = self.model.embed.weight
+            self.aux = weight.new_empty(len(owner), len(self.model.aux_layers) * weight.shape[1])
+            aux = self.aux if self.model.aux_layers else None
+            logits = self.model.logits(self.model(batch, self.memory, self.backend, aux))
         self._drop_finished_chunks(seqs)
         return dict(zip(seqs, logits.split([len(pieces[s]) for s in seqs]), strict=True))
 

@@ -8,7 +8,7 @@ import torch
 from l4core.model.config import ModelConfig
 from l4core.model.llama4 import Llama4
 from model.definition import logits_of
-from model.harness import Harness
+from model.harness import Harness, ours
 
 TOLERANCE = 1e-4
 VARIANTS = {
@@ -102,7 +102,6 @@ def test_far_positions_in_float64_equal_the_definition(small) -> None:
 def test_a_vision_checkpoints_text_half_equals_transformers() -> None:
     from l4core.testing.checkpoints import random_model, text_config
     from model.conftest import SMALL, prompt_of
-    from model.harness import ours
 
     hf, ids = random_model(text_config(**SMALL), vision=True), prompt_of(100)
     theirs = hf.language_model(torch.tensor([ids]), use_cache=False).logits[0]
@@ -132,6 +131,21 @@ def test_thin_products_on_every_processor(case, monkeypatch: pytest.MonkeyPatch)
     for token in c.prompt(90)[85:]:
         pieces.append(harness.step({0: [token]})[0])
     assert difference(torch.cat(pieces), c.logits(90)) <= TOLERANCE
+
+
+def test_chosen_layers_hand_out_the_residual_stream_behind_them(small) -> None:
+    """transformers' hidden_states[i + 1] is the output of layer i."""
+    c = small(step=2)
+    ids, layers = c.prompt(60), (2, 0, 1)
+    theirs = c.hf(torch.tensor([ids]), use_cache=False, output_hidden_states=True).hidden_states
+    harness = Harness(ours(c.hf, aux_layers=layers))
+    logits = [harness.prefill(ids[:50])]
+    found = [harness.aux]
+    for token in ids[50:]:
+        logits.append(harness.step({0: [token]})[0])
+        found.append(harness.aux)
+    assert difference(torch.cat(found), torch.cat([theirs[i + 1][0] for i in layers], dim=-1)) <= TOLERANCE
+    assert difference(torch.cat(logits), c.logits(60)) <= TOLERANCE
 
 
 def test_names_and_shapes_are_the_ones_the_loader_fills() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from l4core.ops.linear import linear
-from l4core.ops.norm import rms_norm
+from l4core.ops.norm import add_rms_norm
 from l4core.ops.silu_mul import silu_mul
 
 
@@ -30,15 +30,16 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension."""
+    """x / rms(x) · weight over the last dimension of the residual stream x."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = parameter(size)
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, stream: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
+        """Adds `update`, where there is one, to stream [T, H] in place; → the norm of the sum."""
+        return add_rms_norm(stream, update, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):

@@ -8,8 +8,8 @@ Shapes in comments: T tokens of a step, H hidden, Hq / Hkv query / key-value hea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,57 +22,48 @@ from l4core.model.huge_pages import advise_huge_pages
 from l4core.model.layers import Linear, RMSNorm, SwiGLU, parameter
 from l4core.model.moe import MoE
 from l4core.model.rotary import Rotary, temperature
-from l4core.ops.kv_write import kv_write
+from l4core.ops.device import has_kernels
+from l4core.ops.heads import HeadRule, Heads, TorchHeads
 from l4core.ops.linear import linear
-from l4core.ops.norm import qk_norm_
-from l4core.ops.rope import rope_
 from l4core.plugin_api import AttentionBackend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """What all layers of one step share. rope: chunked? → cos and sin [T, 1, D/2, 2].  temperature: [T, 1, 1], None = off.  slots: KV group
-    name → (page, offset in the page) of each new token, int64 [T]."""
+    """What all layers of one step share."""
 
     kv: KVMemory
     backend: AttentionBackend
     segments: tuple[AttentionSegment, ...]
-    slots: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    rope: Mapping[bool, torch.Tensor]
-    temperature: torch.Tensor | None
+    heads: Heads
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer_id: int) -> None:
         super().__init__()
         self.layer_id = layer_id
-        self.num_q_heads, self.num_kv_heads, self.head_dim = config.num_q_heads, config.num_kv_heads, config.head_dim
-        self.is_rope, self.is_chunked = config.rope_layers[layer_id], config.chunked_layers[layer_id]
-        self.qk_norm_eps = config.rms_norm_eps if config.use_qk_norm and self.is_rope else None
-        q_size, kv_size = self.num_q_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        is_rope = config.rope_layers[layer_id]
+        self.rule = HeadRule(
+            num_q_heads=config.num_q_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            rope=is_rope,
+            chunked=config.chunked_layers[layer_id],
+            qk_norm_eps=config.rms_norm_eps if config.use_qk_norm and is_rope else None,
+        )
+        q_size, kv_size = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.qkv = Linear(q_size + 2 * kv_size, config.hidden_size)  # rows q | k | v
         self.o = Linear(config.hidden_size, q_size)
 
     def forward(self, x: torch.Tensor, step: _Step) -> torch.Tensor:
         """x [T, H] → [T, H]."""
-        num_tokens, num_qk = x.shape[0], self.num_q_heads + self.num_kv_heads
-        heads = self.qkv(x).contiguous().view(num_tokens, num_qk + self.num_kv_heads, self.head_dim)  # [T, Hq+2Hkv, D]
-        q, qk = heads[:, : self.num_q_heads], heads[:, :num_qk]
-        kv = heads[:, self.num_q_heads :].view(num_tokens, 2, self.num_kv_heads, self.head_dim)
-        if self.is_rope:
-            rope_(qk, step.rope[self.is_chunked])
-        if self.qk_norm_eps is not None:
-            qk_norm_(qk, self.qk_norm_eps)
-        if not self.is_rope and step.temperature is not None:
-            q.mul_(step.temperature)
-
-        group = step.kv.group_of(self.layer_id)
-        kv_write(step.kv.pages(self.layer_id), kv, *step.slots[group])
-        view, out = step.kv.view(self.layer_id), torch.empty_like(q, memory_format=torch.contiguous_format)
+        group, view = step.kv.group_of(self.layer_id), step.kv.view(self.layer_id)
+        q = step.heads(self.qkv(x), self.rule, group, step.kv.pages(self.layer_id), view)  # [T, Hq, D]
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for segment in step.segments:
             rows = slice(segment.begin, segment.end)
             step.backend.attend(q[rows], view, segment.plans[group], out[rows])
-        y: torch.Tensor = self.o(out.view(num_tokens, -1))
+        y: torch.Tensor = self.o(out.view(x.shape[0], -1))
         return y
 
 
@@ -88,11 +79,13 @@ class Layer(nn.Module):
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size_mlp)
 
-    def forward(self, x: torch.Tensor, step: _Step) -> torch.Tensor:
-        """x: the residual stream [T, H], changed in place."""
-        x = x.add_(self.attn(self.attn_norm(x), step))
+    def forward(self, stream: torch.Tensor, normed: torch.Tensor, step: _Step) -> torch.Tensor:
+        """stream: the residual stream [T, H], changed in place; normed: its `attn_norm`. → what is still to be added to the stream, which the
+        next norm does in the same pass."""
+        normed = self.mlp_norm(stream, self.attn(normed, step))
         feed_forward = self.moe if self.is_moe else self.mlp
-        return x.add_(feed_forward(self.mlp_norm(x)))
+        update: torch.Tensor = feed_forward(normed)
+        return update
 
 
 class Embedding(nn.Module):
@@ -108,10 +101,12 @@ class Embedding(nn.Module):
 class Llama4(nn.Module):
     """Weights are created empty (on torch's default device and dtype, so a meta model costs nothing) and filled by model.weights."""
 
-    def __init__(self, config: ModelConfig, *, max_positions: int) -> None:
-        """max_positions: the largest context that will be served; only a RoPE layer with full attention has a table of that size."""
+    def __init__(self, config: ModelConfig, *, max_positions: int, aux_layers: tuple[int, ...] = ()) -> None:
+        """max_positions: the largest context that will be served; only a RoPE layer with full attention has a table of that size.
+        aux_layers: ids of layers whose outputs `forward` hands out, for a drafter."""
         super().__init__()
         self.config = config
+        self.aux_layers = aux_layers
         self.rotary = Rotary(config, max_positions)
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer_id) for layer_id in range(config.num_layers))
@@ -125,16 +120,24 @@ class Llama4(nn.Module):
         advise_huge_pages(self.parameters())
         return self
 
-    def forward(self, batch: ForwardBatch, kv: KVMemory, backend: AttentionBackend) -> torch.Tensor:
+    def forward(
+        self, batch: ForwardBatch, kv: KVMemory, backend: AttentionBackend, aux: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Computes the batch's tokens, writes their keys and values, returns hidden states after the last norm: [T, H].
 
+        aux: [T, len(aux_layers) · H], receives the residual stream after each of `aux_layers`, side by side in their order.
         No host sync on an accelerator. Tokens of a step must not depend on each other through more than attention.
         """
         step = self._prepare(batch, kv, backend)
-        x = self.embed(batch.token_ids)  # [T, H]
-        for layer in self.layers:
-            x = layer(x, step)
-        normed: torch.Tensor = self.norm(x)
+        outputs = None if aux is None else aux.view(aux.shape[0], len(self.aux_layers), -1)  # [T, n, H]
+        stream = self.embed(batch.token_ids)  # [T, H]
+        layers = cast("list[Layer]", list(self.layers))
+        norms = [*(layer.attn_norm for layer in layers), self.norm]
+        normed: torch.Tensor = norms[0](stream)
+        for layer_id, layer in enumerate(layers):
+            normed = norms[layer_id + 1](stream, layer(stream, normed, step))
+            if outputs is not None:
+                self._hand_out(stream, layer_id, outputs)
         return normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -143,24 +146,49 @@ class Llama4(nn.Module):
         logits = linear(hidden, weight)
         return logits.to(_wide(logits.dtype)).contiguous()
 
+    def _hand_out(self, stream: torch.Tensor, layer_id: int, outputs: torch.Tensor) -> None:
+        for index, wanted in enumerate(self.aux_layers):
+            if wanted == layer_id:
+                outputs[:, index] = stream
+
     def _prepare(self, batch: ForwardBatch, kv: KVMemory, backend: AttentionBackend) -> _Step:
+        fused = has_kernels(self.embed.weight)
+        heads = self._triton_heads(batch) if fused else self._torch_heads(batch, kv.page_size)
+        return _Step(kv=kv, backend=backend, segments=tuple(batch.segments), heads=heads)
+
+    def _triton_heads(self, batch: ForwardBatch) -> Heads:
+        from l4core.ops.heads_triton import TritonHeads
+
+        config, device = self.config, batch.positions.device
+        return TritonHeads(
+            positions=batch.positions,
+            slots=batch.slot_mapping,
+            tables={
+                chunked: self.rotary.table(chunked=chunked, device=device, dtype=torch.float32)
+                for chunked in self._rope_kinds()
+            },
+            temperature=(config.floor_scale, config.attn_scale) if config.attn_temperature_tuning else None,
+        )
+
+    def _torch_heads(self, batch: ForwardBatch, page_size: int) -> Heads:
         config, wide = self.config, _wide(self.embed.weight.dtype)
-        rope = {
-            chunked: self.rotary.rows(batch.positions, chunked=chunked, dtype=wide)
-            for chunked in (False, True)
-            if (True, chunked) in zip(config.rope_layers, config.chunked_layers, strict=True)
-        }
         factor = None
         if config.attn_temperature_tuning and not all(config.rope_layers):
             factor = temperature(batch.positions, config, wide).view(-1, 1, 1)
-        return _Step(
-            kv=kv,
-            backend=backend,
-            segments=tuple(batch.segments),
-            slots={name: (slots // kv.page_size, slots % kv.page_size) for name, slots in batch.slot_mapping.items()},
-            rope=rope,
+        return TorchHeads(
+            slots={name: (slots // page_size, slots % page_size) for name, slots in batch.slot_mapping.items()},
+            rope={
+                chunked: self.rotary.rows(batch.positions, chunked=chunked, dtype=wide)
+                for chunked in self._rope_kinds()
+            },
             temperature=factor,
         )
+
+    def _rope_kinds(self) -> set[bool]:
+        """Whether there are RoPE layers with chunked attention (True), and with full attention (False)."""
+        return {
+            chunked for rope, chunked in zip(self.config.rope_layers, self.config.chunked_layers, strict=True) if rope
+        }
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

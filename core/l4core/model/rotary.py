@@ -54,12 +54,13 @@ class Rotary:
 
     def rows(self, positions: torch.Tensor, *, chunked: bool, dtype: torch.dtype) -> torch.Tensor:
         """cos and sin of each token, [T, 1, head_dim / 2, 2]; positions: int64 [T], absolute."""
-        chunk = self._config.attention_chunk_size
-        if chunked and chunk is not None:
-            return self._table(chunk, positions.device, dtype)[positions % chunk].unsqueeze(1)
-        return self._table(self._max_positions, positions.device, dtype)[positions].unsqueeze(1)
+        table = self.table(chunked=chunked, device=positions.device, dtype=dtype)
+        return table[positions % table.shape[0] if chunked else positions].unsqueeze(1)
 
-    def _table(self, num_positions: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def table(self, *, chunked: bool, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, head_dim / 2, 2]: row p mod rows belongs to position p."""
+        chunk = self._config.attention_chunk_size
+        num_positions = chunk if chunked and chunk is not None else self._max_positions
         key = (num_positions, device, dtype)
         if key not in self._tables:
             self._tables[key] = rope_table(self._config, num_positions, dtype).to(device)

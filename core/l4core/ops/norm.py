@@ -5,7 +5,25 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from l4core.ops.device import has_kernels
+
 HALF = (torch.bfloat16, torch.float16)
+
+
+def add_rms_norm(stream: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Adds `update` (None = nothing) to the residual stream [T, H] in place and returns the sum's RMS norm · weight [H]; one kernel on a GPU."""
+    if has_kernels(stream):
+        from l4core.ops.norm_triton import add_rms_norm_triton
+
+        return add_rms_norm_triton(stream, update, weight, eps)
+    return add_rms_norm_torch(stream, update, weight, eps)
+
+
+def add_rms_norm_torch(
+    stream: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The same in plain torch: the definition the kernel is held to."""
+    return rms_norm(stream if update is None else stream.add_(update), weight, eps)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,0 +1,51 @@
+"""Residual add and RMS norm in one launch: a program a token."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from l4core.ops.device import COMPILE
+
+
+def add_rms_norm_triton(
+    stream: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """See `norm.add_rms_norm`. Rows of `stream` and `update` may lie apart; inside a row elements are neighbours."""
+    num_tokens, size = stream.shape
+    if update is not None and update.stride(1) != 1:
+        update = update.contiguous()
+    out = torch.empty_like(stream, memory_format=torch.contiguous_format)
+    block = triton.next_power_of_2(size)
+    if num_tokens > 0:
+        _add_norm_kernel[(num_tokens,)](
+            stream,
+            update,
+            weight,
+            out,
+            stream.stride(0),
+            0 if update is None else update.stride(0),
+            size,
+            eps,
+            BLOCK=block,
+            num_warps=min(max(block // 1024, 1), 16),
+            **COMPILE,
+        )
+    return out
+
+
+@triton.jit
+def _add_norm_kernel(stream, update, weight, out, stride_stream, stride_update, size, eps, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < size
+    scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(stream + token * stride_stream + at, mask=inside, other=0.0)
+    if update is not None:
+        more = tl.load(update + token * stride_update + at, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + more.to(tl.float32)).to(x.dtype)  # what is normed is what the stream keeps
+        tl.store(stream + token * stride_stream + at, x, mask=inside)
+    x = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
+    tl.store(out + token * size + at, (x * inverse * scale).to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,129 @@
+"""Compiles core's Triton kernels for an architecture that need not be here: `python -m l4core.testing.compile_ops sm90`.
+
+Prints one JSON object a kernel: variant, kernel, bytes of shared memory, size of the binary. A compiler that dislikes something may end the process,
+so tests run one process a target.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from l4core.ops.device import COMPILE
+from l4core.ops.heads_triton import _heads_kernel
+from l4core.ops.norm_triton import _add_norm_kernel
+from l4core.ops.silu_mul_triton import _silu_mul_kernel
+
+__all__ = ["ARCHITECTURES", "CoreKernel", "compile_kernels"]
+
+ARCHITECTURES = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreKernel:
+    """One way a kernel is launched. pointers: argument → element type.  scalars: argument → type, i32 where not named.
+    constants: compile-time arguments, None for what is absent."""
+
+    name: str
+    kernel: Any
+    pointers: Mapping[str, str]
+    constants: Mapping[str, Any]
+    scalars: Mapping[str, str]
+    warps: int
+
+
+def _norm(name: str, dtype: str, **absent: None) -> CoreKernel:
+    pointers = {x: dtype for x in ("stream", "update", "weight", "out") if x not in absent}
+    constants = {"BLOCK": 8192, **absent}
+    return CoreKernel(
+        name=name, kernel=_add_norm_kernel, pointers=pointers, constants=constants, scalars={"eps": "fp32"}, warps=8
+    )
+
+
+def _heads(name: str, dtype: str, pages: str, *absent: str, few: bool = True) -> CoreKernel:
+    pointers = {"qkv": dtype, "positions": "i64", "slots": "i64", "table": "fp32", "pages": pages}
+    pointers |= {"k_scale": "fp32", "v_scale": "fp32"}
+    constants: dict[str, Any] = {
+        "NUM_Q": 40,
+        "NUM_KV": 8,
+        "HEAD_DIM": 128,
+        "PAGE": 64,
+        "TEMPERATURE": "table" in absent,
+        "FP8": pages == "u8",
+        "BLOCK_HEADS": 2 if few else 8,
+        "BLOCK_DIM": 128,
+    }
+    return CoreKernel(
+        name=name,
+        kernel=_heads_kernel,
+        pointers={x: y for x, y in pointers.items() if x not in absent},
+        constants=constants | dict.fromkeys(absent),
+        scalars={"attn_scale": "fp32", "eps": "fp32"},
+        warps=1 if few else 4,
+    )
+
+
+KERNELS = (
+    _norm("add and norm", "bf16"),
+    _norm("norm", "bf16", update=None),
+    _norm("add and norm, float32", "fp32"),
+    _heads("local heads", "bf16", "bf16", "k_scale", "v_scale"),
+    _heads("local heads, prefill", "bf16", "bf16", "k_scale", "v_scale", few=False),
+    _heads("global heads", "bf16", "bf16", "table", "eps", "k_scale", "v_scale"),
+    _heads("local heads, fp8 KV", "bf16", "u8"),
+    _heads("local heads, float32", "fp32", "fp32", "eps", "k_scale", "v_scale"),
+    CoreKernel(
+        name="SwiGLU",
+        kernel=_silu_mul_kernel,
+        pointers={"gate_up": "bf16", "out": "bf16"},
+        constants={"BLOCK": 1024},
+        scalars={},
+        warps=4,
+    ),
+)
+
+
+def compile_kernels(arch: str) -> Iterator[dict[str, Any]]:
+    """arch: one of ARCHITECTURES. One record a kernel; Triton's own error where one does not compile."""
+    target = GPUTarget("cuda", int(arch[2:]), 32) if arch.startswith("sm") else GPUTarget("hip", arch, 64)
+    for one in KERNELS:
+        signature, constexprs, divisible = {}, {}, {}
+        for index, name in enumerate(one.kernel.arg_names):
+            if name in one.constants:
+                signature[name], constexprs[name] = "constexpr", one.constants[name]
+            elif name in one.pointers:
+                signature[name] = "*" + one.pointers[name]
+            else:
+                signature[name] = one.scalars.get(name, "i32")
+            if name in one.pointers or (name.startswith("stride_") and name not in one.constants):
+                divisible[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(one.kernel, signature, constexprs, divisible)
+        done = triton.compile(source, target=target, options={"num_warps": one.warps, **COMPILE})
+        binary = done.asm["cubin" if target.backend == "cuda" else "hsaco"]
+        yield {
+            "variant": one.name,
+            "kernel": one.kernel.__name__.strip("_"),
+            "shared": done.metadata.shared,
+            "binary": len(binary),
+        }
+
+
+def main() -> int:
+    arch = sys.argv[1] if len(sys.argv) == 2 else ""
+    if arch not in ARCHITECTURES:
+        print(f"usage: python -m l4core.testing.compile_ops ARCH\nARCH: {', '.join(ARCHITECTURES)}", file=sys.stderr)
+        return 2
+    for record in compile_kernels(arch):
+        print(json.dumps(record), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

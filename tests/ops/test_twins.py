@@ -1,0 +1,46 @@
+"""Core's Triton kernels: equal to their torch twins, and compiled for every family of devices.
+
+Without an accelerator the kernels run under Triton's interpreter, in a process of their own: it is chosen by an environment variable when a kernel's
+file is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from l4core.testing.compile_ops import ARCHITECTURES, KERNELS
+from l4core.testing.compiled import compile_cases
+
+SCRIPT = Path(__file__).with_name("twins_script.py")
+CHECKS = "add_norm silu heads fp8_bits"
+
+
+def compare(device: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), device],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+def test_the_kernels_equal_their_twins() -> None:
+    assert compare("cpu", TRITON_INTERPRET="1") == CHECKS
+
+
+@pytest.mark.gpu
+def test_the_kernels_equal_their_twins_on_a_device() -> None:
+    assert compare("cuda") == CHECKS
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_kernels_compile(arch: str) -> None:
+    cases = compile_cases("l4core.testing.compile_ops", arch)
+    assert [case.outcome for case in cases] == ["passed"] * len(KERNELS), cases[-1]
