@@ -140,6 +140,13 @@ class EngineConfig:
         unit="tokens",
         minimum=1,
     )
+    itl_target_ms: float | None = _opt(
+        None,
+        "longest wanted time between two tokens of a request; while any decode, prompts get as many tokens a step as it allows",
+        SCHEDULING,
+        unit="milliseconds",
+        minimum=0.1,
+    )
     tp: int = _opt(1, "tensor-parallel ranks", PARALLEL, aliases=("tp_size", "tensor_parallel_size"), minimum=1)
     speculative_algorithm: str | None = _opt(
         None, "EAGLE3 or a drafter's name", SPECULATION, not_built=f"--speculative-algorithm {LATER}"

@@ -223,6 +223,7 @@ class StepStats:
 
     pages_total: were all memory that group's.  pages_cached: held by nobody, still findable.  num_prefix_hits: tokens that started sequences
     found computed in this step.  num_drafted_tokens, num_accepted_tokens: guesses verified in this step, and those that were right.
+    num_prefill_scores: tokens that the prompt tokens looked at, summed, of a layer without chunks.
     """
 
     num_running: int = 0
@@ -230,6 +231,7 @@ class StepStats:
     num_preemptions: int = 0
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
+    num_prefill_scores: float = 0.0
     pages_used: Mapping[str, int] = field(default_factory=dict)
     pages_total: Mapping[str, int] = field(default_factory=dict)
     pages_cached: Mapping[str, int] = field(default_factory=dict)

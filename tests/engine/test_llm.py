@@ -61,6 +61,19 @@ def test_what_is_no_sampling_params_is_named(llm: LLM, params: Any) -> None:
         llm.generate(["hi"], params)
 
 
+def test_an_unreachable_itl_target_slows_prompts_down_and_changes_no_token(tiny: Path, llm: LLM) -> None:
+    prompts = [[1, 2, 3], [*range(5, 105)]]
+    params = [SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True), SHORT]
+    with LLM(
+        tiny.as_posix(), dtype="float32", device="cpu", max_model_len=300, progress=False, itl_target_ms=0.1
+    ) as paced:
+        engine = paced._built.engine
+        seen = [out.outputs[0].token_ids for out in paced.generate(prompts, params)]
+        assert engine.scheduler.costs is not None
+        assert engine.scheduler.costs.target_ms <= 0.1
+    assert seen == [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+
+
 def test_a_closed_one_says_so(tiny: Path) -> None:
     closed = LLM(tiny.as_posix(), dtype="float32", device="cpu", progress=False)
     closed.close()

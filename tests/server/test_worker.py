@@ -140,6 +140,15 @@ def test_an_idle_engine_is_not_stepped(server: Server) -> None:
     ]  # none while there was nothing to do
 
 
+def test_a_target_sends_what_steps_cost_with_each_inbox(server: Server) -> None:
+    server.send(Start(config=EngineConfig(model="x", itl_target_ms=25.0), log_level=20))
+    assert isinstance(server.receive(), Ready)
+    server.send(Submit.of(Inbox(requests=[request("a")])))
+    assert all(isinstance(server.receive(), Stepped) for _ in range(2))
+    costs = [inbox.step_costs for inbox in server.engine.inboxes]
+    assert [c.target_ms for c in costs if c is not None] == [25.0, 25.0]
+
+
 def test_what_came_during_a_step_is_taken_in_together_and_in_order(server: Server) -> None:
     server.start()
     server.engine.length = 10**9

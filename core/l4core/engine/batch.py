@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from l4core.engine.step_costs import StepCosts
 from l4core.request import Request, TokenLogprobs
 
 
@@ -112,9 +113,11 @@ class StepTokens:
 class Inbox:
     """What came in since the last step. The scheduler reads no clock: deadlines arrive here as aborts.
 
-    flush_cache: forget all cached prefixes, before the requests are taken in.
+    flush_cache: forget all cached prefixes, before the requests are taken in.  step_costs: what steps cost, and may cost, from now on; None = no
+    change.
     """
 
     requests: Sequence[Request] = ()
     aborts: Sequence[str] = ()
     flush_cache: bool = False
+    step_costs: StepCosts | None = None

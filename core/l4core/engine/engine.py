@@ -60,6 +60,8 @@ class Engine:
         self._check_ids(inbox.requests)
         if inbox.flush_cache:
             self.scheduler.kv.flush()
+        if inbox.step_costs is not None:
+            self.scheduler.costs = inbox.step_costs
         refused = []
         for request in inbox.requests:
             try:

@@ -14,6 +14,7 @@ from l4core.config import EngineConfig, from_mapping
 from l4core.engine.batch import Inbox
 from l4core.engine.build import BuiltEngine, build_engine
 from l4core.engine.frontend import Frontend
+from l4core.engine.pace import paced
 from l4core.errors import ConfigError, RequestError
 from l4core.request import CompletionOutput, Request, RequestOutput, SamplingParams, SequenceUpdate
 
@@ -121,11 +122,11 @@ class LLM:
     def _drive(self, jobs: Mapping[str, _Job], requests: Sequence[Request], use_tqdm: bool) -> None:
         """Step until every request ended. Leaving early (an error, Ctrl-C) aborts what is unfinished, so the engine stays usable."""
         engine, unfinished = self._built.engine, {r.request_id for r in requests}
-        inbox = Inbox(requests=requests)
+        inbox, step = Inbox(requests=requests), paced(engine, self.config.itl_target_ms)
         try:
             with tqdm(total=len(requests), unit="seq", disable=not use_tqdm or len(requests) < 8) as bar:
                 while unfinished:
-                    output = engine.step(inbox)
+                    output = step(inbox)
                     aborts = []
                     for update in output.updates:
                         if update.request_id not in unfinished:  # the end of one that an earlier call gave up

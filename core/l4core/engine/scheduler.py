@@ -22,6 +22,7 @@ from l4core.engine.batch import (
     StepTokens,
 )
 from l4core.engine.sequence import NO_ROW, RankedQueue, SequenceState
+from l4core.engine.step_costs import StepBudget, StepCosts, piece_scores
 from l4core.engine.stops import StopRule
 from l4core.errors import RequestError
 from l4core.kv.manager import NOTHING, KVManager, NewEntries
@@ -41,6 +42,7 @@ class Scheduler:
             raise ValueError(f"the limits say chunks of {limits.chunk_size} tokens, the KV groups {kv.chunk_size}")
         self.limits = limits
         self.kv = kv
+        self.costs: StepCosts | None = None
         self._waiting, self._running = RankedQueue(), RankedQueue()
         self._live: dict[str, SequenceState] = {}
         self._rows = list(range(limits.max_running - 1, -1, -1))
@@ -135,6 +137,7 @@ class Scheduler:
             raise ValueError(f"{len(tokens.drawn)} draws came for {len(self._in_flight)} scheduled sequences")
         updates, self._updates = self._updates, []
         num_prefill = num_decode = 0
+        scores = 0.0
         for seq, drawn in zip(self._in_flight, tokens.drawn, strict=True):
             entry, seq.entry = seq.entry, None
             assert entry is not None
@@ -142,10 +145,11 @@ class Scheduler:
                 num_decode += 1
             else:
                 num_prefill += len(entry.token_ids)
+                scores += piece_scores(entry.start, len(entry.token_ids))
             if not seq.finished and (update := self._take_in(seq, entry, drawn)) is not None:
                 updates.append(update)
         self._in_flight = []
-        return StepOutput(updates=updates, stats=self._stats(num_prefill, num_decode))
+        return StepOutput(updates=updates, stats=self._stats(num_prefill, num_decode, scores))
 
     @property
     def sequences(self) -> Collection[SequenceState]:
@@ -188,8 +192,8 @@ class Scheduler:
 
     def _schedule_decodes(
         self, decodes: list[SequenceState], drafts: Mapping[str, Draft]
-    ) -> tuple[list[SequenceState], int]:
-        """→ (those in the batch, tokens still allowed).
+    ) -> tuple[list[SequenceState], StepBudget]:
+        """→ (those in the batch, what prompts may still take).
 
         There are never more decodes than a step has tokens: the youngest was admitted in a step that served all the others too. Drafts get what
         is left.
@@ -221,19 +225,19 @@ class Scheduler:
             spare -= len(guesses)
             (verified if guesses else chosen).append(seq)
         chosen += verified
-        return chosen, spare + len(decodes) - len(chosen)
+        return chosen, StepBudget(spare + len(decodes) - len(chosen), self.costs, len(chosen))
 
-    def _schedule_prefills(self, prefills: list[SequenceState], chosen: list[SequenceState], budget: int) -> None:
+    def _schedule_prefills(
+        self, prefills: list[SequenceState], chosen: list[SequenceState], budget: StepBudget
+    ) -> None:
         """The next piece of every prompt, running or waiting, best first, until tokens or pages run out."""
         for seq in prefills:
-            budget = self._admit(chosen, budget, before=seq)
+            self._admit(chosen, budget, before=seq)
             if seq.row == NO_ROW:
                 continue
-            used = self._schedule_piece(seq, budget) if budget else 0
-            if not used:  # worse ones must not take the pages it waits for
+            if not (budget and self._schedule_piece(seq, budget)):  # worse ones must not take the pages it waits for
                 return
             chosen.append(seq)
-            budget -= used
         self._admit(chosen, budget)
 
     def _take_prefix(self, seq: SequenceState) -> None:
@@ -272,18 +276,19 @@ class Scheduler:
         for group, table in zip(self.kv.groups, seq.tables.tables, strict=True):
             self._hits[group.name] += max(0, start - table.first_index * self.kv.page_size)
 
-    def _schedule_piece(self, seq: SequenceState, budget: int, *, first: bool = False) -> int:
-        """A piece of at most `budget` tokens that ends at a chunk border at the latest → its length, 0 = no pages for it now.
+    def _schedule_piece(self, seq: SequenceState, budget: StepBudget, *, first: bool = False) -> bool:
+        """A piece that the budget allows and that ends at a chunk border at the latest → whether there were pages for it.
 
         first: since it has a row, so the row's entries are all new, those of a cached prefix among them.
         """
         start = seq.num_computed
-        end = min(seq.num_tokens, start + budget)
+        end = min(seq.num_tokens, start + budget.piece(start))
         if self.limits.chunk_size is not None:
             end = min(end, (start // self.limits.chunk_size + 1) * self.limits.chunk_size)
         new_pages = self._make_room(seq, end)
         if new_pages is None:
-            return 0
+            return False
+        budget.spend(start, end - start)
         if first and start:
             new_pages = {
                 group.name: NewPages(first_index=table.first_index, pages=tuple(table.pages))
@@ -299,10 +304,10 @@ class Scheduler:
             is_decode=False,
             output_token_ids=seq.output_token_ids,
         )
-        return end - start
+        return True
 
-    def _admit(self, chosen: list[SequenceState], budget: int, before: SequenceState | None = None) -> int:
-        """Start waiting requests (those that rank before `before`) while tokens, rows and pages last → the tokens still allowed.
+    def _admit(self, chosen: list[SequenceState], budget: StepBudget, before: SequenceState | None = None) -> None:
+        """Start waiting requests (those that rank before `before`) while the budget, rows and pages last.
 
         Strictly in rank order: a small one does not overtake a large one that waits for memory, or the large one might wait for ever.
         """
@@ -322,12 +327,10 @@ class Scheduler:
             self._waiting.remove(seq)
             seq.row = self._rows.pop()
             self._running.add(seq)
-            used = self._schedule_piece(seq, budget, first=True)
-            assert used, "admission left no room for the first piece"
+            started = self._schedule_piece(seq, budget, first=True)
+            assert started, "admission left no room for the first piece"
             self._count_hits(seq)
             chosen.append(seq)
-            budget -= used
-        return budget
 
     def _make_room(self, seq: SequenceState, upto_len: int) -> Mapping[str, NewPages] | None:
         """Slots for the first `upto_len` tokens, taken from worse-ranked sequences if need be; None = it must sit this step out.
@@ -414,7 +417,7 @@ class Scheduler:
     def _report_end(self, request: Request, reason: FinishReason, error: str = "") -> None:
         self._updates.append(SequenceUpdate(request_id=request.request_id, finish_reason=reason, error=error))
 
-    def _stats(self, num_prefill: int, num_decode: int) -> StepStats:
+    def _stats(self, num_prefill: int, num_decode: int, scores: float) -> StepStats:
         """num_preemptions and the token counts are this step's; the rest are gauges after it."""
         evicted, self._evicted = self._evicted, []
         hits, self._hits = self._hits, dict.fromkeys(self._hits, 0)
@@ -426,6 +429,7 @@ class Scheduler:
             num_preemptions=len(evicted),
             num_prefill_tokens=num_prefill,
             num_decode_tokens=num_decode,
+            num_prefill_scores=scores,
             pages_used=self.kv.pages_used,
             pages_total=self.kv.pages_total,
             pages_cached=self.kv.pages_cached,

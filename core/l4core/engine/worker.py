@@ -39,6 +39,7 @@ from l4core.engine.messages import (
     frame,
     read_frame,
 )
+from l4core.engine.pace import paced
 from l4core.errors import L4Error, RequestError
 from l4core.request import Request, StepOutput
 
@@ -124,10 +125,13 @@ class ForwardLogs(logging.Handler):
             self._send(Log(level=record.levelno, name=record.name, text=self.format(record)))
 
 
-def run(engine: SteppedEngine, mailbox: Mailbox, send: Callable[[ToServer], None]) -> None:
+def run(
+    engine: SteppedEngine, mailbox: Mailbox, send: Callable[[ToServer], None], itl_target_ms: float | None = None
+) -> None:
     """Step until the server is gone. Sleeps while there is nothing to do."""
+    step = paced(engine, itl_target_ms)
     while (inbox := mailbox.collect(wait=not engine.has_work)) is not None:
-        output = engine.step(_without_refused(engine, inbox, send))
+        output = step(_without_refused(engine, inbox, send))
         send(Stepped(output=output))
 
 
@@ -170,7 +174,7 @@ def serve(
         built = factory(start.config)
         ready = True
         send(Ready(report=list(built.report), folder=str(built.folder), context_length=built.context_length))
-        run(built.engine, mailbox, send)
+        run(built.engine, mailbox, send, start.config.itl_target_ms)
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the server is gone
     except Exception as error:  # noqa: BLE001  (the last words of the process, told to the server)
