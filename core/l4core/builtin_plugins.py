@@ -7,6 +7,9 @@ from l4core.plugin_api import (
     AttentionBackendEntry,
     AttentionRequirements,
     ChatTemplateEntry,
+    ExpertKernelEntry,
+    ExpertRequirements,
+    ExpertsUsable,
     Platform,
     SamplerEntry,
     Tier,
@@ -26,6 +29,15 @@ def l4_attention_backends() -> list[AttentionBackendEntry]:
             name="reference", api=PLUGIN_API, probe=probe_reference, create="l4core.attention.reference:create"
         ),
         AttentionBackendEntry(name="sdpa", api=PLUGIN_API, probe=probe_sdpa, create="l4core.attention.sdpa:create"),
+    ]
+
+
+@hookimpl
+def l4_expert_kernels() -> list[ExpertKernelEntry]:
+    return [
+        ExpertKernelEntry(
+            name="torch", api=PLUGIN_API, probe=probe_torch_experts, create="l4core.experts.portable:create"
+        )
     ]
 
 
@@ -62,6 +74,14 @@ def probe_sdpa(platform: Platform, requirements: AttentionRequirements) -> Usabl
     """Any device torch knows. PORTABLE everywhere, so a backend with kernels tuned for an accelerator wins there."""
     refused = _refuse(requirements, FLOATS, FLOATS, tree_mask=False)
     return refused or Usable(tier=Tier.PORTABLE, provider=f"torch {platform.torch_version}")
+
+
+def probe_torch_experts(platform: Platform, requirements: ExpertRequirements) -> ExpertsUsable | Unusable:
+    """Any device torch knows, weights of the compute dtype."""
+    formats = {requirements.weight_format, requirements.shared_format} - {"plain", None}
+    if formats:
+        return Unusable(reason=f"weights are {', '.join(map(str, formats))}; torch's experts take plain ones")
+    return ExpertsUsable(tier=Tier.PORTABLE, graph=True, provider=f"torch {platform.torch_version}")
 
 
 def _refuse(

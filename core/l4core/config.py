@@ -92,6 +92,13 @@ class EngineConfig:
     attention_option: tuple[str, ...] = _opt(
         (), "key=value for the chosen backend; may be repeated", ATTENTION, metavar="KEY=VALUE"
     )
+    expert_kernel: str | None = _opt(
+        None,
+        "kernel of the mixture of experts by name (default: the best usable)",
+        MODEL,
+        aliases=("moe_runner_backend",),
+        metavar="NAME",
+    )
     page_size: int | None = _opt(
         None,
         "KV page; any divisor of the model's attention chunk (default: the backend's preference, 64)",

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 
 import pluggy
 
-from l4core.plugin_api import PROJECT, AttentionBackendEntry, ChatTemplateEntry, DrafterEntry, SamplerEntry
+from l4core.plugin_api import (
+    PROJECT,
+    AttentionBackendEntry,
+    ChatTemplateEntry,
+    DrafterEntry,
+    ExpertKernelEntry,
+    SamplerEntry,
+)
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 
@@ -17,6 +24,11 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 @hookspec
 def l4_attention_backends() -> Sequence[AttentionBackendEntry]:  # type: ignore[empty-body]
     """Attention backends this package offers."""
+
+
+@hookspec
+def l4_expert_kernels() -> Sequence[ExpertKernelEntry]:  # type: ignore[empty-body]
+    """Kernels for the mixture of experts that this package offers."""
 
 
 @hookspec

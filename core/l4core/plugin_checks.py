@@ -12,7 +12,13 @@ import pluggy
 
 from l4core import plugin_compat
 from l4core.errors import PluginError
-from l4core.plugin_api import AttentionBackendEntry, ChatTemplateEntry, DrafterEntry, SamplerEntry
+from l4core.plugin_api import (
+    AttentionBackendEntry,
+    ChatTemplateEntry,
+    DrafterEntry,
+    ExpertKernelEntry,
+    SamplerEntry,
+)
 from l4core.plugin_entries import PluginRow, Provided
 
 CORE = "l4core"
@@ -32,10 +38,14 @@ HOOKS: Mapping[str, HookKind] = {
     "l4_attention_backends": HookKind(
         record=AttentionBackendEntry, field="attention_backends", word="attention backend"
     ),
+    "l4_expert_kernels": HookKind(record=ExpertKernelEntry, field="expert_kernels", word="expert kernel"),
     "l4_samplers": HookKind(record=SamplerEntry, field="samplers", word="sampler"),
     "l4_chat_templates": HookKind(record=ChatTemplateEntry, field="chat_templates", word="chat template"),
     "l4_drafters": HookKind(record=DrafterEntry, field="drafters", word="drafter"),
 }
+
+PROBED = ("l4_attention_backends", "l4_expert_kernels")
+"""Hooks whose entries are chosen by a verdict."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +102,7 @@ def check_result(hook: str, result: object, row: PluginRow) -> Iterator[Offer]:
             raise PluginError(f"{hook} returned a {type(entry).__name__} in its list; wanted {kind.record.__name__}")
         _check_entry(hook, entry)
         refused = plugin_compat.refusal(entry.api, row.name, row.version)
-        if refused is not None and hook != "l4_attention_backends":  # a backend becomes a candidate that says so itself
+        if refused is not None and hook not in PROBED:  # these become candidates that say so themselves
             raise PluginError(f"{kind.word} {entry.name!r}: {refused.reason}; {refused.fix}")
         provided = Provided(entry=entry, distribution=row.name, version=row.version)
         yield Offer(hook=hook, provided=provided, entry_point=row.entry_point)
@@ -111,9 +121,10 @@ def _check_entry(hook: str, entry: Any) -> None:
             f'create is {entry.create!r}; wanted "package.module:function"',
         ),
     ]
+    if isinstance(entry, (AttentionBackendEntry, ExpertKernelEntry)):
+        problems.append((not callable(entry.probe), f"probe is {type(entry.probe).__name__}; wanted a function"))
     if isinstance(entry, AttentionBackendEntry):
         problems += [
-            (not callable(entry.probe), f"probe is {type(entry.probe).__name__}; wanted a function"),
             (
                 not isinstance(entry.options, Mapping)
                 or not all(isinstance(x, str) for kv in entry.options.items() for x in kv),

@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from l4core.errors import PluginError
-from l4core.plugin_api import AttentionBackendEntry, ChatTemplateEntry, DrafterEntry, SamplerEntry
+from l4core.plugin_api import (
+    AttentionBackendEntry,
+    ChatTemplateEntry,
+    DrafterEntry,
+    ExpertKernelEntry,
+    SamplerEntry,
+)
 
 
 class NamedEntry(Protocol):
-    """What all four kinds of entry have in common."""
+    """What all kinds of entry have in common."""
 
     @property
     def name(self) -> str: ...
@@ -61,6 +67,7 @@ class Plugins:
     """Everything found at start-up. Entries are sorted by name; order carries no meaning. A plugin that failed is only in `rows`."""
 
     attention_backends: tuple[Provided[AttentionBackendEntry], ...] = ()
+    expert_kernels: tuple[Provided[ExpertKernelEntry], ...] = ()
     samplers: tuple[Provided[SamplerEntry], ...] = ()
     chat_templates: tuple[Provided[ChatTemplateEntry], ...] = ()
     drafters: tuple[Provided[DrafterEntry], ...] = ()

@@ -203,7 +203,7 @@ def _finish_rows(rows: list[PluginRow], kept: list[Offer]) -> list[PluginRow]:
 
 
 def _collect(offers: list[Offer], rows: list[PluginRow]) -> Plugins:
-    """Sort the offers into the four kinds."""
+    """Sort the offers into their kinds."""
     kinds: dict[str, list[Provided[Any]]] = {hook.field: [] for hook in HOOKS.values()}
     for offer in sorted(offers, key=lambda o: o.provided.entry.name):
         kinds[HOOKS[offer.hook].field].append(offer.provided)

@@ -18,6 +18,7 @@ from l4core.engine.memory_budget import kv_budget
 from l4core.engine.runner import Runner
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.errors import ConfigError
+from l4core.experts.select import SelectedExperts, select_experts
 from l4core.kv.manager import KVManager
 from l4core.kv.memory import KVMemory
 from l4core.kv.planner import KVPlan, plan_kv
@@ -26,7 +27,7 @@ from l4core.model.llama4 import Llama4
 from l4core.model.repository import resolve_model
 from l4core.model.weights import fill_dummy, load_weights
 from l4core.platform import Platform, detect
-from l4core.plugin_api import AttentionRequirements, Sampler
+from l4core.plugin_api import AttentionRequirements, ExpertKernel, ExpertRequirements, Sampler
 from l4core.plugin_manager import Plugins, create_object, load_plugins
 from l4core.sampling.pipeline import SamplingPipeline
 
@@ -64,12 +65,13 @@ def build_engine(
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else _torch_dtype(config.kv_cache_dtype)
     plugins = load_plugins()
     selected = _select(config, model_config, platform, plugins, dtype, kv_dtype)
+    experts = _select_experts(config, model_config, platform, plugins, dtype)
     weight_bytes = sum(p.numel() for p in _meta_model(model_config, 1).parameters()) * dtype.itemsize
     plan = _plan(config, model_config, platform, selected, kv_dtype, weight_bytes)
-    model = _load_model(config, model_config, folder, device, dtype, plan.max_context, progress)
+    model = _load_model(config, model_config, folder, device, dtype, plan.max_context, progress, experts)
     engine = _wire(config, model_config, model, plan, selected, plugins, device, kv_dtype)
     report = _report(
-        config, model_config, platform, selected, plan, dtype, kv_dtype, weight_bytes, time.perf_counter() - began
+        config, model_config, platform, selected, experts, plan, dtype, kv_dtype, weight_bytes, time.perf_counter() - began
     )
     return BuiltEngine(
         engine=engine,
@@ -144,6 +146,28 @@ def _select(
     )
 
 
+def expert_requirements(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> ExpertRequirements:
+    """What this model under these flags asks of an expert kernel, on one rank."""
+    return ExpertRequirements(
+        num_experts=model.num_experts,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        dtype=dtype_name(dtype),
+        max_num_tokens=max(config.chunked_prefill_size, config.max_running_requests),
+    )
+
+
+def _select_experts(
+    config: EngineConfig, model: ModelConfig, platform: Platform, plugins: Plugins, dtype: torch.dtype
+) -> SelectedExperts | None:
+    """None for a model without experts."""
+    if not any(model.moe_layers):
+        return None
+    device = platform.device_type if config.device == "auto" else config.device
+    req = expert_requirements(config, model, dtype)
+    return select_experts(plugins, platform, req, named=config.expert_kernel, device=device)
+
+
 def parse_attention_options(items: tuple[str, ...]) -> Mapping[str, str]:
     """("a=1", "b=2") → {"a": "1", "b": "2"}. ConfigError for anything else."""
     options: dict[str, str] = {}
@@ -157,9 +181,9 @@ def parse_attention_options(items: tuple[str, ...]) -> Mapping[str, str]:
     return options
 
 
-def _meta_model(config: ModelConfig, max_positions: int) -> Llama4:
+def _meta_model(config: ModelConfig, max_positions: int, experts: ExpertKernel | None = None) -> Llama4:
     with torch.device("meta"):
-        return Llama4(config, max_positions=max_positions)
+        return Llama4(config, max_positions=max_positions, experts=experts)
 
 
 def _load_model(
@@ -170,9 +194,11 @@ def _load_model(
     dtype: torch.dtype,
     max_positions: int,
     progress: bool,
+    experts: SelectedExperts | None,
 ) -> Llama4:
     """The model with its weights on the device; they are written straight into place, so there is never a second copy."""
-    model = _meta_model(model_config, max_positions).to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    kernel = None if experts is None else experts.kernel
+    model = _meta_model(model_config, max_positions, kernel).to(dtype).to_empty(device=device).requires_grad_(False).eval()
     parameters = dict(model.named_parameters())
     if config.load_format == "dummy":
         fill_dummy(parameters, config.random_seed)
@@ -189,7 +215,7 @@ def _plan(
     kv_dtype: torch.dtype,
     weight_bytes: int,
 ) -> KVPlan:
-    taken = weight_bytes + selected.verdict.workspace_bytes
+    taken = weight_bytes + selected.verdict.workspace_bytes + (experts.verdict.workspace_bytes if experts else 0)
     return plan_kv(
         model.kv_groups(),
         page_size=selected.page_size,
@@ -260,6 +286,7 @@ def _report(
     model: ModelConfig,
     platform: Platform,
     selected: Selected,
+    experts: SelectedExperts | None,
     plan: KVPlan,
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
@@ -267,7 +294,7 @@ def _report(
     seconds: float,
 ) -> tuple[str, ...]:
     """The start-up block, one fact a line: label padded to 16, then the value."""
-    experts = f", {model.num_experts} experts in {sum(model.moe_layers)}" if any(model.moe_layers) else ""
+    sparse = f", {model.num_experts} experts in {sum(model.moe_layers)}" if any(model.moe_layers) else ""
     tokens = " or ".join(f"{name} {count:,}" for name, count in plan.num_tokens.items())
     cut = " or ".join(f"{count} {name}" for name, count in plan.shape.pages.items())
     device = f"{platform.device_type} · {platform.device_name or platform.arch}" + (
@@ -276,11 +303,12 @@ def _report(
     lines = [
         (
             "model",
-            f"{config.model} · {model.architecture} · {model.num_layers} layers{experts} · {weight_bytes / 1e9:.2f} GB",
+            f"{config.model} · {model.architecture} · {model.num_layers} layers{sparse} · {weight_bytes / 1e9:.2f} GB",
         ),
         ("device", device),
         ("dtype", f"{dtype_name(dtype)} · KV {dtype_name(kv_dtype)}"),
         ("attention", selected.describe()),
+        *([("experts", experts.describe())] if experts else []),
         (
             "page size",
             f"{plan.page_size} tokens · superpage of {cut} pages, {max(plan.waste.values()):.1%} waste at most",

@@ -25,7 +25,7 @@ from l4core.model.rotary import Rotary, temperature
 from l4core.ops.device import has_kernels
 from l4core.ops.heads import HeadRule, Heads, TorchHeads
 from l4core.ops.linear import linear
-from l4core.plugin_api import AttentionBackend
+from l4core.plugin_api import AttentionBackend, ExpertKernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,14 +68,14 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, layer_id: int) -> None:
+    def __init__(self, config: ModelConfig, layer_id: int, experts: ExpertKernel | None) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(config, layer_id)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.moe_layers[layer_id]
         if self.is_moe:
-            self.moe = MoE(config)
+            self.moe = MoE(config, experts)
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size_mlp)
 
@@ -101,15 +101,23 @@ class Embedding(nn.Module):
 class Llama4(nn.Module):
     """Weights are created empty (on torch's default device and dtype, so a meta model costs nothing) and filled by model.weights."""
 
-    def __init__(self, config: ModelConfig, *, max_positions: int, aux_layers: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        max_positions: int,
+        experts: ExpertKernel | None = None,
+        aux_layers: tuple[int, ...] = (),
+    ) -> None:
         """max_positions: the largest context that will be served; only a RoPE layer with full attention has a table of that size.
-        aux_layers: ids of layers whose outputs `forward` hands out, for a drafter."""
+        experts: the kernel of the mixture of experts, None = torch's.  aux_layers: ids of layers whose outputs `forward` hands out, for a
+        drafter."""
         super().__init__()
         self.config = config
         self.aux_layers = aux_layers
         self.rotary = Rotary(config, max_positions)
         self.embed = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, layer_id) for layer_id in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, layer_id, experts) for layer_id in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.vocab_size, config.hidden_size)

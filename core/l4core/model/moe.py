@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from l4core.experts.portable import TorchExperts
 from l4core.model.config import ModelConfig
 from l4core.model.layers import Linear, SwiGLU, parameter
-from l4core.ops.grouped import group_rows, grouped_linear
-from l4core.ops.silu_mul import silu_mul
+from l4core.ops.router import route
+from l4core.plugin_api import ExpertKernel, ExpertWeights
 
 
 class Experts(nn.Module):
@@ -24,21 +25,27 @@ class Experts(nn.Module):
 
 class MoE(nn.Module):
     """out = shared(x) + expert_e(s · x), e the arg-max of the router's logits, s = sigmoid of that logit in float32. Because the expert is
-    nonlinear, s on its output would be another function."""
+    nonlinear, s on its output would be another function.
 
-    def __init__(self, config: ModelConfig) -> None:
+    kernel: computes everything after the router; chosen once for the model (experts.select), torch's where none is given."""
+
+    def __init__(self, config: ModelConfig, kernel: ExpertKernel | None = None) -> None:
         super().__init__()
         self.router = Linear(config.num_experts, config.hidden_size)
         self.shared = SwiGLU(config.hidden_size, config.intermediate_size)
         self.experts = Experts(config)
+        self.kernel = kernel or TorchExperts()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, H] → [T, H]; the result may be a transposed view."""
-        best, expert_ids = self.router(x).max(dim=-1)  # [T], [T]
-        score = best.to(torch.promote_types(best.dtype, torch.float32)).sigmoid().to(x.dtype)  # [T]
-        groups = group_rows(expert_ids, self.router.weight.shape[0])
-        routed = groups.pack(x * score.unsqueeze(1))  # [T, H]
-        routed = silu_mul(grouped_linear(routed, self.experts.gate_up, groups))  # [T, I]
-        routed = grouped_linear(routed, self.experts.down, groups)  # [T, H]
-        out: torch.Tensor = self.shared(x)
-        return out.add_(groups.unpack(routed))
+        expert_ids, score = route(x, self.router.weight)
+        return self.kernel.forward(x, expert_ids, score, self.weights())
+
+    def weights(self) -> ExpertWeights:
+        """This layer's weights as kernels read them; made at each call because a parameter may be moved."""
+        return ExpertWeights(
+            gate_up=self.experts.gate_up.transpose(1, 2),
+            down=self.experts.down.transpose(1, 2),
+            shared_gate_up=self.shared.gate_up.weight,
+            shared_down=self.shared.down.weight,
+        )
