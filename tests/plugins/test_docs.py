@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from experts.problem import make
 from l4core import hookspecs
 from l4core.plugin_api import ChatTemplate, Sampler, Usable
 from l4core.testing import conformance
@@ -87,6 +88,11 @@ def test_the_examples_of_the_hooks_page_pass_their_kits(site: Site, monkeypatch:
         assert len(tests) >= 6
         for name in tests:
             getattr(kit, name)()
+
+
+def test_the_expert_kernel_of_the_hooks_page_computes_the_definition() -> None:
+    kernel = run_blocks("hooks.md")["create"](None)
+    assert make([2, 0, 2], 3).error(kernel) < 1e-5
 
 
 def made(create: Any, base: type[Any]) -> Any:

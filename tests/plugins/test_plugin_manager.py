@@ -238,7 +238,7 @@ def test_one_module_in_two_distributions(site) -> None:
 
 
 def test_a_newer_hook_marked_optional_is_passed_over(site) -> None:
-    hook = "\n@hookimpl(optionalhook=True)\ndef l4_expert_kernels():\n    raise AssertionError\n"
+    hook = "\n@hookimpl(optionalhook=True)\ndef l4_telepathy():\n    raise AssertionError\n"
     site.install("l4-test-new", SAMPLER_HEAD + f"@hookimpl\ndef l4_samplers():\n    return [{ENTRY}]\n" + hook)
     plugins = load_plugins({})
     assert row_of(plugins, "l4-test-new").status == "loaded"
@@ -338,6 +338,10 @@ def check_hook(site, hook: str, record: str, field: str, extra: str = "") -> Non
 
 def test_hook_l4_attention_backends(site) -> None:
     check_hook(site, "l4_attention_backends", "AttentionBackendEntry", "attention_backends", ", probe=print")
+
+
+def test_hook_l4_expert_kernels(site) -> None:
+    check_hook(site, "l4_expert_kernels", "ExpertKernelEntry", "expert_kernels", ", probe=print")
 
 
 def test_hook_l4_samplers(site) -> None:

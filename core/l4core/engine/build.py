@@ -67,11 +67,20 @@ def build_engine(
     selected = _select(config, model_config, platform, plugins, dtype, kv_dtype)
     experts = _select_experts(config, model_config, platform, plugins, dtype)
     weight_bytes = sum(p.numel() for p in _meta_model(model_config, 1).parameters()) * dtype.itemsize
-    plan = _plan(config, model_config, platform, selected, kv_dtype, weight_bytes)
+    plan = _plan(config, model_config, platform, selected, experts, kv_dtype, weight_bytes)
     model = _load_model(config, model_config, folder, device, dtype, plan.max_context, progress, experts)
     engine = _wire(config, model_config, model, plan, selected, plugins, device, kv_dtype)
     report = _report(
-        config, model_config, platform, selected, experts, plan, dtype, kv_dtype, weight_bytes, time.perf_counter() - began
+        config,
+        model_config,
+        platform,
+        selected,
+        experts,
+        plan,
+        dtype,
+        kv_dtype,
+        weight_bytes,
+        time.perf_counter() - began,
     )
     return BuiltEngine(
         engine=engine,
@@ -198,7 +207,9 @@ def _load_model(
 ) -> Llama4:
     """The model with its weights on the device; they are written straight into place, so there is never a second copy."""
     kernel = None if experts is None else experts.kernel
-    model = _meta_model(model_config, max_positions, kernel).to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    model = (
+        _meta_model(model_config, max_positions, kernel).to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    )
     parameters = dict(model.named_parameters())
     if config.load_format == "dummy":
         fill_dummy(parameters, config.random_seed)
@@ -212,6 +223,7 @@ def _plan(
     model: ModelConfig,
     platform: Platform,
     selected: Selected,
+    experts: SelectedExperts | None,
     kv_dtype: torch.dtype,
     weight_bytes: int,
 ) -> KVPlan:

@@ -76,8 +76,8 @@ def select_experts(
                 raise
             refusals.append(error)
             continue
-        for error in refusals:
-            logger.warning("%s; using %s", error, selected.name)
+        for refusal in refusals:
+            logger.warning("%s; using %s", refusal, selected.name)
         return selected
     raise BackendUnavailable(
         f"no expert kernel is usable on {platform.device_type} ({platform.arch}):"
@@ -112,10 +112,13 @@ def _probe(
         return verdict if verdict.reason else Unusable(reason="its probe refused without a reason", fix=verdict.fix)
     if not isinstance(verdict, ExpertsUsable):
         return Unusable(reason=f"its probe returned {type(verdict).__name__}; wanted ExpertsUsable or Unusable")
-    if not isinstance(verdict.tier, Tier):
-        return Unusable(reason=f"its probe returned tier {verdict.tier!r}; wanted a Tier")
+    tier: object = verdict.tier
+    if not isinstance(tier, Tier):
+        return Unusable(reason=f"its probe returned tier {tier!r}; wanted a Tier")
     if req.needs_graph and not verdict.graph:
-        return Unusable(reason="graph capture is asked for; this kernel does not declare it", fix="--disable-cuda-graph")
+        return Unusable(
+            reason="graph capture is asked for; this kernel does not declare it", fix="--disable-cuda-graph"
+        )
     return verdict
 
 
