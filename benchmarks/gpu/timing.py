@@ -18,22 +18,33 @@ LONG_US = 2e5
 def graph_us(calls: Sequence[Call], *, once: Call | None = None, every: int = 12, repeats: int = 9) -> float:
     """GPU microseconds a call: all of `calls`, and `once` before each `every` of them, captured as one graph; the median of `repeats` replays."""
 
+    graph = capture(calls, once=once, every=every)
+    times: list[float] = []
+    while len(times) < (repeats + 2 if not times or times[-1] < LONG_US else 3):
+        times.append(replay_us(graph))
+    return statistics.median(times[-repeats:]) / len(calls)
+
+
+def capture(calls: Sequence[Call], *, once: Call | None = None, every: int = 12) -> torch.cuda.CUDAGraph:
+    """All of `calls`, and `once` before each `every` of them, as one graph that has run once."""
+
     def step() -> None:
         for index, call in enumerate(calls):
             if once is not None and index % every == 0:
                 once()
             call()
 
-    graph = _capture(step)
-    times: list[float] = []
-    while len(times) < (repeats + 2 if not times or times[-1] * 1e3 < LONG_US else 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[-repeats:]) * 1e3 / len(calls)
+    return _capture(step)
+
+
+def replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    """GPU microseconds of one replay; waits for it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3
 
 
 def _capture(step: Call) -> torch.cuda.CUDAGraph:
