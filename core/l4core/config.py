@@ -125,11 +125,13 @@ class EngineConfig:
     max_total_tokens: int | None = _opt(None, "cap on KV tokens of the global layers", MEMORY, unit="tokens", minimum=1)
     swa_full_tokens_ratio: float | None = _opt(
         None,
-        "cap on local KV as a share of global KV",
+        "cap on local KV as a share of global KV, by SGLang's arithmetic (default: none, all memory serves both)",
         MEMORY,
         minimum=0.0,
         maximum=1.0,
-        not_built=f"--swa-full-tokens-ratio {LATER}; leave it out, the pools are sized from what requests need",
+    )
+    disable_hybrid_swa_memory: bool = _opt(
+        False, "keep the local KV of finished chunks until a request ends, for comparison", MEMORY
     )
     disable_radix_cache: bool = _opt(False, "no prefix cache: every prompt is computed whole", MEMORY)
     disable_cuda_graph: bool = _opt(
@@ -184,6 +186,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.swa_full_tokens_ratio == 0:
+            raise ConfigError("swa_full_tokens_ratio is 0; wanted above 0, at most 1", fix="leave it out: no cap")
+        if self.swa_full_tokens_ratio is not None and self.disable_hybrid_swa_memory:
+            raise ConfigError(
+                "--swa-full-tokens-ratio caps local KV, and --disable-hybrid-swa-memory keeps all of it",
+                fix="give one of the two",
+            )
         if self.tp > 1:
             raise NotBuiltError(f"--tp {self.tp}: tensor parallelism {LATER}", fix="--tp 1")
 

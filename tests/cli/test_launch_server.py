@@ -19,12 +19,11 @@ FLAGS = """
 --model-path m --tp 1 --context-length 4096 --mem-fraction-static 0.8 --host 0.0.0.0 --port 30000 --attention-backend sdpa
 --chat-template llama-4 --page-size 64 --chunked-prefill-size 8192 --max-running-requests 8 --max-total-tokens 100000
 --kv-cache-dtype auto --dtype bfloat16 --device cpu --trust-remote-code --api-key k --served-model-name n --random-seed 3
---load-format dummy --disable-cuda-graph --disable-radix-cache --log-level warning
+--load-format dummy --disable-cuda-graph --disable-radix-cache --disable-hybrid-swa-memory --log-level warning
 """
 VLLM_FLAGS = "--model m --max-model-len 4096 --gpu-memory-utilization 0.8 --max-num-seqs 8 --max-num-batched-tokens 8192 --enforce-eager"
 NOT_BUILT = {
     "--enable-multimodal": "--enable-multimodal",
-    "--swa-full-tokens-ratio 0.5": "--swa-full-tokens-ratio",
     "--quantization fp8": "--quantization",
     "--tp-size 8": "--tp 8",
     "--speculative-algorithm EAGLE3": "--speculative-algorithm",

@@ -25,9 +25,9 @@ PATIENCE = 5000
 """Steps after which a request that has not ended never will: the largest case here needs some hundreds."""
 
 
-def groups_of(kind: str, chunk: int) -> list[KVGroup]:
+def groups_of(kind: str, chunk: int, *, hybrid: bool = True) -> list[KVGroup]:
     full = KVGroup(name="global", layer_ids=(3,), chunk_size=None)
-    local = KVGroup(name="local", layer_ids=(0, 1, 2), chunk_size=chunk)
+    local = KVGroup(name="local", layer_ids=(0, 1, 2), chunk_size=chunk, keep_all=not hybrid)
     return {"both": [full, local], "global": [full], "local": [local]}[kind]
 
 
@@ -35,13 +35,15 @@ def groups_of(kind: str, chunk: int) -> list[KVGroup]:
 def engines(draw: st.DrawFn) -> SimulatedEngine:
     page_size = draw(st.sampled_from([1, 2, 4]))
     chunk = page_size * draw(st.sampled_from([1, 2, 4]))
-    groups = groups_of(draw(st.sampled_from(["both", "both", "both", "global", "local"])), chunk)
+    kind, hybrid = draw(st.sampled_from(["both", "both", "both", "global", "local"])), draw(st.integers(0, 4)) > 0
+    groups = groups_of(kind, chunk, hybrid=hybrid)
     footprint = Footprint(groups=groups, shape=superpage_shape(groups), page_size=page_size)
     return SimulatedEngine(
         groups,
         page_size=page_size,
         num_superpages=1 + footprint.superpages(20) + draw(st.integers(0, 6)),
         prefix_cache=draw(st.sampled_from([True, True, True, False])),
+        max_local=draw(st.sampled_from([None, None, chunk // page_size + 1])) if hybrid else None,
         max_running=draw(st.sampled_from([1, 2, 4, 6])),
         max_tokens_per_step=draw(st.integers(1, 16)),
         max_context=MAX_CONTEXT,
@@ -207,7 +209,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             for group, table in zip(self.engine.groups, seq.tables.tables, strict=True):
                 guessed = self.engine.num_drafts + 1 if self.engine.num_drafts else 0
                 assert len(table.pages) <= -(-(seq.num_computed + guessed) // page)
-                if group.chunk_size is not None and chunk is not None:
+                if group.lifetime is not None and chunk is not None:
                     assert table.first_index == seq.num_computed // chunk * chunk // page
                     most = -(-(seq.num_computed % chunk + guessed) // page)
                     assert -(-(seq.num_computed % chunk) // page) <= len(table.pages) <= most, (

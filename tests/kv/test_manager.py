@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -28,10 +29,18 @@ def emptied() -> Emptied:
     return Emptied()
 
 
-def manager(superpages: int = 8, *, note: Emptied | None = None, prefix_cache: bool = True) -> KVManager:
+def manager(
+    superpages: int = 8,
+    *,
+    note: Emptied | None = None,
+    prefix_cache: bool = True,
+    max_local: int | None = None,
+    hybrid: bool = True,
+) -> KVManager:
     """With so many usable superpages."""
     on_empty = note.note if note is not None else None
-    return KVManager([GLOBAL, LOCAL], 2, superpages + 1, prefix_cache=prefix_cache, on_empty=on_empty)
+    groups = [GLOBAL, replace(LOCAL, keep_all=not hybrid)]
+    return KVManager(groups, 2, superpages + 1, prefix_cache=prefix_cache, max_local=max_local, on_empty=on_empty)
 
 
 def hashes(tokens: Sequence[int] = COUNT, salt: str = "") -> PageHashes:
@@ -162,20 +171,52 @@ def test_a_long_request_holds_one_chunk_of_local_pages_at_most() -> None:
         assert len(tables.tables[1].pages) <= 2
         kv.commit(tables, length, chain)
         assert len(tables.tables[1].pages) == -(-(length % 4) // 2)
-        assert kv.held(tables) == math.ceil(length / 6) + math.ceil(length % 4 / 2)
+        assert kv.held(tables) == [math.ceil(length / 6), math.ceil(length % 4 / 2)]
         kv.check_integrity([tables])
 
 
 def test_needed_counts_what_is_missing_at_the_peak() -> None:
     kv = manager(prefix_cache=False)
     tables = kv.new_tables()
-    assert kv.needed(tables, 0, 3) == 1 + 2
-    assert kv.needed(tables, 0, 16) == 3 + 2
+    assert kv.needed(tables, 0, 3) == [1, 2]
+    assert kv.needed(tables, 0, 16) == [3, 2]
     assert kv.reserve(tables, 3) is not None
     kv.commit(tables, 3, hashes())
-    assert kv.needed(tables, 3, 4) == 0
-    assert kv.needed(tables, 3, 6) == 0
-    assert kv.needed(tables, 3, 16) == 2
+    assert kv.needed(tables, 3, 4) == [0, 0]
+    assert kv.needed(tables, 3, 6) == [0, 0]
+    assert kv.needed(tables, 3, 16) == [2, 0]
+
+
+def test_a_plain_cache_keeps_every_chunk_until_the_end(emptied: Emptied) -> None:
+    """--disable-hybrid-swa-memory: a local page costs what a global one costs in tokens."""
+    kv = manager(20, note=emptied, hybrid=False, prefix_cache=False)
+    tables = kv.new_tables()
+    grow(kv, tables, 19, hashes())
+    assert emptied == []
+    assert [len(held) for held in pages(tables)] == [10, 10]
+    assert kv.held(tables) == [4, 10]
+    assert kv.needed(kv.new_tables(), 0, 19) == [4, 10]
+    assert kv.largest_alone() == 31  # 5 superpages of global pages and 15 local ones; the last token needs no slot
+    kv.check_integrity([tables])
+    kv.release(tables)
+    assert kv.num_available == 20
+
+
+def test_local_pages_stop_at_their_cap() -> None:
+    kv = manager(10, max_local=3)
+    first, second = kv.new_tables(), kv.new_tables()
+    assert kv.reserve(first, 4) is not None
+    assert not kv.has_room([0, 2])
+    assert kv.has_room([6, 1])
+    assert not kv.has_room([8, 0])
+    assert kv.reserve(second, 4) is None, "it would be the fourth local superpage"
+    assert kv.reserve(second, 2) is not None
+    assert kv.pages_total == {"global": 30, "local": 3}
+    kv.check_integrity([first, second])
+    kv.release(first)
+    assert kv.reserve(second, 4) is not None
+    assert not manager(10, max_local=1).could_finish_alone(9)
+    assert manager(10, max_local=2).could_finish_alone(9)
 
 
 def test_could_finish_alone_is_exact() -> None:
@@ -251,7 +292,7 @@ def test_a_scattered_prefix_may_not_fit_alone() -> None:
         kv.release(tables)
     tables = kv.new_tables()
     kv.take_prefix(tables, chain, 4)
-    assert kv.held(tables) == 2
+    assert kv.held(tables) == [2, 0]
     assert kv.fits_alone(tables, 4, 16)
     assert not kv.fits_alone(tables, 4, 22)
 

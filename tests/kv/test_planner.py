@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -11,7 +12,7 @@ from hypothesis import given
 from l4core.errors import CapacityError, ConfigError
 from l4core.kv.blocks import KVGroup
 from l4core.kv.manager import KVManager
-from l4core.kv.planner import Footprint, KVPlan, plan_kv
+from l4core.kv.planner import Footprint, KVPlan, plan_kv, ratio_cost
 from l4core.kv.superpages import superpage_shape
 
 GIB = 1 << 30
@@ -99,6 +100,45 @@ def test_max_total_tokens_caps_memory() -> None:
     with pytest.raises(CapacityError, match="less than one page"):
         plan(max_total_tokens=0)
     assert plan(max_total_tokens=63).max_context == 63
+
+
+@pytest.mark.parametrize(("ratio", "bytes_per_token"), [(1.0, 24_576), (0.8, 20_890), (0.1, 7_987), (0.04, 6_881)])
+def test_a_ratio_caps_local_kv_by_sglangs_arithmetic(ratio: float, bytes_per_token: int) -> None:
+    """Its bytes a token (peers' figures at eight ranks) give the global tokens of its split, and ratio times those are the cap."""
+    made = plan(local_ratio=ratio, max_running=100_000)
+    full = made.num_superpages * PAGE / bytes_per_token
+    assert made.num_tokens["local"] == pytest.approx(full * ratio, rel=2e-3)
+    assert made.num_tokens["global"] == plan(max_running=100_000).num_tokens["global"]
+    assert made.largest_context == plan().largest_context, "a long request needs one chunk, which the cap holds"
+
+
+def test_what_a_ratio_costs_is_said() -> None:
+    made = plan(local_ratio=0.1)
+    free, capped = made.num_superpages - 1, made.max_local
+    assert capped is not None
+    line = ratio_cost(made, SCOUT)
+    assert f"memory holds {capped // 16:,} requests of 1,000 tokens at once, without it {free // 22:,}" in line
+    assert ratio_cost(plan(), SCOUT) == ""
+
+
+def test_a_ratio_that_holds_no_chunk_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"caps local KV at .* tokens; a request of .* tokens needs 8192") as error:
+        plan(local_ratio=0.0001)
+    least = float(error.value.fix.split()[1])
+    assert 128 <= (plan(local_ratio=least).max_local or 0) < 150
+    with pytest.raises(ConfigError, match="caps local KV"):
+        plan(local_ratio=least - 0.0001)
+    assert plan(local_ratio=0.001, context_length=500, max_running=1_000).max_local is not None
+    with pytest.raises(ConfigError, match="no layer drops its local pages"):
+        plan(local_ratio=0.5, groups=SCOUT[:1])
+
+
+def test_a_plain_cache_pays_for_all_layers_in_every_token() -> None:
+    groups = (SCOUT[0], replace(SCOUT[1], keep_all=True))
+    made = plan(groups=groups)
+    assert made.largest_context == pytest.approx(42 * GIB / 24_576, rel=1e-3)
+    with pytest.raises(ConfigError, match="no layer drops its local pages"):
+        plan(local_ratio=0.5, groups=groups)
 
 
 @pytest.mark.parametrize("budget_bytes", [-5, 0, PAGE, 3 * PAGE - 1])

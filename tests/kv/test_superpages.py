@@ -100,6 +100,24 @@ def test_a_free_superpage_is_taken_before_one_is_evicted() -> None:
     assert pool.emptied == []
 
 
+def test_a_group_at_its_most_takes_only_its_own_cached_ones() -> None:
+    """Group 1 may have two of four superpages."""
+    pool = SuperpagePool(5, (3, 1), lambda group, pages: None, [None, 2])
+    for page in (pool.take(1), pool.take(1)):
+        assert page is not None
+        pool.retain(1, page)
+        pool.keep(1, page)
+    assert (pool.take(1), pool.allowance(1), pool.num_available, pool.most(1)) == (None, 0, 2, 2)
+    pool.release(1, 2)
+    assert (pool.allowance(1), pool.num_available) == (1, 3)
+    assert pool.take(1) == 2, "though others are free"
+    pool.retain(1, 2)
+    assert [pool.take(0), pool.take(0), pool.take(0)] == [3, 4, None]
+    for page in (9, 12):
+        pool.retain(0, page)
+    pool.check_integrity(1, {1: 1, 2: 1})
+
+
 def test_flush_forgets_what_nobody_holds() -> None:
     pool = Pool(3)
     for superpage in (1, 2):

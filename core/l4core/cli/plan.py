@@ -48,6 +48,13 @@ NOT_BUILT = "fp8 and int4 weights and fp8 KV are not built yet; their figures ar
     metavar="F",
     help="weights + KV, share of the device [0.88]",
 )
+@click.option(
+    "--swa-full-tokens-ratio",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="R",
+    help="cap on local KV, by SGLang's arithmetic [none]",
+)
+@click.option("--disable-hybrid-swa-memory", is_flag=True, help="local KV of finished chunks is kept")
 @click.option("--json", "as_json", is_flag=True, help="an object instead of text")
 def plan(
     model: str,
@@ -60,6 +67,8 @@ def plan(
     context_length: int | None,
     max_running_requests: int,
     mem_fraction_static: float | None,
+    swa_full_tokens_ratio: float | None,
+    disable_hybrid_swa_memory: bool,
     as_json: bool,
 ) -> None:
     """What a model holds on a device: weights, KV memory, the largest context, requests at once, and what each flag would change.
@@ -78,6 +87,8 @@ def plan(
         context_length=context_length,
         max_running=max_running_requests,
         fraction=mem_fraction_static,
+        local_ratio=swa_full_tokens_ratio,
+        hybrid=not disable_hybrid_swa_memory,
     )
     found = capacity(config, setup)
     if as_json:

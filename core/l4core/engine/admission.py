@@ -7,7 +7,7 @@ from itertools import takewhile
 
 from l4core.engine.sequence import RankedQueue, SequenceState
 from l4core.engine.stops import StopRule
-from l4core.kv.manager import KVManager
+from l4core.kv.manager import KVManager, Superpages
 from l4core.request import Request
 
 
@@ -45,7 +45,7 @@ def refusal(request: Request, stops: StopRule, limits: SchedulerLimits, kv: KVMa
     return ""
 
 
-def lacking(seq: SequenceState, kv: KVManager) -> int:
+def lacking(seq: SequenceState, kv: KVManager) -> Superpages:
     """Superpages kept free for `seq` when another is admitted: those of its known tokens, and one page of tokens to come.
 
     Known tokens, because a half-computed prompt that finds no page is the first to be evicted, and its work would be lost again and again. One
@@ -53,7 +53,7 @@ def lacking(seq: SequenceState, kv: KVManager) -> int:
     in a pool of 60,000: no page kept = 32 % of the prompt tokens computed twice, one page = 0 % and 3 % more steps, eight pages = 31 % more.
     """
     if seq.is_decode:
-        return 1
+        return [0] * (len(kv.groups) - 1) + [1]
     end = max(seq.num_computed, min(seq.num_tokens + kv.page_size, seq.last_slot))
     return kv.needed(seq.tables, seq.num_computed, end)
 
@@ -66,13 +66,20 @@ def victims_for(
     lower = list(takewhile(lambda other: other.request.priority < priority, reversed(running)))
     if len(running) >= limits.max_running and not lower:
         return None
-    wanted = lacking(seq, kv)
-    if not lower and kv.num_available < wanted:
+    wanted = list(lacking(seq, kv))
+    if not lower and not kv.has_room(wanted):
         return None
-    spare = kv.num_available - wanted - sum(lacking(other, kv) for other in running)
+    for other in running:
+        _add(wanted, lacking(other, kv))
     for count in range(len(lower) + 1):
-        if spare >= 0 and len(running) - count < limits.max_running:
+        if kv.has_room(wanted) and len(running) - count < limits.max_running:
             return lower[:count]
         if count < len(lower):
-            spare += kv.held(lower[count].tables) + lacking(lower[count], kv)
+            _add(wanted, kv.held(lower[count].tables), -1)
+            _add(wanted, lacking(lower[count], kv), -1)
     return None
+
+
+def _add(total: list[int], more: Superpages, times: int = 1) -> None:
+    for number, count in enumerate(more):
+        total[number] += times * count

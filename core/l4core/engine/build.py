@@ -19,9 +19,10 @@ from l4core.engine.runner import Runner
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.errors import ConfigError
 from l4core.experts.select import SelectedExperts, select_experts
+from l4core.kv.blocks import KVGroup
 from l4core.kv.manager import KVManager
 from l4core.kv.memory import KVMemory
-from l4core.kv.planner import KVPlan, plan_kv
+from l4core.kv.planner import KVPlan, plan_kv, ratio_cost
 from l4core.model.config import ModelConfig
 from l4core.model.llama4 import Llama4
 from l4core.model.repository import resolve_model
@@ -228,8 +229,9 @@ def _plan(
     weight_bytes: int,
 ) -> KVPlan:
     taken = weight_bytes + selected.verdict.workspace_bytes + (experts.verdict.workspace_bytes if experts else 0)
-    return plan_kv(
-        model.kv_groups(),
+    groups = kv_groups(config, model)
+    plan = plan_kv(
+        groups,
         page_size=selected.page_size,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
@@ -239,7 +241,16 @@ def _plan(
         model_limit=model.max_position_embeddings,
         max_running=config.max_running_requests,
         max_total_tokens=config.max_total_tokens,
+        local_ratio=config.swa_full_tokens_ratio,
     )
+    if cost := ratio_cost(plan, groups):
+        logger.warning(cost)
+    return plan
+
+
+def kv_groups(config: EngineConfig, model: ModelConfig) -> tuple[KVGroup, ...]:
+    """The groups that planner, memory, scheduler and runner share."""
+    return model.kv_groups(hybrid=not config.disable_hybrid_swa_memory)
 
 
 def _wire(
@@ -252,7 +263,7 @@ def _wire(
     device: torch.device,
     kv_dtype: torch.dtype,
 ) -> Engine:
-    groups = model_config.kv_groups()
+    groups = kv_groups(config, model_config)
     memory = KVMemory(
         groups,
         plan,
@@ -289,7 +300,13 @@ def _wire(
         chunk_size=model_config.attention_chunk_size if any(model_config.chunked_layers) else None,
         max_context=plan.max_context,
     )
-    kv = KVManager(groups, plan.page_size, plan.num_superpages, prefix_cache=not config.disable_radix_cache)
+    kv = KVManager(
+        groups,
+        plan.page_size,
+        plan.num_superpages,
+        prefix_cache=not config.disable_radix_cache,
+        max_local=plan.max_local,
+    )
     return Engine(Scheduler(limits, kv), runner)
 
 
@@ -334,6 +351,8 @@ def _report(
         ),
         ("loaded in", f"{seconds:.1f} s"),
     ]
+    if config.disable_hybrid_swa_memory:
+        lines.append(("local KV", "kept until a request ends (--disable-hybrid-swa-memory)"))
     if config.trust_remote_code:
         lines.append(("trust", "--trust-remote-code is accepted; code from a checkpoint is never executed"))
     return tuple(f"{label:<16}{value}" for label, value in lines)

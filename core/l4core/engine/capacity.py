@@ -39,7 +39,8 @@ LENGTHS = (1_000, 8_000, 32_000, 128_000, 1_000_000)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is asked. memory_bytes: of one device.  weights: a key of WEIGHTS.  kv_bytes: of one stored element.  fraction: None = the default."""
+    """What is asked. memory_bytes: of one device.  weights: a key of WEIGHTS.  kv_bytes: of one stored element.  fraction: None = the default.
+    local_ratio: cap on local KV (kv.planner.local_cap).  hybrid: local pages of finished chunks are dropped."""
 
     memory_bytes: int
     tp: int = 1
@@ -49,6 +50,8 @@ class Setup:
     context_length: int | None = None
     max_running: int = 256
     fraction: float | None = None
+    local_ratio: float | None = None
+    hybrid: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +94,9 @@ def capacity(config: ModelConfig, setup: Setup) -> Capacity:
     check_world(config, setup.tp)
     weights = rank_weight_bytes(config, setup.tp, setup.weights)
     budget = kv_share(setup.memory_bytes, weights, setup.fraction)
+    groups = config.kv_groups(hybrid=setup.hybrid)
     kv = plan_kv(
-        config.kv_groups(),
+        groups,
         page_size=setup.page_size,
         num_kv_heads=max(1, config.num_kv_heads // setup.tp),
         head_dim=config.head_dim,
@@ -102,10 +106,11 @@ def capacity(config: ModelConfig, setup: Setup) -> Capacity:
         model_limit=config.max_position_embeddings,
         max_running=setup.max_running,
         max_total_tokens=None,
+        local_ratio=setup.local_ratio,
     )
-    footprint = Footprint(groups=config.kv_groups(), shape=kv.shape, page_size=kv.page_size)
+    footprint = Footprint(groups=groups, shape=kv.shape, page_size=kv.page_size, max_local=kv.max_local)
     usable = budget // kv.superpage_bytes - 1
-    at_once = [(n, usable // footprint.superpages(n)) for n in LENGTHS if n <= kv.largest_context]
+    at_once = [(n, footprint.at_once(usable, n)) for n in LENGTHS if n <= kv.largest_context]
     return Capacity(setup=setup, weight_bytes=weights, kv_budget=budget, kv=kv, at_once=at_once)
 
 

@@ -13,11 +13,18 @@ NULL_PAGE = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVGroup:
-    """Layers that share one block table. name: "global" or "local".  chunk_size: tokens, None = every earlier token is visible."""
+    """Layers that share one block table. name: "global" or "local".  chunk_size: tokens, None = every earlier token is visible.
+    keep_all: pages of finished chunks stay until the request ends all the same, as in a cache that knows nothing of chunks."""
 
     name: str
     layer_ids: tuple[int, ...]
     chunk_size: int | None
+    keep_all: bool = False
+
+    @property
+    def lifetime(self) -> int | None:
+        """A page is dropped when the chunk of so many tokens that it lies in is over; None: when the request ends."""
+        return None if self.keep_all else self.chunk_size
 
 
 def check_page_size(groups: Iterable[KVGroup], page_size: int) -> None:

@@ -14,6 +14,8 @@ from l4core.kv.tables import NEVER, PageTable, PageTables
 NewEntries = Mapping[str, tuple[int, Sequence[int]]]
 """Group name → (first page index, pages) that a reservation added."""
 NOTHING: NewEntries = MappingProxyType({})
+Superpages = Sequence[int]
+"""Counts by group, in the groups' order."""
 
 
 class KVManager:
@@ -26,9 +28,11 @@ class KVManager:
         num_superpages: int,
         *,
         prefix_cache: bool = True,
+        max_local: int | None = None,
         on_empty: Callable[[str, Sequence[int]], None] | None = None,
     ) -> None:
         """num_superpages: in memory, the null one among them.  prefix_cache: whether computed pages can be found again.
+        max_local: superpages of local pages at most, cached ones among them; None = as many as there are.
         on_empty(group name, pages) is told of every page whose contents nobody can reach any more (tests poison them).
         Raises ConfigError for a page size that does not divide a chunk."""
         check_page_size(groups, page_size)
@@ -41,7 +45,8 @@ class KVManager:
         self.prefix_cache = prefix_cache
         self._on_empty = on_empty
         self._pages_per = tuple(superpage_shape(groups).pages[group.name] for group in groups)
-        self._pool = SuperpagePool(num_superpages, self._pages_per, self._empty)
+        most = [None if group.chunk_size is None else max_local for group in groups]
+        self._pool = SuperpagePool(num_superpages, self._pages_per, self._empty, most)
         self._index = [PrefixIndex() for _ in groups]
 
     # --- one request's life -----------------------------------------------------------------------------------------------------------
@@ -101,8 +106,8 @@ class KVManager:
             return NOTHING
         end = -(-upto_len // self.page_size)
         self._check_ring(tables, end)
-        wanted = sum(self._superpages_for(n, table, end) for n, table in enumerate(tables.tables))
-        if wanted > self._pool.num_available - (leave if wanted else 0):
+        wanted = [self._superpages_for(n, table, end) for n, table in enumerate(tables.tables)]
+        if any(wanted) and not self.has_room(wanted, leave=leave):
             return None
         new: dict[str, tuple[int, Sequence[int]]] = {}
         for number, (group, table) in enumerate(zip(self.groups, tables.tables, strict=True)):
@@ -126,7 +131,7 @@ class KVManager:
         if self.prefix_cache:
             self._publish(tables, length // self.page_size, hashes)
         for number, (group, table) in enumerate(zip(self.groups, tables.tables, strict=True)):
-            first = self._first_needed(group, length)
+            first = 0 if group.keep_all else self._first_needed(group, length)
             if first > table.first_index:
                 dead = table.pages[: first - table.first_index]
                 del table.pages[: len(dead)]
@@ -148,23 +153,33 @@ class KVManager:
 
     # --- what there is and what is needed ----------------------------------------------------------------------------------------------
 
-    def needed(self, tables: PageTables, begin: int, end: int) -> int:
+    def needed(self, tables: PageTables, begin: int, end: int) -> Superpages:
         """Superpages that a request with `begin` tokens computed still lacks to grow to `end` tokens, at its peak. Never negative.
 
         Exact for a request that shares nothing; a shared local page is not free when this request drops it, which only a later step can tell.
         """
-        return sum(self._peak(number, tables.tables[number], begin, end) for number in range(len(self.groups)))
+        return [self._peak(number, table, begin, end) for number, table in enumerate(tables.tables)]
 
-    def held(self, tables: PageTables) -> int:
+    def held(self, tables: PageTables) -> Superpages:
         """Superpages in which the request holds a page; the most that its end can free."""
-        return sum(
+        return [
             len({page // per for page in table.pages})
             for table, per in zip(tables.tables, self._pages_per, strict=True)
-        )
+        ]
+
+    def has_room(self, wanted: Superpages, *, leave: int = 0) -> bool:
+        """Whether so many superpages can be taken now, and `leave` more by anyone after that."""
+        if sum(wanted) + leave > self._pool.num_available:
+            return False
+        return all(count <= self._pool.allowance(number) for number, count in enumerate(wanted))
 
     def fits_alone(self, tables: PageTables, begin: int, end: int) -> bool:
         """Whether a request that holds these pages could grow to `end` tokens if all others were gone."""
-        return self.held(tables) + self.needed(tables, begin, end) <= self._pool.num_usable
+        needed = self.needed(tables, begin, end)
+        whole = [held + more for held, more in zip(self.held(tables), needed, strict=True)]
+        if sum(whole) > self._pool.num_usable:
+            return False
+        return all(count <= self._pool.most(number) for number, count in enumerate(whole))
 
     def could_finish_alone(self, max_total_tokens: int) -> bool:
         """Whether empty memory holds a request of that many tokens (prompt + output). Nothing is computed after the last token."""
@@ -197,9 +212,9 @@ class KVManager:
 
     @property
     def pages_total(self) -> dict[str, int]:
-        """Group name → pages, were all memory this group's (without the null superpage)."""
+        """Group name → pages, had it all superpages that it may have (without the null one)."""
         return {
-            group.name: self._pool.num_usable * per for group, per in zip(self.groups, self._pages_per, strict=True)
+            group.name: self._pool.most(number) * self._pages_per[number] for number, group in enumerate(self.groups)
         }
 
     def flush(self) -> None:
@@ -230,6 +245,7 @@ class KVManager:
         elif self.chunk_size is not None:
             after = (length // self.chunk_size + 1) * self.chunk_size
         tables.next_commit = after
+        tables.chunk_begin = length // self.chunk_size * self.chunk_size if self.chunk_size is not None else 0
 
     def _publish(self, tables: PageTables, count: int, hashes: PageHashes) -> None:
         """Offer the contents of pages num_hashed … count − 1 to later requests."""
@@ -256,12 +272,12 @@ class KVManager:
 
     def _starts_chunk(self, number: int, index: int) -> bool:
         """A local superpage holds pages of one chunk, so that it is free as soon as the chunk is over."""
-        chunk = self.groups[number].chunk_size
+        chunk = self.groups[number].lifetime
         return chunk is not None and index * self.page_size % chunk == 0
 
     def _superpages_for(self, number: int, table: PageTable, end: int) -> int:
         """New superpages for the page indices from the table's end up to `end`."""
-        per, chunk = self._pages_per[number], self.groups[number].chunk_size
+        per, chunk = self._pages_per[number], self.groups[number].lifetime
         index, spare, count = table.end_index, table.num_spare, 0
         if chunk is None:
             return -(-max(0, end - index - spare) // per)
@@ -274,7 +290,7 @@ class KVManager:
         return count
 
     def _peak(self, number: int, table: PageTable, begin: int, end: int) -> int:
-        chunk = self.groups[number].chunk_size
+        chunk = self.groups[number].lifetime
         if chunk is None:
             return self._superpages_for(number, table, max(table.end_index, -(-end // self.page_size)))
         border = (begin // chunk + 1) * chunk
@@ -298,9 +314,8 @@ class KVManager:
             self._on_empty(self.groups[number].name, pages)
 
     def _check_ring(self, tables: PageTables, end: int) -> None:
-        for group, table in zip(self.groups, tables.tables, strict=True):
-            span = (end - table.first_index) * self.page_size
-            if group.chunk_size is not None and span > 2 * group.chunk_size:
-                raise ValueError(
-                    f"local pages {table.first_index} … {end - 1} of {self.page_size} tokens span more than two chunks of {group.chunk_size}"
-                )
+        if self.chunk_size is not None and end * self.page_size - tables.chunk_begin > 2 * self.chunk_size:
+            first = tables.chunk_begin // self.page_size
+            raise ValueError(
+                f"local pages {first} … {end - 1} of {self.page_size} tokens span more than two chunks of {self.chunk_size}"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from l4core.errors import CapacityError, ConfigError
 from l4core.kv.blocks import KVGroup, check_page_size
 from l4core.kv.superpages import SuperpageShape, superpage_shape
 
+LOCAL = "local"
 MORE_MEMORY = "more memory for KV (--mem-fraction-static)"
 
 
@@ -19,6 +21,7 @@ class KVPlan:
 
     max_context: tokens (prompt + output) one request may have.  largest_context: the most that --context-length could ask of the same budget.
     max_running: sequences in one step.  bytes_total: all superpages.  waste: group name → share of a superpage's bytes its use leaves empty.
+    max_local: superpages of local pages at most, None = no cap.
     """
 
     page_size: int
@@ -29,6 +32,7 @@ class KVPlan:
     largest_context: int
     max_running: int
     waste: Mapping[str, float]
+    max_local: int | None = None
 
     @property
     def bytes_total(self) -> int:
@@ -36,17 +40,23 @@ class KVPlan:
 
     @property
     def num_tokens(self) -> dict[str, int]:
-        """Group name → tokens it could hold, were all memory its own."""
-        return {name: (self.num_superpages - 1) * per * self.page_size for name, per in self.shape.pages.items()}
+        """Group name → tokens it could hold, had it all superpages that it may have."""
+        usable = self.num_superpages - 1
+        cap = usable if self.max_local is None else self.max_local
+        return {
+            name: (min(usable, cap) if name == LOCAL else usable) * per * self.page_size
+            for name, per in self.shape.pages.items()
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Superpages that sequences of given lengths take."""
+    """Superpages that sequences of given lengths take. max_local: of all sequences together, None = no cap."""
 
     groups: Sequence[KVGroup]
     shape: SuperpageShape
     page_size: int
+    max_local: int | None = None
 
     def superpages(self, tokens: int) -> int:
         """Most that one sequence holds while its KV grows to `tokens` tokens."""
@@ -56,12 +66,18 @@ class Footprint:
         """What `tokens` tokens take in sum, however many of at most `max_running` sequences they belong to (but for the last, partial pages)."""
         return self._sum(tokens, max_running)
 
+    def at_once(self, superpages: int, tokens: int) -> int:
+        """Sequences of `tokens` tokens that so many superpages hold together."""
+        count = superpages // self.superpages(tokens)
+        local = sum(self._of(group, tokens, 1) for group in self.groups if group.chunk_size is not None)
+        return count if self.max_local is None or not local else min(count, self.max_local // local)
+
     def _sum(self, tokens: int, sequences: int) -> int:
-        total = 0
-        for group in self.groups:
-            kept = tokens if group.chunk_size is None else min(tokens, sequences * group.chunk_size)
-            total += math.ceil(math.ceil(kept / self.page_size) / self.shape.pages[group.name])
-        return total
+        return sum(self._of(group, tokens, sequences) for group in self.groups)
+
+    def _of(self, group: KVGroup, tokens: int, sequences: int) -> int:
+        kept = tokens if group.lifetime is None else min(tokens, sequences * group.lifetime)
+        return math.ceil(math.ceil(kept / self.page_size) / self.shape.pages[group.name])
 
     def largest(self, superpages: int, limit: int) -> int:
         """Most tokens, at most `limit`, of one sequence that holds so many superpages; 0 when there is no room for one."""
@@ -84,15 +100,16 @@ def plan_kv(
     model_limit: int,
     max_running: int,
     max_total_tokens: int | None,
+    local_ratio: float | None = None,
 ) -> KVPlan:
     """Size KV memory. num_kv_heads: on this rank.  context_length: tokens the user asked for, None = min(model_limit, what fits).
-    max_total_tokens: cap on the tokens of all requests together.
+    max_total_tokens: cap on the tokens of all requests together.  local_ratio: see `local_cap`, None = no cap.
 
     Nothing is split between groups: a superpage goes to whichever needs it, at run time. So one request may use all of it but a chunk's local
     pages, and many short ones as many local as global tokens. There is never more memory than `max_running` requests of the full context fill.
 
-    Raises ConfigError for a context above the model's limit or a page size that does not divide the chunk, CapacityError when the budget does
-    not hold the context (or not one page); it names the largest context and the flag that helps.
+    Raises ConfigError for a context above the model's limit, a page size that does not divide the chunk or a ratio whose local pages hold no chunk,
+    CapacityError when the budget does not hold the context (or not one page); it names the largest context and the flag that helps.
     """
     check_page_size(groups, page_size)
     shape = superpage_shape(groups)
@@ -110,6 +127,8 @@ def plan_kv(
         _check_context(context_length, largest, model_limit, budget_bytes, max_total_tokens)
     context = context_length or largest
     usable = min(usable, max_running * footprint.superpages(context))
+    max_local = None if local_ratio is None else local_cap(footprint, usable, local_ratio, context)
+    most_running = min(max_running, usable // len(groups))
     return KVPlan(
         page_size=page_size,
         shape=shape,
@@ -117,8 +136,60 @@ def plan_kv(
         superpage_bytes=size,
         max_context=context,
         largest_context=largest,
-        max_running=min(max_running, usable // len(groups)),
+        max_running=most_running if max_local is None else min(most_running, max_local),
         waste={g.name: shape.waste(g) for g in groups},
+        max_local=max_local,
+    )
+
+
+def local_cap(footprint: Footprint, usable: int, ratio: float, context: int) -> int:
+    """Superpages that local pages may take of `usable` under `--swa-full-tokens-ratio`, by SGLang's arithmetic (0.5.23): in its pools split by ratio
+
+        global tokens = bytes / (bytes of a token's global layers + ratio · bytes of its local layers), local tokens = ratio · global tokens,
+
+    each rounded down to whole pages. Here the local share is a cap, and what it leaves free is global pages' all the same: a long request gains
+    nothing, short ones lose. Raises ConfigError where no layer is local or a request of `context` tokens would not find its chunk's pages.
+    """
+    group = next((g for g in footprint.groups if g.lifetime is not None), None)
+    if group is None or group.chunk_size is None:
+        raise ConfigError(
+            f"--swa-full-tokens-ratio is {ratio:g}, but no layer drops its local pages: nothing to cap",
+            fix="leave out --swa-full-tokens-ratio",
+        )
+    page, per = footprint.page_size, footprint.shape.pages[group.name]
+    units = 2 * sum(len(g.layer_ids) * (ratio if g is group else 1) for g in footprint.groups)
+    full = int(usable * footprint.shape.units / units)  # pages
+    cap = min(usable, int(full * ratio) // per)
+    least = math.ceil(math.ceil(min(context, group.chunk_size) / page) / per)
+    if cap < least:
+        raise ConfigError(
+            f"--swa-full-tokens-ratio {ratio:g} caps local KV at {cap * per * page} tokens; a request of {context} tokens needs "
+            f"{min(context, group.chunk_size)}",
+            fix=f"--swa-full-tokens-ratio {_least_ratio(footprint, usable, group, least)} or more, or none: all memory then serves both",
+        )
+    return cap
+
+
+def _least_ratio(footprint: Footprint, usable: int, group: KVGroup, least: int) -> float:
+    """The smallest ratio, to four decimals, whose cap is `least` superpages: `local_cap` solved for it."""
+    units = 2 * (
+        least * footprint.shape.pages[group.name] + 1
+    )  # of one layer; a page more than needed, for the rounding down
+    others = sum(len(g.layer_ids) for g in footprint.groups if g is not group)
+    exact = units * others / max(1, usable * footprint.shape.units - units * len(group.layer_ids))
+    return min(1.0, math.ceil(exact * 10_000) / 10_000)
+
+
+def ratio_cost(plan: KVPlan, groups: Sequence[KVGroup]) -> str:
+    """One line on what the cap on local KV costs, "" without one."""
+    if plan.max_local is None:
+        return ""
+    free = Footprint(groups=groups, shape=plan.shape, page_size=plan.page_size)
+    capped = dataclasses.replace(free, max_local=plan.max_local)
+    usable, tokens = plan.num_superpages - 1, min(1_000, plan.max_context)
+    return (
+        f"--swa-full-tokens-ratio caps local KV at {plan.num_tokens[LOCAL]:,} tokens: memory holds {capped.at_once(usable, tokens):,} requests of "
+        f"{tokens:,} tokens at once, without it {free.at_once(usable, tokens):,}; the largest context is the same"
     )
 
 

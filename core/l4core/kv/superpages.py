@@ -68,10 +68,15 @@ class SuperpagePool:
     """
 
     def __init__(
-        self, num_superpages: int, pages_per_superpage: Sequence[int], on_empty: Callable[[int, list[int]], None]
+        self,
+        num_superpages: int,
+        pages_per_superpage: Sequence[int],
+        on_empty: Callable[[int, list[int]], None],
+        most: Sequence[int | None] = (),
     ) -> None:
         """num_superpages: the null one among them; at least 2.  pages_per_superpage: by group number.  on_empty(group number, pages) is told of
-        every page whose contents nobody can reach any more."""
+        every page whose contents nobody can reach any more.  most: by group number, superpages it may have in all, cached ones among them; None,
+        or no entry: as many as there are."""
         if num_superpages < 2:
             raise ValueError(
                 f"a pool of {num_superpages} superpages holds nothing; wanted the null one and at least one more"
@@ -82,7 +87,11 @@ class SuperpagePool:
         self._free = list(
             range(num_superpages - 1, NULL_SUPERPAGE, -1)
         )  # a stack: the one freed last is the warmest in cache
-        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._num_groups = len(self.pages_per_superpage)
+        self._evictable: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(self._num_groups)]  # → its age
+        self._age = 0
+        self._most = [num_superpages if cap is None else cap for cap in (*most, *[None] * self._num_groups)]
+        self._taken = [0] * self._num_groups
         self._group = [NOBODY] * num_superpages
         self._users: list[list[int]] = [[] for _ in range(num_superpages)]
         self._cached: list[set[int]] = [set() for _ in range(num_superpages)]
@@ -98,18 +107,29 @@ class SuperpagePool:
     @property
     def num_available(self) -> int:
         """Superpages that can be taken now: free or evictable."""
-        return len(self._free) + len(self._evictable)
+        return len(self._free) + sum(map(len, self._evictable))
+
+    def allowance(self, group: int) -> int:
+        """Superpages that this group may still take, cached ones of its own in their place, however many are available."""
+        return self._most[group] - self._taken[group] + len(self._evictable[group])
+
+    def most(self, group: int) -> int:
+        """Superpages that this group can ever have."""
+        return min(self.num_usable, self._most[group])
 
     def take(self, group: int) -> int | None:
-        """A superpage for pages of this group, all of them empty; None when every one has a held page."""
-        if self._free:
-            superpage = self._free.pop()
-        elif self._evictable:
-            superpage, _ = self._evictable.popitem(last=False)
-            self._forget(superpage)
-        else:
+        """A superpage for pages of this group, all of them empty; None when every one has a held page, or the group has its most in use."""
+        if not (self.num_available and self.allowance(group)):
             return None
+        if self._taken[group] < self._most[group] and self._free:
+            superpage = self._free.pop()
+        else:
+            full = self._taken[group] >= self._most[group]
+            superpage = next(iter(self._evictable[group])) if full else self._oldest()
+            del self._evictable[self._group[superpage]][superpage]
+            self._forget(superpage)
         self._group[superpage] = group
+        self._taken[group] += 1
         self._users[superpage] = [0] * self.pages_per_superpage[group]
         return superpage
 
@@ -123,7 +143,7 @@ class SuperpagePool:
         if users[slot] == 1:
             self._held[superpage] += 1
             self.held_pages[group] += 1
-            self._evictable.pop(superpage, None)
+            self._evictable[group].pop(superpage, None)
             if slot in self._cached[superpage]:
                 self.cached_pages[group] -= 1
 
@@ -152,8 +172,9 @@ class SuperpagePool:
 
     def flush(self) -> int:
         """Forget all cached pages that nobody holds → how many superpages that freed. Held ones stay findable."""
-        evicted = list(self._evictable)
-        self._evictable.clear()
+        evicted = [superpage for evictable in self._evictable for superpage in evictable]
+        for evictable in self._evictable:
+            evictable.clear()
         for superpage in evicted:
             self._forget(superpage)
             self._free.append(superpage)
@@ -175,7 +196,7 @@ class SuperpagePool:
                     raise RuntimeError(
                         f"page {page} of group {group} has {users} users in the books and {counted.get(page, 0)} in the tables"
                     )
-        free, evictable = set(self._free), set(self._evictable)
+        free, evictable = set(self._free), {superpage for each in self._evictable for superpage in each}
         for superpage in range(1, self.num_superpages):
             state = (self._held[superpage] > 0, superpage in evictable, superpage in free)
             if sum(state) != 1 or (superpage in evictable) != (
@@ -184,16 +205,31 @@ class SuperpagePool:
                 raise RuntimeError(f"superpage {superpage} is (held, evictable, free) {state}; wanted just one of them")
         if len(free) != len(self._free) or NULL_SUPERPAGE in free | evictable:
             raise RuntimeError("the free list holds a superpage twice, or the null one")
+        taken = self._group.count(group)
+        if taken != self._taken[group] or taken > self._most[group]:
+            raise RuntimeError(
+                f"group {group} has {taken} superpages and {self._taken[group]} in the books; at most {self._most[group]}"
+            )
 
     def _settle(self, superpage: int) -> None:
         """Where a superpage without held pages belongs."""
         if self._held[superpage]:
             return
+        group = self._group[superpage]
         if self._cached[superpage]:
-            self._evictable[superpage] = None
+            self._age += 1
+            self._evictable[group][superpage] = self._age
         else:
             self._group[superpage] = NOBODY
+            self._taken[group] -= 1
             self._free.append(superpage)
+
+    def _oldest(self) -> int:
+        """The superpage of any group that has been evictable longest."""
+        _, superpage = min(
+            (age, superpage) for each in self._evictable for superpage, age in itertools.islice(each.items(), 1)
+        )
+        return superpage
 
     def _forget(self, superpage: int) -> None:
         group = self._group[superpage]
@@ -202,4 +238,5 @@ class SuperpagePool:
         self.cached_pages[group] -= len(pages)
         self._cached[superpage].clear()
         self._group[superpage] = NOBODY
+        self._taken[group] -= 1
         self._on_empty(group, pages)

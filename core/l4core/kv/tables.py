@@ -33,6 +33,7 @@ class PageTables:
     """One table per KV group, in the groups' order.
 
     capacity: tokens whose slots are reserved in every group.  num_hashed: pages whose contents were offered to the prefix cache.
+    chunk_begin: first token of the chunk that the next query lies in, by the committed length.
     next_commit: committed length at which something is to be done next (a page is full, a chunk is over), so that a decode step in the middle of
     a page costs two comparisons.
     """
@@ -40,4 +41,5 @@ class PageTables:
     tables: Sequence[PageTable]
     capacity: int = 0
     num_hashed: int = 0
+    chunk_begin: int = 0
     next_commit: int = NEVER

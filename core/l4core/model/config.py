@@ -82,9 +82,10 @@ class ModelConfig:
         text = raw if architecture == TEXT_ONLY else _need(raw, "text_config", Mapping, "text_config")
         return _parse(architecture, raw, _Keys(text, "" if text is raw else "text_config."), eos_token_ids)
 
-    def kv_groups(self, *, num_draft_layers: int = 0) -> tuple[KVGroup, ...]:
+    def kv_groups(self, *, hybrid: bool = True, num_draft_layers: int = 0) -> tuple[KVGroup, ...]:
         """Layers by what they remember: "global" keeps every token, "local" those of the current chunk. A group without layers is left out.
 
+        hybrid: False = local pages are kept until the request ends (`--disable-hybrid-swa-memory`).
         num_draft_layers: of a draft with full attention and this model's KV heads. They are stored beside the global layers, in the same pages, with
         ids num_layers, num_layers + 1, …
         """
@@ -93,7 +94,7 @@ class ModelConfig:
         rest += tuple(range(self.num_layers, self.num_layers + num_draft_layers))
         groups = (
             KVGroup(name="global", layer_ids=rest, chunk_size=None),
-            KVGroup(name="local", layer_ids=local, chunk_size=self.attention_chunk_size),
+            KVGroup(name="local", layer_ids=local, chunk_size=self.attention_chunk_size, keep_all=not hybrid),
         )
         return tuple(group for group in groups if group.layer_ids)
 

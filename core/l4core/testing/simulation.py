@@ -169,9 +169,10 @@ class SimulatedEngine:
         failing: Collection[str] = (),
         prefix_cache: bool = True,
         num_drafts: int = 0,
+        max_local: int | None = None,
     ) -> None:
         """num_superpages: the null one among them.  failing: ids of requests whose first draw fails.
-        num_drafts: guesses a step, most of them right."""
+        num_drafts: guesses a step, most of them right.  max_local: superpages of local pages at most."""
         chunk_size = next((g.chunk_size for g in groups if g.chunk_size is not None), None)
         limits = SchedulerLimits(
             max_running=max_running,
@@ -180,7 +181,14 @@ class SimulatedEngine:
             max_context=max_context,
         )
         self.memory = SimulatedMemory(groups, page_size, num_superpages, limits)
-        kv = KVManager(groups, page_size, num_superpages, prefix_cache=prefix_cache, on_empty=self.memory.poison)
+        kv = KVManager(
+            groups,
+            page_size,
+            num_superpages,
+            prefix_cache=prefix_cache,
+            max_local=max_local,
+            on_empty=self.memory.poison,
+        )
         self.scheduler = Scheduler(limits, kv)
         self.groups, self.vocab_size, self.failing = groups, vocab_size, failing
         self.num_drafts = num_drafts
