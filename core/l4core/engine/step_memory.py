@@ -1,0 +1,60 @@
+"""What a step needs beside weights and KV, from shapes alone: activations, logits, block tables, graphs. Torch-free.
+
+The terms follow model/llama4.py and model/moe.py: what is alive at the largest moment of a layer, or while tokens are drawn. Measured against
+the allocator on a GPU (docs/decisions/012-memory-plan.md) and against live tensors on a CPU (tests/engine/test_step_memory.py).
+"""
+
+from __future__ import annotations
+
+from l4core.model.config import ModelConfig
+
+INDEX_BYTES = 160
+"""A token's ids, positions, slots, routing: sixteen int64 and some to spare."""
+DRAW_BLOCK = 1 << 24
+"""Elements of logits for which noise is made at a time (sampling.blocks), and how many float32 of each are alive then."""
+DRAW_COPIES = 10
+GRAPH_BYTES = 8 << 20
+"""A captured graph's own memory, beside the pool that all graphs share."""
+
+
+def step_bytes(config: ModelConfig, *, num_tokens: int, num_rows: int, itemsize: int) -> int:
+    """Most bytes that one step holds at once. config: of one rank.  num_tokens: computed in it.  num_rows: of which logits are taken.
+    itemsize: bytes of an element of the compute dtype."""
+    return max(
+        _layer_bytes(config, num_tokens, itemsize), _draw_bytes(config, min(num_rows, num_tokens), num_tokens, itemsize)
+    )
+
+
+def _layer_bytes(config: ModelConfig, num_tokens: int, itemsize: int) -> int:
+    """The residual stream and the normed input of a half layer, with attention's or the MLP's own."""
+    hidden = config.hidden_size
+    q, kv = config.num_q_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    attention = 2 * q + kv + hidden
+    moe = max(hidden + 3 * config.intermediate_size, 3 * hidden) if any(config.moe_layers) else 0
+    dense = 0 if all(config.moe_layers) else max(3 * config.intermediate_size_mlp, hidden)
+    angles = 4 * config.head_dim * len({c for r, c in zip(config.rope_layers, config.chunked_layers, strict=True) if r})
+    return num_tokens * ((2 * hidden + max(attention, moe, dense)) * itemsize + angles + INDEX_BYTES)
+
+
+def _draw_bytes(config: ModelConfig, num_rows: int, num_tokens: int, itemsize: int) -> int:
+    """Hidden states before and after the last norm, logits as computed and in float32, and one block's noise."""
+    logits = num_rows * config.vocab_size
+    block = min(logits, max(DRAW_BLOCK, config.vocab_size))
+    return num_tokens * 2 * config.hidden_size * itemsize + logits * (itemsize + 4) + block * 4 * DRAW_COPIES
+
+
+def table_bytes(config: ModelConfig, *, max_running: int, max_context: int, page_size: int) -> int:
+    """Block tables of all rows: int32, pages of the largest context in the global group, of two chunks in the local one."""
+    columns = -(-max_context // page_size)
+    for group in config.kv_groups():
+        if group.chunk_size is not None:
+            columns += 2 * group.chunk_size // page_size
+    return 4 * max_running * columns
+
+
+def graph_bytes(config: ModelConfig, *, num_graphs: int, max_batch: int, itemsize: int) -> int:
+    """Captured decode steps: they share the memory of the largest one. 0 without graphs."""
+    if not num_graphs:
+        return 0
+    pool = step_bytes(config, num_tokens=max_batch, num_rows=max_batch, itemsize=itemsize)
+    return pool + num_graphs * GRAPH_BYTES
