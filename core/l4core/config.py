@@ -22,7 +22,7 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """What the table says of one field. unit: of the value.  not_built: the value (other than the default) is refused with this text.
-    later: values that will be choices, and are refused as not built yet."""
+    later: values that will be choices, and are refused as not built yet.  auto: the word "auto" may stand for the default, None."""
 
     help: str
     group: str
@@ -34,6 +34,7 @@ class Option:
     maximum: float | None = None
     not_built: str = ""
     metavar: str = ""
+    auto: bool = False
 
 
 def _opt(default: T, help: str, group: str, **kw: Any) -> T:
@@ -80,11 +81,12 @@ class EngineConfig:
     enable_multimodal: bool = _opt(False, "image input", MODEL, not_built=f"--enable-multimodal {LATER} (text works)")
     context_length: int | None = _opt(
         None,
-        "largest prompt + answer (default: the checkpoint's, or what memory holds if less)",
+        "largest prompt + answer (default, and auto: the checkpoint's, or what memory holds if less)",
         MODEL,
         aliases=("max_model_len",),
         unit="tokens",
         minimum=1,
+        auto=True,
     )
     attention_backend: str | None = _opt(
         None, "backend by name (default: chosen by `l4 backends`)", ATTENTION, metavar="NAME"
@@ -116,7 +118,7 @@ class EngineConfig:
     )
     mem_fraction_static: float | None = _opt(
         None,
-        "weights + KV at most this share of device memory",
+        "weights + KV at most this share of device memory (default: what a step and the runtime leave; printed at start)",
         MEMORY,
         aliases=("gpu_memory_utilization",),
         minimum=0.01,
@@ -255,8 +257,18 @@ def from_mapping(values: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig]
         cls, own = field_of(name)
         if own in split[cls]:
             raise ConfigError(f"option {own!r} is given twice (once as {name!r})", fix="keep one of the spellings")
-        split[cls][own] = tuple(value) if isinstance(value, list) else value
+        split[cls][own] = None if value == "auto" and option_of(cls, own).auto else _frozen(value)
     return EngineConfig(**split[EngineConfig]), ServerConfig(**split[ServerConfig])
+
+
+def option_of(cls: type[Any], name: str) -> Option:
+    """The row of one field."""
+    row: Option = cls.__dataclass_fields__[name].metadata["option"]
+    return row
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def allowed_types(hint: Any) -> tuple[type[Any], ...]:

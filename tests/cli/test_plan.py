@@ -22,22 +22,76 @@ def test_a_table_that_a_person_reads() -> None:
     text = run("--model", "scout", "--gpu", "H100-80GB", "--tp", "8")
     assert "scout on 8 × H100-80GB" in text
     assert "3 global or 1 local pages" in text
-    assert "0.0% waste" in text
+    assert "waste 0.0% in global use" in text
     assert "--kv-cache-dtype fp8" in text
-    assert "not built yet" in text
+    assert "of fa3" in text
+    assert "--tp 16" not in text  # 16 devices cannot share 40 query heads
+    assert "as here: one pool for both" in text
 
 
 def test_the_json_has_the_largest_context() -> None:
     found = json.loads(run("--model", "maverick", "--gpu", "H200", "--tp", "8", "--quantization", "fp8", "--json"))
     assert found["max_context"] == 1_048_576
     assert found["superpage"] == {"global": 3, "local": 1}
-    assert found["weight_bytes"] + found["kv_bytes"] <= 0.88 * found["memory_bytes"]
+    parts = [found[f"{name}_bytes"] for name in ("weight", "workspace", "kv", "step", "table", "graph", "runtime")]
+    assert sum(parts) == found["memory_bytes"]
+    assert found["attention_backend"] == "fa3"
 
 
 def test_a_folder_and_any_memory(tiny: Path) -> None:
     found = json.loads(run("--model", str(tiny), "--memory", "8", "--page-size", "16", "--json"))
     assert found["tp"] == 1
     assert found["max_context"] > 0
+    assert found["attention_backend"] == ""
+
+
+def test_the_fraction_it_prints_gives_the_same_again() -> None:
+    arguments = ["--model", "scout", "--gpu", "H100-80GB", "--tp", "8", "--json"]
+    free = json.loads(run(*arguments))
+    again = json.loads(run(*arguments, "--mem-fraction-static", str(free["mem_fraction_static"] - 0.0001)))
+    assert again["max_context"] == pytest.approx(free["max_context"], rel=0.001)
+
+
+def test_what_flags_cost() -> None:
+    arguments = ["--model", "scout", "--gpu", "H100-80GB", "--tp", "8", "--length", "3000", "--json"]
+    plain = json.loads(run(*arguments))
+    assert list(plain["requests_at_once"]) == ["3000"]
+    small = json.loads(run(*arguments, "--chunked-prefill-size", "2048"))
+    assert small["step_bytes"] < plain["step_bytes"]
+    assert small["kv_bytes"] > plain["kv_bytes"]
+    with pytest.raises(ConfigError, match="is '5k'; wanted a number of tokens, or auto"):
+        run(*arguments, "--context-length", "5k")
+    assert json.loads(run(*arguments, "--context-length", "auto")) == plain
+
+
+def test_a_draft_takes_weights_and_lies_beside_the_global_layers(tmp_path: Path) -> None:
+    config = {
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "draft_vocab_size": 32000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = json.loads(
+        run(
+            "--model",
+            "scout",
+            "--gpu",
+            "H200",
+            "--tp",
+            "1",
+            "--quantization",
+            "int4",
+            "--draft",
+            str(tmp_path),
+            "--json",
+        )
+    )
+    assert found["draft_bytes"] == pytest.approx(1.53e9 + 3 * 5120 * 5120 * 2, rel=0.01)  # and fc
+    assert found["waste"]["local"] == pytest.approx(1 - 36 / 39)
+    assert found["token_bytes"]["global"] == 13 * 2 * 8 * 128 * 2
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from l4core.cli.serve import serve
 from l4core.cli.settings import merge, read_configs, read_file
-from l4core.config import EngineConfig, ServerConfig
+from l4core.config import EngineConfig, ServerConfig, from_mapping
 from l4core.errors import ConfigError
 
 
@@ -35,6 +35,17 @@ def test_file_alone(yaml: Path) -> None:
 def test_flags_override_the_file_under_any_spelling(yaml: Path) -> None:
     engine, server = configs("from-flag", "--config", str(yaml), "--context-length", "99", "--port=1")
     assert (engine.model, engine.context_length, server.port) == ("from-flag", 99, 1)
+
+
+def test_auto_stands_for_the_largest_context_and_takes_back_a_number(yaml: Path) -> None:
+    engine, _ = configs("m", "--config", str(yaml), "--context-length", "auto")
+    assert engine.context_length is None
+    assert configs("m", "--context-length", "77")[0].context_length == 77
+    assert from_mapping({"context_length": "auto"})[0].context_length is None
+    with pytest.raises(ConfigError, match="context_length is 'auto '"):
+        from_mapping({"context_length": "auto "})
+    with pytest.raises(ConfigError, match="page_size is 'auto'"):
+        from_mapping({"page_size": "auto"})
 
 
 def test_a_flag_takes_back_a_yes_of_the_file(yaml: Path) -> None:

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from l4core.engine.capacity import DEVICES, GIB, Capacity, Setup, capacity, largest_context, load_config
+from l4core.engine.capacity import DEVICES, GIB, Capacity, Setup, capacity, load_config, rank_weight_bytes
 from l4core.errors import CapacityError, ConfigError
 
 
 def plan(model: str, gpu: str, **changes: object) -> Capacity:
     """Eight devices; 90 % of each, less 4 GiB for everything but weights and KV; no limit from the model."""
-    total = int(DEVICES[gpu] * GIB)
+    total = int(DEVICES[gpu].gib * GIB)
     config = dataclasses.replace(load_config(model), max_position_embeddings=10**9)
     setup = Setup(memory_bytes=total, tp=8, fraction=0.9 - 4 * GIB / total)
     return capacity(config, dataclasses.replace(setup, **changes))  # type: ignore[arg-type]
@@ -38,13 +38,13 @@ def test_a_table_made_by_hand_is_reproduced(
 ) -> None:
     """Within 3 %; that table counts the vision encoder (0.8 B parameters), which is not loaded here, and 16,384 local tokens."""
     found = plan(model, gpu, weights=weights)
-    assert found.kv_budget / GIB == pytest.approx(free_gib, rel=0.03)
+    assert found.budget.kv / GIB == pytest.approx(free_gib, rel=0.03)
     assert found.kv.largest_context == pytest.approx(bf16, rel=0.03)
     assert plan(model, gpu, weights=weights, kv_bytes=1).kv.largest_context == pytest.approx(fp8, rel=0.03)
 
 
 def test_what_does_not_fit_is_refused_with_the_way_out() -> None:
-    with pytest.raises(CapacityError, match="weights and workspace take 100"):
+    with pytest.raises(CapacityError, match=r"weights and workspace take 100.*GB"):
         plan("maverick", "H100-80GB")
     found = plan("scout", "H100-80GB")
     with pytest.raises(CapacityError, match=str(found.kv.largest_context)) as error:
@@ -54,23 +54,36 @@ def test_what_does_not_fit_is_refused_with_the_way_out() -> None:
 
 @pytest.mark.parametrize(("gpu", "published"), [("H100-80GB", 5_000_000), ("H200", 10_000_000)])
 def test_sglangs_published_contexts_fit_with_room(gpu: str, published: int) -> None:
-    """SGLang's guide: 1M and 2.5M without the hybrid cache, 5M and 10M with it. Its pools are split by a ratio and it keeps more for prefill, so
-    it reaches 55 to 69 % of what the bytes hold; one pool for both groups needs no ratio."""
+    """SGLang's guide: 1M and 2.5M without the hybrid cache, 5M and 10M with it. It keeps more for prefill and splits its pools by a ratio, so it
+    reaches 55 to 69 % of what the bytes hold; one pool for both groups needs no ratio."""
     most = plan("scout", gpu).kv.largest_context
     assert 0.55 * most < published < 0.70 * most
 
 
+@pytest.mark.parametrize(("ratio", "tokens"), [(1.0, 1.6e6), (0.8, 1.9e6), (0.1, 5.0e6), (0.01, 6.3e6)])
+def test_what_a_split_by_ratio_would_hold(ratio: float, tokens: float) -> None:
+    """SGLang's arithmetic with 37 GiB for KV on each of eight H100s (what its reserve and the vision encoder leave of 80): the published 1M without
+    and 5M with the hybrid cache, between the default ratio, which wins 18 %, and one small enough for a long request. One pool holds 6.4M."""
+    config = dataclasses.replace(load_config("scout"), max_position_embeddings=10**9)
+    weights = rank_weight_bytes(config, 8, "bfloat16")
+    total = int(DEVICES["H100-80GB"].gib * GIB)
+    found = capacity(config, Setup(memory_bytes=total, tp=8, fraction=(weights + 37 * GIB) / total))
+    assert found.budget.kv == pytest.approx(37 * GIB, rel=1e-6)
+    assert found.if_split(ratio) == pytest.approx(tokens, rel=0.03)
+    assert found.kv.largest_context == pytest.approx(6.44e6, rel=0.01)
+
+
 def test_the_gain_of_the_hybrid_cache_is_four_in_the_limit() -> None:
     found = plan("scout", "H200")
-    plain = found.kv_budget // (48 * 2 * 128 * 2)  # every layer keeps every token of its one KV head
+    plain = found.budget.kv // (48 * 2 * 128 * 2)  # every layer keeps every token of its one KV head
     assert 3.98 < found.kv.largest_context / plain < 4.0
 
 
 def test_requests_at_once_fill_what_there_is() -> None:
     found = plan("scout", "H100-80GB")
     per_request = dict(found.at_once)
-    assert per_request[1_000] == (found.kv_budget // found.kv.superpage_bytes - 1) // (6 + 16)
-    assert per_request[128_000] == (found.kv_budget // found.kv.superpage_bytes - 1) // (667 + 128)
+    assert per_request[1_000] == (found.budget.kv // found.kv.superpage_bytes - 1) // (6 + 16)
+    assert per_request[128_000] == (found.budget.kv // found.kv.superpage_bytes - 1) // (667 + 128)
 
 
 def test_ranks_must_share_evenly_and_models_be_known() -> None:
@@ -78,5 +91,5 @@ def test_ranks_must_share_evenly_and_models_be_known() -> None:
         plan("scout", "H200", tp=7)
     with pytest.raises(ConfigError, match="wanted a folder, scout or maverick"):
         load_config("llama-5")
-    small = Setup(memory_bytes=8 * GIB)
-    assert largest_context(load_config("scout"), small) == 0
+    with pytest.raises(CapacityError, match=r"the device has 8\.59 GB"):
+        capacity(load_config("scout"), Setup(memory_bytes=8 * GIB))

@@ -19,6 +19,17 @@ TYPES: dict[type[Any], click.ParamType[Any]] = {
     str: click.STRING,
     tuple: click.STRING,
 }
+
+
+class AutoInt(click.ParamType[Any]):
+    """A whole number, or the word auto."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else click.INT.convert(value, param, ctx)
+
+
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "TEXT"}
 
 
@@ -33,7 +44,11 @@ class TableOption(GroupedOption):
             spellings = [f"{s}/--no-{s[2:]}" for s in spellings]
         else:
             given |= {
-                "type": click.Choice((*row.choices, *row.later)) if row.choices else TYPES[kind],
+                "type": click.Choice((*row.choices, *row.later))
+                if row.choices
+                else AutoInt()
+                if row.auto
+                else TYPES[kind],
                 "multiple": kind is tuple,
                 "metavar": metavar(row, kind),
             }
@@ -52,7 +67,7 @@ def value_type(hint: Any) -> type[Any]:
 def metavar(row: Option, kind: type[Any]) -> str | None:
     if row.choices:
         return "[" + "|".join(row.choices) + "]"
-    return row.metavar or row.unit.upper() or METAVARS[kind]
+    return (row.metavar or row.unit.upper() or METAVARS[kind]) + ("|auto" if row.auto else "")
 
 
 def describe(row: Option, default: Any) -> str:

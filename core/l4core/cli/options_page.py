@@ -58,7 +58,9 @@ def value_of(hint: Any, row: Option) -> str:
         if low is not None
         else ""
     )
-    return ", ".join(part for part in (row.metavar or row.unit or METAVARS[kind], bounds) if part)
+    return ", ".join(
+        part for part in (row.metavar or row.unit or METAVARS[kind], bounds, "or `auto`" if row.auto else "") if part
+    )
 
 
 if __name__ == "__main__":

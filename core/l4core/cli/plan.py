@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -14,11 +15,14 @@ from l4core.cli.table import text_table
 from l4core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from l4core.attention.select import Candidate
     from l4core.engine.capacity import Capacity, Setup
     from l4core.model.config import ModelConfig
+    from l4core.plugin_api import Usable
 
 GIB = 1 << 30
-NOT_BUILT = "fp8 and int4 weights and fp8 KV are not built yet; their figures are arithmetic only."
+LIBRARIES = ("triton==3.6.0", "flash_attn_interface==3.0.0", "flashinfer==0.7.2", "aiter==0.1.20")
+"""Vendors' libraries that the device is taken to have."""
 
 
 @click.command(cls=L4Command, short_help="What fits on a device: weights, KV, the largest context.")
@@ -33,20 +37,27 @@ NOT_BUILT = "fp8 and int4 weights and fp8 KV are not built yet; their figures ar
 )
 @click.option(
     "--kv-cache-dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "fp8"]),
+    type=click.Choice(["auto", "bfloat16", "float16", "fp8", "fp8_e4m3"]),
     default="auto",
     help="[auto: bfloat16]",
 )
-@click.option("--page-size", type=click.IntRange(min=1), default=64, metavar="N", help="tokens [64]")
 @click.option(
-    "--context-length", type=click.IntRange(min=1), metavar="N", help="tokens that one request must be able to have"
+    "--draft", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="an EAGLE3 draft's folder"
 )
+@click.option("--page-size", type=click.IntRange(min=1), metavar="N", help="tokens [the backend's: 64]")
+@click.option("--context-length", metavar="N|auto", help="tokens that one request must be able to have [auto]")
 @click.option("--max-running-requests", type=click.IntRange(min=1), default=256, metavar="N", help="[256]")
+@click.option(
+    "--chunked-prefill-size", type=click.IntRange(min=1), default=8192, metavar="N", help="tokens in a step [8192]"
+)
 @click.option(
     "--mem-fraction-static",
     type=click.FloatRange(0.01, 1.0),
     metavar="F",
-    help="weights + KV, share of the device [0.88]",
+    help="weights + KV, share of the device [what a step and the runtime leave]",
+)
+@click.option(
+    "--length", type=click.IntRange(min=1), multiple=True, metavar="N", help="of requests to count; may be repeated"
 )
 @click.option(
     "--swa-full-tokens-ratio",
@@ -63,42 +74,53 @@ def plan(
     tp: int,
     quantization: str,
     kv_cache_dtype: str,
-    page_size: int,
-    context_length: int | None,
+    draft: Path | None,
+    page_size: int | None,
+    context_length: str | None,
     max_running_requests: int,
+    chunked_prefill_size: int,
     mem_fraction_static: float | None,
     swa_full_tokens_ratio: float | None,
     disable_hybrid_swa_memory: bool,
+    length: tuple[int, ...],
     as_json: bool,
 ) -> None:
     """What a model holds on a device: weights, KV memory, the largest context, requests at once, and what each flag would change.
 
     The same arithmetic sizes the engine at start-up. Text half only: the vision encoder is not loaded yet.
     """
-    from l4core.engine.capacity import Setup, capacity, load_config
+    from l4core.engine.capacity import LENGTHS, Setup, capacity, load_config
+    from l4core.model.draft_size import read_draft
 
     config = load_config(model)
+    kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else 2
+    backend, verdict = backend_of(config, gpu, tp, kv_bytes, page_size, max_running_requests, chunked_prefill_size)
     setup = Setup(
         memory_bytes=memory_of(gpu, memory),
         tp=tp,
         weights="bfloat16" if quantization == "none" else quantization,
-        kv_bytes=1 if kv_cache_dtype == "fp8" else 2,
-        page_size=page_size,
-        context_length=context_length,
+        kv_bytes=kv_bytes,
+        page_size=page_size or (verdict.preferred_page_size if verdict else 64),
+        context_length=tokens_of(context_length),
         max_running=max_running_requests,
+        num_tokens=chunked_prefill_size,
         fraction=mem_fraction_static,
         local_ratio=swa_full_tokens_ratio,
         hybrid=not disable_hybrid_swa_memory,
+        workspace=verdict.workspace_bytes if verdict else 0,
+        num_graphs=0,
+        draft=None if draft is None else read_draft(draft),
+        lengths=length or LENGTHS,
     )
     found = capacity(config, setup)
     if as_json:
-        click.echo(json.dumps(found.json(), indent=2))
+        click.echo(json.dumps({**found.json(), "attention_backend": backend}, indent=2))
         return
     click.echo(f"{model} on {tp} × {gpu or f'{memory:g} GiB'}\n")
-    click.echo(text_table(("each device", "", ""), list(_rows(found))))
+    click.echo(text_table(("each device", "", ""), list(_rows(found, backend))))
     click.echo("\n" + text_table(("requests of", "at once"), [(f"{n:,} tokens", f"{k:,}") for n, k in found.at_once]))
-    click.echo("\n" + text_table(("with", "largest context"), list(_changes(config, setup))))
-    click.echo("\n" + NOT_BUILT)
+    click.echo("\n" + text_table(("with", "largest context", "and at once"), list(_changes(config, setup))))
+    click.echo("\n" + text_table(("were KV split at start-up", "largest context"), list(_splits(found))))
 
 
 def memory_of(gpu: str | None, memory: float | None) -> int:
@@ -114,41 +136,115 @@ def memory_of(gpu: str | None, memory: float | None) -> int:
     assert gpu is not None
     if gpu not in DEVICES:
         raise ConfigError(f"--gpu is {gpu!r}; known are {', '.join(DEVICES)}", fix="--memory GIB takes any device")
-    return int(DEVICES[gpu] * GIB)
+    return int(DEVICES[gpu].gib * GIB)
 
 
-def _rows(found: Capacity) -> Iterator[tuple[str, str, str]]:
-    kv, setup = found.kv, found.setup
-    rest = setup.memory_bytes - found.weight_bytes - found.kv_budget
-    cut = " or ".join(f"{count} {name}" for name, count in kv.shape.pages.items())
-    yield "memory", _gib(setup.memory_bytes), ""
-    yield "weights", _gib(found.weight_bytes), setup.weights
-    yield (
-        "KV",
-        _gib(found.kv_budget),
-        f"superpages of {cut} pages, {kv.superpage_bytes:,} bytes, {max(kv.waste.values()):.1%} waste at most",
+def tokens_of(context_length: str | None) -> int | None:
+    """None for auto. ConfigError for what is no number."""
+    if context_length in (None, "auto"):
+        return None
+    if not context_length.isdecimal() or not int(context_length):
+        raise ConfigError(f"--context-length is {context_length!r}; wanted a number of tokens, or auto")
+    return int(context_length)
+
+
+def backend_of(
+    config: ModelConfig,
+    gpu: str | None,
+    tp: int,
+    kv_bytes: int,
+    page_size: int | None,
+    max_running: int,
+    num_tokens: int,
+) -> tuple[str, Usable | None]:
+    """Name and verdict of the attention backend that such a device would take, of those installed here. ("", None) for a device without a name."""
+    from l4core.attention.select import candidates
+    from l4core.engine.capacity import DEVICES
+    from l4core.model.slicing import rank_config
+    from l4core.plugin_api import AttentionRequirements, Usable
+    from l4core.plugin_manager import load_plugins
+    from l4core.testing.platforms import fake_platform, parse_libraries
+
+    if gpu is None or gpu not in DEVICES:
+        return "", None
+    rank = rank_config(config, tp)
+    required = AttentionRequirements(
+        num_q_heads=rank.num_q_heads,
+        num_kv_heads=rank.num_kv_heads,
+        head_dim=rank.head_dim,
+        q_dtype="bfloat16",
+        kv_dtype="float8_e4m3fn" if kv_bytes == 1 else "bfloat16",
+        page_size=page_size,
+        chunk_size=rank.attention_chunk_size if any(rank.chunked_layers) else None,
+        max_num_seqs=max_running,
+        max_num_tokens=max(num_tokens, max_running),
     )
-    yield "the rest", _gib(rest), "activations, graphs, runtime"
+    platform = fake_platform(DEVICES[gpu].platform, parse_libraries(LIBRARIES))
+    chosen: list[Candidate] = [c for c in candidates(load_plugins().attention_backends, platform, required) if c.chosen]
+    if not chosen or not isinstance(chosen[0].verdict, Usable):
+        return "", None
+    return chosen[0].entry.name, chosen[0].verdict
+
+
+def _rows(found: Capacity, backend: str) -> Iterator[tuple[str, str, str]]:
+    from l4core.engine.memory_budget import RUNTIME_BYTES
+
+    kv, setup, needs = found.kv, found.setup, found.budget.needs
+    cut = " or ".join(f"{count} {name}" for name, count in kv.shape.pages.items())
+    waste = ", ".join(f"{share:.1%} in {name} use" for name, share in kv.waste.items())
+    tokens = ", ".join(f"{size:,} {name}" for name, size in found.group_bytes.items())
+    yield "memory", _gib(setup.memory_bytes), ""
+    yield "weights", _gib(needs.weights - found.draft_bytes), setup.weights
+    if setup.draft is not None:
+        yield "draft", _gib(found.draft_bytes), "bfloat16; its KV lies beside the global layers'"
+    yield "workspace", _gib(needs.workspace), f"of {backend}" if backend else "backend not known: not counted"
+    yield "KV", _gib(found.budget.kv), f"bytes a token: {tokens}"
+    yield "", "", f"superpages of {cut} pages of {kv.page_size} tokens; waste {waste}"
+    yield "a step", _gib(needs.step), f"{setup.num_tokens:,} tokens, logits of {setup.max_running} rows"
+    yield "block tables", _gib(needs.tables), f"{setup.max_running} rows"
+    yield "graphs", _gib(needs.graphs), ""
+    yield "runtime", _gib(RUNTIME_BYTES), "context, kernels, gaps"
+    yield "--mem-fraction-static", f"{found.budget.fraction:.3f}", "weights, workspace and KV"
     yield "largest context", f"{kv.largest_context:,}", "tokens, prompt and answer"
 
 
-def _changes(config: ModelConfig, setup: Setup) -> Iterator[tuple[str, str]]:
-    """The largest context as asked, and with one flag changed at a time."""
-    from l4core.engine.capacity import largest_context
+def _changes(config: ModelConfig, setup: Setup) -> Iterator[tuple[str, str, str]]:
+    """The largest context, and requests of the first length, as asked and with one flag changed at a time."""
+    from l4core.engine.capacity import capacity
+    from l4core.errors import CapacityError
 
     free = dataclasses.replace(setup, context_length=None)
     variants = {
         "what was asked": free,
-        "--kv-cache-dtype fp8": dataclasses.replace(free, kv_bytes=1),
+        "--kv-cache-dtype fp8_e4m3": dataclasses.replace(free, kv_bytes=1),
         "--quantization fp8": dataclasses.replace(free, weights="fp8"),
         "--quantization int4": dataclasses.replace(free, weights="int4"),
-        "--mem-fraction-static 0.92": dataclasses.replace(free, fraction=0.92),
+        "--disable-hybrid-swa-memory": dataclasses.replace(free, hybrid=False),
+        "--chunked-prefill-size 2048": dataclasses.replace(free, num_tokens=2048),
+        f"--tp {2 * setup.tp}": dataclasses.replace(free, tp=2 * setup.tp),
     }
     for name, variant in variants.items():
-        if variant != free or name == "what was asked":
-            tokens = largest_context(config, variant)
-            yield name, f"{tokens:,}" if tokens else "the weights do not fit"
+        if variant == free and name != "what was asked":
+            continue
+        try:
+            found = capacity(config, variant)
+        except CapacityError:
+            yield name, "does not fit", ""
+        except ConfigError:  # so many devices cannot share this model
+            continue
+        else:
+            at_once = f"{found.at_once[0][1]:,} of {found.at_once[0][0]:,}" if found.at_once else ""
+            yield name, f"{found.kv.largest_context:,}", at_once
+
+
+def _splits(found: Capacity) -> Iterator[tuple[str, str]]:
+    from l4core.engine.capacity import RATIOS
+
+    for ratio in RATIOS:
+        note = {1.0: " (every layer keeps every token)", 0.8: " (SGLang's default)"}.get(ratio, "")
+        yield f"{ratio:g} local tokens a global one{note}", f"{found.if_split(ratio):,}"
+    yield "as here: one pool for both", f"{found.kv.largest_context:,}"
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB"
+    return f"{num_bytes / GIB:.2f} GiB"

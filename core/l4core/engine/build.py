@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,9 +14,10 @@ import torch
 from l4core.attention.select import Selected, select_backend
 from l4core.config import EngineConfig
 from l4core.engine.engine import Engine
-from l4core.engine.memory_budget import kv_budget
+from l4core.engine.memory_budget import Budget, Needs, device_budget
 from l4core.engine.runner import Runner
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
+from l4core.engine.step_memory import needs_of
 from l4core.errors import ConfigError
 from l4core.experts.select import SelectedExperts, select_experts
 from l4core.kv.blocks import KVGroup
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltEngine:
-    """An engine and what its user should know. report: lines of the start-up block, in order."""
+    """An engine and what its user should know. report: lines of the start-up block, in order.  budget: what it holds of the device."""
 
     engine: Engine
     report: tuple[str, ...]
@@ -45,6 +46,7 @@ class BuiltEngine:
     folder: Path
     plugins: Plugins
     context_length: int
+    budget: Budget
 
 
 def build_engine(
@@ -68,7 +70,10 @@ def build_engine(
     selected = _select(config, model_config, platform, plugins, dtype, kv_dtype)
     experts = _select_experts(config, model_config, platform, plugins, dtype)
     weight_bytes = sum(p.numel() for p in _meta_model(model_config, 1).parameters()) * dtype.itemsize
-    plan = _plan(config, model_config, platform, selected, experts, kv_dtype, weight_bytes)
+    needs = _needs(config, model_config, platform, selected, experts, dtype, weight_bytes)
+    budget = device_budget(platform, needs, config.mem_fraction_static)
+    plan = _plan(config, model_config, budget, selected, kv_dtype)
+    budget = replace(budget, kv=plan.bytes_total)
     model = _load_model(config, model_config, folder, device, dtype, plan.max_context, progress, experts)
     engine = _wire(config, model_config, model, plan, selected, plugins, device, kv_dtype)
     report = _report(
@@ -78,9 +83,9 @@ def build_engine(
         selected,
         experts,
         plan,
+        budget,
         dtype,
         kv_dtype,
-        weight_bytes,
         time.perf_counter() - began,
     )
     return BuiltEngine(
@@ -90,6 +95,7 @@ def build_engine(
         folder=folder,
         plugins=plugins,
         context_length=plan.max_context,
+        budget=budget,
     )
 
 
@@ -219,16 +225,31 @@ def _load_model(
     return model
 
 
-def _plan(
+def _needs(
     config: EngineConfig,
     model: ModelConfig,
     platform: Platform,
     selected: Selected,
     experts: SelectedExperts | None,
-    kv_dtype: torch.dtype,
+    dtype: torch.dtype,
     weight_bytes: int,
+) -> Needs:
+    return needs_of(
+        model,
+        weights=weight_bytes,
+        workspace=selected.verdict.workspace_bytes + (experts.verdict.workspace_bytes if experts else 0),
+        num_tokens=max(config.chunked_prefill_size, config.max_running_requests),
+        max_running=config.max_running_requests,
+        context_length=config.context_length,
+        page_size=selected.page_size,
+        itemsize=dtype.itemsize,
+        device_bytes=platform.memory_bytes,
+    )
+
+
+def _plan(
+    config: EngineConfig, model: ModelConfig, budget: Budget, selected: Selected, kv_dtype: torch.dtype
 ) -> KVPlan:
-    taken = weight_bytes + selected.verdict.workspace_bytes + (experts.verdict.workspace_bytes if experts else 0)
     groups = kv_groups(config, model)
     plan = plan_kv(
         groups,
@@ -236,7 +257,7 @@ def _plan(
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         bytes_per_element=kv_dtype.itemsize,
-        budget_bytes=kv_budget(platform, taken, config.mem_fraction_static),
+        budget_bytes=budget.kv,
         context_length=config.context_length,
         model_limit=model.max_position_embeddings,
         max_running=config.max_running_requests,
@@ -317,9 +338,9 @@ def _report(
     selected: Selected,
     experts: SelectedExperts | None,
     plan: KVPlan,
+    budget: Budget,
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
-    weight_bytes: int,
     seconds: float,
 ) -> tuple[str, ...]:
     """The start-up block, one fact a line: label padded to 16, then the value."""
@@ -332,7 +353,7 @@ def _report(
     lines = [
         (
             "model",
-            f"{config.model} · {model.architecture} · {model.num_layers} layers{sparse} · {weight_bytes / 1e9:.2f} GB",
+            f"{config.model} · {model.architecture} · {model.num_layers} layers{sparse} · {budget.needs.weights / 1e9:.2f} GB",
         ),
         ("device", device),
         ("dtype", f"{dtype_name(dtype)} · KV {dtype_name(kv_dtype)}"),
@@ -342,6 +363,7 @@ def _report(
             "page size",
             f"{plan.page_size} tokens · superpage of {cut} pages, {max(plan.waste.values()):.1%} waste at most",
         ),
+        ("memory", budget.text()),
         ("KV tokens", f"{tokens} · {plan.bytes_total / 1e9:.2f} GB"),
         ("largest context", f"{plan.max_context:,} tokens"),
         ("prefix cache", "off (--disable-radix-cache)" if config.disable_radix_cache else "on"),

@@ -9,25 +9,37 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from l4core.engine.memory_budget import kv_share
-from l4core.errors import CapacityError, ConfigError
+from l4core.engine.memory_budget import RUNTIME_BYTES, Budget, share_out
+from l4core.engine.step_memory import needs_of
+from l4core.errors import ConfigError
 from l4core.kv.planner import Footprint, KVPlan, plan_kv
 from l4core.model.config import ModelConfig
+from l4core.model.draft_size import draft_weight_bytes
 from l4core.model.layout import Parameter, parameters
-from l4core.model.slicing import check_world, rank_shape
+from l4core.model.slicing import check_world, rank_config, rank_shape
 
 GIB = 1 << 30
-DEVICES: Mapping[str, float] = {
-    "L4-24GB": 22.0,
-    "A100-40GB": 39.4,
-    "A100-80GB": 79.1,
-    "H100-80GB": 79.1,
-    "H200": 139.8,
-    "B200": 178.0,
-    "MI300X": 191.5,
-    "MI355X": 287.5,
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """gib: memory as torch reports it.  platform: what `l4 backends --platform` calls it."""
+
+    gib: float
+    platform: str
+
+
+DEVICES: Mapping[str, Device] = {
+    "L4-24GB": Device(22.0, "sm89"),
+    "A100-40GB": Device(39.4, "sm80"),
+    "A100-80GB": Device(79.1, "sm80"),
+    "H100-80GB": Device(79.1, "sm90"),
+    "H200": Device(139.8, "sm90"),
+    "B200": Device(178.0, "sm100"),
+    "MI300X": Device(191.5, "gfx942"),
+    "MI355X": Device(287.5, "gfx950"),
 }
-"""GiB that torch reports: of H100, H200 and B200 as it was seen, of the others what is sold, less up to two. `--memory` takes any number."""
+"""GiB of H100, H200 and B200 as they were seen, of the others what is sold, less up to two. `--memory` takes any number."""
 PRESETS = ("scout", "maverick")
 WEIGHTS: Mapping[str, float] = {"bfloat16": 2.0, "fp8": 1.0, "int4": 0.5 + 2 / 128}
 """Bytes an element of a linear layer, scales included where they count: int4 has one bfloat16 scale for 128 elements, on experts only."""
@@ -35,12 +47,16 @@ EXPERTS = (".moe.experts.", ".moe.shared.")
 LINEAR = (*EXPERTS, ".attn.qkv.", ".attn.o.", ".mlp.")
 """Parts of the names of quantised parameters."""
 LENGTHS = (1_000, 8_000, 32_000, 128_000, 1_000_000)
+RATIOS = (1.0, 0.8, 0.1, 0.01)
+"""Of local to global tokens, as pools that are split at start-up need one; 0.8 is SGLang's default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """What is asked. memory_bytes: of one device.  weights: a key of WEIGHTS.  kv_bytes: of one stored element.  fraction: None = the default.
-    local_ratio: cap on local KV (kv.planner.local_cap).  hybrid: local pages of finished chunks are dropped."""
+    local_ratio: cap on local KV (kv.planner.local_cap).  hybrid: local pages of finished chunks are dropped.
+    workspace: of the attention backend, bytes.  num_tokens: computed in one step at most.  num_graphs: captured decode steps.
+    draft: of a draft model, its config.json, None = no speculation.  lengths: of which requests are counted, tokens."""
 
     memory_bytes: int
     tp: int = 1
@@ -49,34 +65,58 @@ class Setup:
     page_size: int = 64
     context_length: int | None = None
     max_running: int = 256
+    num_tokens: int = 8192
     fraction: float | None = None
     local_ratio: float | None = None
     hybrid: bool = True
+    workspace: int = 0
+    num_graphs: int = 0
+    draft: Mapping[str, object] | None = None
+    lengths: Sequence[int] = LENGTHS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """What fits, on each of `setup.tp` devices. at_once: (tokens of one request, requests of that length together)."""
+    """What fits, on each of `setup.tp` devices. draft_bytes: of the budget's weights.  at_once: (tokens of one request, requests of that length
+    together).  group_bytes: KV group name → bytes of one token's keys and values in it."""
 
     setup: Setup
-    weight_bytes: int
-    kv_budget: int
+    budget: Budget
+    draft_bytes: int
     kv: KVPlan
     at_once: Sequence[tuple[int, int]]
+    group_bytes: Mapping[str, int]
 
     def json(self) -> dict[str, object]:
+        needs = self.budget.needs
         return {
             "tp": self.setup.tp,
             "memory_bytes": self.setup.memory_bytes,
-            "weight_bytes": self.weight_bytes,
-            "kv_bytes": self.kv_budget,
+            "weight_bytes": needs.weights,
+            "draft_bytes": self.draft_bytes,
+            "workspace_bytes": needs.workspace,
+            "step_bytes": needs.step,
+            "table_bytes": needs.tables,
+            "graph_bytes": needs.graphs,
+            "runtime_bytes": RUNTIME_BYTES,
+            "kv_bytes": self.budget.kv,
+            "mem_fraction_static": round(self.budget.fraction, 4),
             "page_size": self.kv.page_size,
+            "token_bytes": dict(self.group_bytes),
             "superpage": dict(self.kv.shape.pages),
             "superpage_bytes": self.kv.superpage_bytes,
             "waste": dict(self.kv.waste),
             "max_context": self.kv.largest_context,
             "requests_at_once": {str(length): count for length, count in self.at_once},
+            "max_context_if_split": {str(ratio): self.if_split(ratio) for ratio in RATIOS},
         }
+
+    def if_split(self, ratio: float) -> int:
+        """Largest context, were the same bytes split at start-up into `ratio` local tokens for each global one (SGLang 0.5.23's arithmetic; 1 is
+        what every layer keeping every token gives)."""
+        cell = self.group_bytes.get("global", 0) + ratio * self.group_bytes.get("local", 0)
+        page = self.kv.page_size
+        return int(self.budget.kv / cell) // page * page
 
 
 def load_config(model: str) -> ModelConfig:
@@ -91,17 +131,29 @@ def load_config(model: str) -> ModelConfig:
 
 def capacity(config: ModelConfig, setup: Setup) -> Capacity:
     """Raises ConfigError for a tp or page size that does not divide, CapacityError when weights or context do not fit; it names what would."""
-    check_world(config, setup.tp)
-    weights = rank_weight_bytes(config, setup.tp, setup.weights)
-    budget = kv_share(setup.memory_bytes, weights, setup.fraction)
-    groups = config.kv_groups(hybrid=setup.hybrid)
+    rank = rank_config(config, setup.tp)
+    draft = 0 if setup.draft is None else draft_weight_bytes(setup.draft, config, setup.tp)
+    needs = needs_of(
+        rank,
+        weights=rank_weight_bytes(config, setup.tp, setup.weights) + draft,
+        workspace=setup.workspace,
+        num_tokens=max(setup.num_tokens, setup.max_running),
+        max_running=setup.max_running,
+        context_length=setup.context_length,
+        page_size=setup.page_size,
+        itemsize=2,
+        device_bytes=setup.memory_bytes,
+        num_graphs=setup.num_graphs,
+    )
+    budget = share_out(setup.memory_bytes, needs, setup.fraction)
+    groups = rank.kv_groups(num_draft_layers=0 if setup.draft is None else 1, hybrid=setup.hybrid)
     kv = plan_kv(
         groups,
         page_size=setup.page_size,
-        num_kv_heads=max(1, config.num_kv_heads // setup.tp),
-        head_dim=config.head_dim,
+        num_kv_heads=rank.num_kv_heads,
+        head_dim=rank.head_dim,
         bytes_per_element=setup.kv_bytes,
-        budget_bytes=budget,
+        budget_bytes=budget.kv,
         context_length=setup.context_length,
         model_limit=config.max_position_embeddings,
         max_running=setup.max_running,
@@ -109,13 +161,21 @@ def capacity(config: ModelConfig, setup: Setup) -> Capacity:
         local_ratio=setup.local_ratio,
     )
     footprint = Footprint(groups=groups, shape=kv.shape, page_size=kv.page_size, max_local=kv.max_local)
-    usable = budget // kv.superpage_bytes - 1
-    at_once = [(n, footprint.at_once(usable, n)) for n in LENGTHS if n <= kv.largest_context]
-    return Capacity(setup=setup, weight_bytes=weights, kv_budget=budget, kv=kv, at_once=at_once)
+    usable = budget.kv // kv.superpage_bytes - 1
+    layer = 2 * rank.num_kv_heads * rank.head_dim * setup.kv_bytes
+    return Capacity(
+        setup=setup,
+        budget=budget,
+        draft_bytes=draft,
+        kv=kv,
+        at_once=[(n, footprint.at_once(usable, n)) for n in setup.lengths if n <= kv.largest_context],
+        group_bytes={group.name: layer * len(group.layer_ids) for group in groups},
+    )
 
 
 def rank_weight_bytes(config: ModelConfig, tp: int, weights: str) -> int:
     """Bytes of the largest rank's share. Embedding, head, router and norms stay in bfloat16; int4 is for experts, routed and shared."""
+    check_world(config, tp)
     return max(
         sum(int(math.prod(rank_shape(p, rank, tp)) * _element_bytes(p, weights)) for p in parameters(config, ()))
         for rank in range(tp)
@@ -125,11 +185,3 @@ def rank_weight_bytes(config: ModelConfig, tp: int, weights: str) -> int:
 def _element_bytes(parameter: Parameter, weights: str) -> float:
     quantised = EXPERTS if weights == "int4" else LINEAR
     return WEIGHTS[weights if any(part in parameter.name for part in quantised) else "bfloat16"]
-
-
-def largest_context(config: ModelConfig, setup: Setup) -> int:
-    """Tokens of the longest single request, 0 when the weights leave no room."""
-    try:
-        return capacity(config, setup).kv.largest_context
-    except CapacityError:
-        return 0

@@ -6,6 +6,7 @@ the allocator on a GPU (docs/decisions/012-memory-plan.md) and against live tens
 
 from __future__ import annotations
 
+from l4core.engine.memory_budget import Needs
 from l4core.model.config import ModelConfig
 
 INDEX_BYTES = 160
@@ -15,6 +16,36 @@ DRAW_BLOCK = 1 << 24
 DRAW_COPIES = 10
 GRAPH_BYTES = 8 << 20
 """A captured graph's own memory, beside the pool that all graphs share."""
+
+
+def needs_of(
+    config: ModelConfig,
+    *,
+    weights: int,
+    workspace: int,
+    num_tokens: int,
+    max_running: int,
+    context_length: int | None,
+    page_size: int,
+    itemsize: int,
+    device_bytes: int,
+    num_graphs: int = 0,
+) -> Needs:
+    """All of one rank. config: of the rank.  num_tokens: computed in one step at most.  context_length: None = not known yet, so tables are those of
+    the largest context that a device of `device_bytes` could hold."""
+    rows = 2 * config.num_kv_heads * config.head_dim * itemsize
+    longest = min(config.max_position_embeddings, device_bytes // (rows * _num_global(config)))
+    return Needs(
+        weights=weights,
+        workspace=workspace,
+        step=step_bytes(config, num_tokens=num_tokens, num_rows=max_running, itemsize=itemsize),
+        tables=table_bytes(config, max_running=max_running, max_context=context_length or longest, page_size=page_size),
+        graphs=graph_bytes(config, num_graphs=num_graphs, max_batch=max_running, itemsize=itemsize),
+    )
+
+
+def _num_global(config: ModelConfig) -> int:
+    return max(1, config.num_layers - sum(config.chunked_layers))
 
 
 def step_bytes(config: ModelConfig, *, num_tokens: int, num_rows: int, itemsize: int) -> int:
