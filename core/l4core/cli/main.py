@@ -21,6 +21,7 @@ COMMANDS = {
     "backends": "l4core.cli.backends:backends",
     "plugins": "l4core.cli.plugins:plugins",
     "demo-model": "l4core.cli.demo_model:demo_model",
+    "bench": "l4core.cli.bench:bench",
     "plan": "l4core.cli.plan:plan",
     "env": "l4core.cli.env:env",
 }

@@ -177,11 +177,12 @@ def rank_weight_bytes(config: ModelConfig, tp: int, weights: str) -> int:
     """Bytes of the largest rank's share. Embedding, head, router and norms stay in bfloat16; int4 is for experts, routed and shared."""
     check_world(config, tp)
     return max(
-        sum(int(math.prod(rank_shape(p, rank, tp)) * _element_bytes(p, weights)) for p in parameters(config, ()))
+        sum(int(math.prod(rank_shape(p, rank, tp)) * element_bytes(p, weights)) for p in parameters(config, ()))
         for rank in range(tp)
     )
 
 
-def _element_bytes(parameter: Parameter, weights: str) -> float:
+def element_bytes(parameter: Parameter, weights: str) -> float:
+    """Bytes of one element, 0.5 and its scale for int4. weights: a key of WEIGHTS."""
     quantised = EXPERTS if weights == "int4" else LINEAR
     return WEIGHTS[weights if any(part in parameter.name for part in quantised) else "bfloat16"]

@@ -1,0 +1,85 @@
+"""`l4 bench latency` and `throughput`: an engine in this process, on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from l4core.bench.datasets import Lengths, Sample, random_tokens
+from l4core.bench.steps import Bench
+from l4core.cli.errors import run
+from l4core.cli.main import l4
+from l4core.config import EngineConfig
+from l4core.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path) -> Bench:
+    config = EngineConfig(
+        model=tiny.as_posix(), dtype="float32", device="cpu", context_length=256, max_running_requests=4
+    )
+    return Bench(config, progress=False)
+
+
+def test_a_decode_step_of_the_whole_batch_is_timed_beside_what_it_reads(made: Bench) -> None:
+    row = made.decode(3, 40, 5)
+    assert row["tokens_per_s"] == pytest.approx(3 / row["ms"] * 1e3)
+    assert row["floor_ms"] == pytest.approx(row["bytes"] / made.rates.copy * 1e3)
+    weights = made.weights
+    assert row["bytes"] > weights.rest + weights.head + weights.routed / made.config.num_experts
+    assert not made._engine.has_work, "the next measurement would share its steps with this one"
+
+
+def test_the_bytes_are_those_on_the_device(made: Bench) -> None:
+    weights = made.weights
+    total = sum(p.numel() * p.itemsize for p in made._engine.runner.model.parameters())
+    assert weights.rest + weights.head + weights.table + weights.routed == pytest.approx(total, rel=0.05)
+    assert weights.routed == made.config.num_layers * made.config.num_experts * 3 * 4 * (
+        made.config.hidden_size * made.config.intermediate_size
+    )
+
+
+def test_a_prefill_computes_its_prompts_anew_each_time(made: Bench) -> None:
+    row = made.prefill(2, 100, 2)
+    assert row["tokens_per_s"] == pytest.approx(200 / row["ms"] * 1e3)
+    assert row["floor_ms"] > 0
+
+
+def test_throughput_counts_every_token(made: Bench) -> None:
+    samples = random_tokens(9, Lengths(input=20, output=6, spread=0.5), range(200), 0)
+    found = made.throughput(samples)
+    assert (found["requests"], found["failed"]) == (9, 0)
+    assert found["output_tokens"] == sum(sample.max_tokens for sample in samples)
+    assert found["prefilled_tokens"] == found["input_tokens"] == sum(len(sample.prompt) for sample in samples)
+
+
+def test_what_does_not_fit_is_a_sentence(made: Bench) -> None:
+    with pytest.raises(ConfigError, match="4 requests at once"):
+        made.decode(5, 10, 2)
+    with pytest.raises(ConfigError, match="context holds"):
+        made.prefill(1, 4000, 1)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        made.throughput([Sample(prompt="text", max_tokens=1)])
+
+
+def test_latency_on_the_command_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r.json"
+    arguments = ["bench", "latency", tiny.as_posix(), "--device", "cpu", "--dtype", "float32", "--batch", "1,2"]
+    more = ["--input-len", "20", "--output-len", "3", "--prefill", "2x30", "--out", str(out), "--plot", str(tmp_path)]
+    assert run(l4, [*arguments, *more], program="l4") == 0
+    printed = capsys.readouterr().out
+    assert "decode bs 2 at 20" in printed
+    assert "copy rate" in printed
+    found = json.loads(out.read_text())
+    assert [row["name"] for row in found["rows"]] == ["decode bs 1 at 20", "decode bs 2 at 20", "prefill 2x30"]
+    assert (tmp_path / "decode.svg").read_text().startswith("<svg")
+
+
+def test_throughput_on_the_command_line(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "throughput", tiny.as_posix(), "--device", "cpu", "--num-prompts", "3", "--input-len", "8"]
+    assert run(l4, [*arguments, "--output-len", "2", "--json"], program="l4") == 0
+    assert json.loads(capsys.readouterr().out)["output_tokens"] == 6
+    assert run(l4, ["bench", "latncy"], program="l4") == 2
+    assert "latency" in capsys.readouterr().err
