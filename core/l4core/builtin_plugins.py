@@ -7,6 +7,7 @@ from l4core.plugin_api import (
     AttentionBackendEntry,
     AttentionRequirements,
     ChatTemplateEntry,
+    DrafterEntry,
     ExpertKernelEntry,
     ExpertRequirements,
     ExpertsUsable,
@@ -54,6 +55,22 @@ def l4_chat_templates() -> list[ChatTemplateEntry]:
             api=PLUGIN_API,
             create="l4core.chat.llama4:create",
             stop_tokens=("<|eot|>", "<|eom|>", "<|end_of_text|>"),
+        )
+    ]
+
+
+@hookimpl
+def l4_drafters() -> list[DrafterEntry]:
+    return [
+        DrafterEntry(
+            name="NGRAM",
+            api=PLUGIN_API,
+            create="l4core.sampling.ngram:create",
+            options={
+                "longest": "tokens of the longest ending to look for, default 4",
+                "shortest": "tokens of the shortest ending that counts, default 2",
+                "window": "tokens of a sequence to look in, its last ones, default 32768",
+            },
         )
     ]
 

@@ -160,19 +160,37 @@ class EngineConfig:
     )
     tp: int = _opt(1, "tensor-parallel ranks", PARALLEL, aliases=("tp_size", "tensor_parallel_size"), minimum=1)
     speculative_algorithm: str | None = _opt(
-        None, "EAGLE3 or a drafter's name", SPECULATION, not_built=f"--speculative-algorithm {LATER}"
+        None,
+        "guess tokens and verify them, which changes no token: NGRAM, or the name of an installed drafter (default: off)",
+        SPECULATION,
+        metavar="NAME",
+        later=("EAGLE3", "EAGLE", "NEXTN", "STANDALONE"),
     )
     speculative_draft_model_path: str | None = _opt(
         None, "draft checkpoint", SPECULATION, not_built=f"--speculative-draft-model-path {LATER}"
     )
     speculative_num_steps: int | None = _opt(
-        None, "draft steps", SPECULATION, not_built=f"--speculative-num-steps {LATER}"
+        None,
+        "how many tokens ahead to guess (default: 3)",
+        SPECULATION,
+        aliases=("num_speculative_tokens",),
+        unit="tokens",
+        minimum=1,
+        maximum=63,
     )
     speculative_eagle_topk: int | None = _opt(
-        None, "branches per draft step", SPECULATION, not_built=f"--speculative-eagle-topk {LATER}"
+        None, "branches per draft step; 1 = a chain (default: 1)", SPECULATION, minimum=1, maximum=1
     )
     speculative_num_draft_tokens: int | None = _opt(
-        None, "draft tokens verified per step", SPECULATION, not_built=f"--speculative-num-draft-tokens {LATER}"
+        None,
+        "tokens verified per sequence and step, the last committed one among them (a chain's: steps + 1)",
+        SPECULATION,
+        unit="tokens",
+        minimum=2,
+        maximum=64,
+    )
+    speculative_option: tuple[str, ...] = _opt(
+        (), "key=value for the chosen drafter; may be repeated", SPECULATION, metavar="KEY=VALUE"
     )
     random_seed: int = _opt(0, "seeds requests without a seed, and dummy weights", SAMPLING, aliases=("seed",))
     sampler: str = _opt("default", "sampler of requests that name none", SAMPLING, metavar="NAME")

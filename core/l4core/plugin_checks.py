@@ -123,14 +123,14 @@ def _check_entry(hook: str, entry: Any) -> None:
     ]
     if isinstance(entry, (AttentionBackendEntry, ExpertKernelEntry)):
         problems.append((not callable(entry.probe), f"probe is {type(entry.probe).__name__}; wanted a function"))
-    if isinstance(entry, AttentionBackendEntry):
-        problems += [
+    if isinstance(entry, (AttentionBackendEntry, DrafterEntry)):
+        problems.append(
             (
                 not isinstance(entry.options, Mapping)
                 or not all(isinstance(x, str) for kv in entry.options.items() for x in kv),
                 "options is not a mapping of option name → one line of help",
-            ),
-        ]
+            )
+        )
     if isinstance(entry, ChatTemplateEntry):
         stops = entry.stop_tokens
         problems.append(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from l4core.attention.chunked import ring_width
-from l4core.engine.batch import ScheduledSequence
+from l4core.engine.batch import DraftRequest, ScheduledSequence
 from l4core.kv.blocks import NULL_PAGE, KVGroup
 
 
@@ -26,7 +26,7 @@ class BlockTables:
         self.width: Mapping[str, int] = {g.name: _width(g, page_size, max_context) for g in groups}
         self._host = {name: np.zeros((max_running, width), dtype=np.int32) for name, width in self.width.items()}
 
-    def write(self, sequences: Sequence[ScheduledSequence]) -> None:
+    def write(self, sequences: Sequence[ScheduledSequence | DraftRequest]) -> None:
         """Enter the pages that are new since each sequence was last scheduled.
 
         What follows them becomes the null page: a kernel may fetch a column behind a sequence's end, and it shall not find another's page there.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from l4core.engine.batch import Inbox, ScheduledBatch, StepTokens
+from l4core.engine.batch import Draft, Inbox, ScheduledBatch, StepTokens
+from l4core.engine.drafter import Speculation
 from l4core.engine.runner import Runner
-from l4core.engine.scheduler import Scheduler
+from l4core.engine.scheduler import NO_DRAFTS, Scheduler
 from l4core.errors import RequestError
 from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput
 
@@ -16,9 +17,10 @@ EMPTY = Inbox()
 class Engine:
     """Generates token ids from token ids. Knows nothing of text, HTTP or time; two engines may live in one process."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, speculation: Speculation | None = None) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self.speculation = speculation
         self._parsed: dict[str, object] = {}
 
     @property
@@ -29,7 +31,7 @@ class Engine:
     def step(self, inbox: Inbox = EMPTY) -> StepOutput:
         """Take in what came, compute one batch, hand out what it brought. One call is one forward pass (or none, when idle)."""
         refused = self._drain(inbox)
-        batch = self.scheduler.schedule()
+        batch = self.scheduler.schedule(self._propose())
         if batch is None:
             return self._deliver(self.scheduler.commit(StepTokens()), refused)
         tokens = self._run(batch)
@@ -39,11 +41,25 @@ class Engine:
         """Forget requests without computing anything; unknown ids are no error. Their ABORT updates come with the next step."""
         for request_id in request_ids:
             self.scheduler.abort(request_id)
-            self._parsed.pop(request_id, None)
+            self._forget(request_id)
 
     def check(self, request: Request) -> object:
         """What the request's sampler makes of its parameters. Raises RequestError (400)."""
         return self.runner.pipeline.check(request.params)
+
+    def _propose(self) -> Mapping[str, Draft]:
+        """Guesses for the sequences that decode next."""
+        if self.speculation is None or not self.speculation.num_drafts:
+            return NO_DRAFTS
+        requests = self.scheduler.draftable(self.speculation.num_drafts)
+        self.runner.enter(requests)
+        return self.speculation.propose(requests)
+
+    def _forget(self, request_id: str) -> None:
+        if request_id in self._parsed:
+            del self._parsed[request_id]
+            if self.speculation is not None:
+                self.speculation.forget((request_id,))
 
     def _run(self, batch: ScheduledBatch) -> StepTokens:
         try:
@@ -86,5 +102,5 @@ class Engine:
     def _deliver(self, output: StepOutput, refused: list[SequenceUpdate]) -> StepOutput:
         for update in output.updates:
             if update.finish_reason is not None:
-                self._parsed.pop(update.request_id, None)
+                self._forget(update.request_id)
         return StepOutput(updates=[*refused, *output.updates], stats=output.stats) if refused else output

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from l4core.attention.chunked import single_chunk_metadata, virtual_batches
-from l4core.engine.batch import ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.engine.batch import DraftRequest, ScheduledBatch, ScheduledSequence, StepTokens
 from l4core.engine.block_tables import BlockTables
 from l4core.engine.verify_rows import Verified, draw_rows, verified
 from l4core.kv.blocks import KVGroup
@@ -73,6 +73,10 @@ class Runner:
         self._tables = BlockTables(
             groups, page_size=page_size, max_running=max_running, max_context=max_context, device=device
         )
+
+    def enter(self, requests: Sequence[DraftRequest]) -> None:
+        """Block-table entries of slots taken for drafts."""
+        self._tables.write(requests)
 
     def build(self, batch: ScheduledBatch) -> ForwardBatch:
         """Host lists → device tensors, slots of the new tokens, and one attention plan per phase and KV group."""

@@ -97,7 +97,7 @@ class Scheduler:
             count = min(max_drafts, seq.last_slot - seq.num_tokens)
             if not seq.is_decode or count < 1:
                 continue
-            new = self.kv.reserve(seq.tables, seq.num_tokens + count)
+            new = self.kv.reserve(seq.tables, seq.num_tokens + count, leave=len(self._running))
             if new is None:
                 continue
             found.append(

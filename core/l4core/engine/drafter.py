@@ -1,0 +1,91 @@
+"""What asks a drafter for guesses, and keeps a drafter that fails from doing harm. Whatever is guessed, the tokens are the target's own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from l4core.engine.batch import NO_DRAFT, Draft, DraftRequest
+from l4core.plugin_api import Drafter, DraftRow
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class Speculation(Protocol):
+    """What `Engine.step` calls. num_drafts: guesses wanted for each sequence in the next step, 0 = none now."""
+
+    num_drafts: int
+
+    def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
+        """Request id → its draft, for those that get one."""
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """These requests have ended."""
+
+
+class PluginSpeculation:
+    """Asks a plugin's drafter. One that raises, or answers nonsense, is logged and not asked again."""
+
+    def __init__(self, name: str, drafter: Drafter, *, num_drafts: int, vocab_size: int) -> None:
+        self.num_drafts = num_drafts
+        self._name, self._drafter, self._vocab_size = name, drafter, vocab_size
+
+    def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
+        if not requests:
+            return {}
+        rows = [
+            DraftRow(
+                request_id=wanted.request.request_id,
+                params=wanted.request.params,
+                prompt_token_ids=wanted.request.prompt_token_ids,
+                output_token_ids=wanted.output_token_ids,
+                max_tokens=wanted.max_drafts,
+            )
+            for wanted in requests
+        ]
+        try:
+            drafts = drafts_of(*self._drafter.propose(rows), len(rows), self.num_drafts, self._vocab_size)
+        except Exception:
+            logger.exception("drafter %r failed; it is not asked again, answers go on without it", self._name)
+            self.num_drafts = 0
+            return {}
+        return {row.request_id: draft for row, draft in zip(rows, drafts, strict=True) if draft.token_ids}
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        try:
+            self._drafter.forget(request_ids)
+        except Exception:
+            logger.exception("drafter %r failed; it is not asked again, answers go on without it", self._name)
+            self.num_drafts = 0
+
+
+def drafts_of(
+    token_ids: torch.Tensor, parents: torch.Tensor, num_rows: int, num_drafts: int, vocab_size: int
+) -> list[Draft]:
+    """What `Drafter.propose` returned, as drafts. ValueError for a shape, token id or parent that it may not return."""
+    shape = tuple(token_ids.shape)
+    if len(shape) != 2 or shape[0] != num_rows or shape[1] > num_drafts or tuple(parents.shape) != shape:
+        raise ValueError(
+            f"propose returned token_ids {list(shape)} and parents {list(parents.shape)}; wanted [{num_rows}, at most {num_drafts}] twice"
+        )
+    return [
+        _draft(own, before, vocab_size) for own, before in zip(token_ids.tolist(), parents.tolist(), strict=True)
+    ]
+
+
+def _draft(token_ids: list[int], parents: list[int], vocab_size: int) -> Draft:
+    count = token_ids.index(-1) if -1 in token_ids else len(token_ids)
+    if count == 0:
+        return NO_DRAFT
+    own, before = token_ids[:count], parents[:count]
+    if min(own) < 0 or max(own) >= vocab_size:
+        raise ValueError(f"propose guessed token ids {own}; wanted −1, or ids from 0 to {vocab_size - 1}")
+    if before == list(range(-1, count - 1)):
+        return Draft(token_ids=own)
+    if any(not -1 <= parent < i for i, parent in enumerate(before)):
+        raise ValueError(f"propose returned parents {before}; wanted each from −1 to its own index − 1")
+    return Draft(token_ids=own, parents=before)
