@@ -179,7 +179,7 @@ class EngineConfig:
         maximum=63,
     )
     speculative_eagle_topk: int | None = _opt(
-        None, "branches per draft step; 1 = a chain (default: 1)", SPECULATION, minimum=1, maximum=1
+        None, "branches per draft step; 1 = a chain (default: 1)", SPECULATION, minimum=1
     )
     speculative_num_draft_tokens: int | None = _opt(
         None,

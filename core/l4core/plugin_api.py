@@ -495,7 +495,7 @@ class Drafter(ABC):
         """→ token_ids, parents: int64 [len(rows), K], K at most num_draft_tokens. A token id of −1 ends its row's draft. parents: index of the
         guess before in the same row, −1 = the last committed token; always smaller than the guess's own index. A chain's are −1, 0, 1, …"""
 
-    def forget(self, request_ids: Sequence[str]) -> None:
+    def forget(self, request_ids: Sequence[str]) -> None:  # noqa: B027  (most drafters remember nothing)
         """These requests have ended; what is remembered of them may go. Unknown ids are no error."""
 
 

@@ -71,6 +71,29 @@ def virtual_batches(
     )
 
 
+def chain_as_decodes(
+    meta: AttentionMetadata, table: torch.Tensor, num_rows: int, chunk_size: int, page_size: int
+) -> AttentionMetadata:
+    """A chain verify step for a backend without empty rows: each query row becomes a decode of its own, with the tail of its own chunk.
+
+    table: int32 [B, W], a ring or a full table.  num_rows: query rows in all, a host constant.
+    """
+    _refuse_tree(meta)
+    q_lens = meta.cu_seqlens_q.diff()
+    owner = torch.repeat_interleave(q_lens, output_size=num_rows)
+    row = torch.arange(num_rows, device=table.device, dtype=torch.int32)
+    behind = (meta.cu_seqlens_q[1:])[owner] - row - 1  # later rows of the same sequence
+    single = dataclasses.replace(
+        meta,
+        cu_seqlens_q=torch.arange(num_rows + 1, device=table.device, dtype=torch.int32),
+        seq_lens=(meta.seq_lens[owner] - behind).int(),
+        max_seqlen_q=1,
+        num_seqs=num_rows,
+        phase="decode",
+    )
+    return single_chunk_metadata(single, table[owner], chunk_size, page_size)
+
+
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """int32: cu_seqlens_q [R+1], seq_lens [R], block_table [R, columns]."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +13,11 @@ import torch
 from l4core.attention.select import Selected, select_backend
 from l4core.config import EngineConfig
 from l4core.engine.engine import Engine
+from l4core.engine.key_values import parse_key_values
 from l4core.engine.memory_budget import Budget, Needs, device_budget
 from l4core.engine.runner import Runner
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
+from l4core.engine.speculation import SpeculationPlan, create_speculation, plan_speculation
 from l4core.engine.step_memory import needs_of
 from l4core.errors import ConfigError
 from l4core.experts.select import SelectedExperts, select_experts
@@ -67,7 +68,9 @@ def build_engine(
     dtype = choose_dtype(config.dtype, model_config.dtype, platform)
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else _torch_dtype(config.kv_cache_dtype)
     plugins = load_plugins()
-    selected = _select(config, model_config, platform, plugins, dtype, kv_dtype)
+    chunk_size = model_config.attention_chunk_size if any(model_config.chunked_layers) else None
+    speculation = plan_speculation(config, plugins, chunk_size)
+    selected = _select(config, model_config, platform, plugins, dtype, kv_dtype, speculation)
     experts = _select_experts(config, model_config, platform, plugins, dtype)
     weight_bytes = sum(p.numel() for p in _meta_model(model_config, 1).parameters()) * dtype.itemsize
     needs = _needs(config, model_config, platform, selected, experts, dtype, weight_bytes)
@@ -75,7 +78,7 @@ def build_engine(
     plan = _plan(config, model_config, budget, selected, kv_dtype)
     budget = replace(budget, kv=plan.bytes_total)
     model = _load_model(config, model_config, folder, device, dtype, plan.max_context, progress, experts)
-    engine = _wire(config, model_config, model, plan, selected, plugins, device, kv_dtype)
+    engine = _wire(config, model_config, model, plan, selected, plugins, device, kv_dtype, speculation)
     report = _report(
         config,
         model_config,
@@ -86,6 +89,7 @@ def build_engine(
         budget,
         dtype,
         kv_dtype,
+        speculation,
         time.perf_counter() - began,
     )
     return BuiltEngine(
@@ -116,9 +120,9 @@ def choose_dtype(asked: str, checkpoint: str, platform: Platform) -> torch.dtype
 
 
 def requirements(
-    config: EngineConfig, model: ModelConfig, *, q_dtype: torch.dtype, kv_dtype: torch.dtype
+    config: EngineConfig, model: ModelConfig, *, q_dtype: torch.dtype, kv_dtype: torch.dtype, num_drafts: int = 0
 ) -> AttentionRequirements:
-    """What this model under these flags asks of an attention backend, on one rank."""
+    """What this model under these flags asks of an attention backend, on one rank. num_drafts: guesses verified per sequence and step."""
     return AttentionRequirements(
         num_q_heads=model.num_q_heads,
         num_kv_heads=model.num_kv_heads,
@@ -127,8 +131,9 @@ def requirements(
         kv_dtype=dtype_name(kv_dtype),
         page_size=config.page_size,
         chunk_size=model.attention_chunk_size if any(model.chunked_layers) else None,
-        max_num_seqs=config.max_running_requests,
+        max_num_seqs=config.max_running_requests * (num_drafts + 1),
         max_num_tokens=max(config.chunked_prefill_size, config.max_running_requests),
+        num_draft_tokens=num_drafts,
     )
 
 
@@ -150,14 +155,16 @@ def _select(
     plugins: Plugins,
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
+    speculation: SpeculationPlan | None,
 ) -> Selected:
+    num_drafts = 0 if speculation is None else speculation.num_drafts
     device = platform.device_type if config.device == "auto" else config.device
     return select_backend(
         plugins,
         platform,
-        requirements(config, model, q_dtype=dtype, kv_dtype=kv_dtype),
+        requirements(config, model, q_dtype=dtype, kv_dtype=kv_dtype, num_drafts=num_drafts),
         named=config.attention_backend,
-        options=parse_attention_options(config.attention_option),
+        options=parse_key_values("--attention-option", config.attention_option),
         device=device,
     )
 
@@ -182,19 +189,6 @@ def _select_experts(
     device = platform.device_type if config.device == "auto" else config.device
     req = expert_requirements(config, model, dtype)
     return select_experts(plugins, platform, req, named=config.expert_kernel, device=device)
-
-
-def parse_attention_options(items: tuple[str, ...]) -> Mapping[str, str]:
-    """("a=1", "b=2") → {"a": "1", "b": "2"}. ConfigError for anything else."""
-    options: dict[str, str] = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--attention-option is {item!r}; wanted key=value")
-        if key in options:
-            raise ConfigError(f"--attention-option names {key!r} twice")
-        options[key] = value
-    return options
 
 
 def _meta_model(config: ModelConfig, max_positions: int, experts: ExpertKernel | None = None) -> Llama4:
@@ -283,6 +277,7 @@ def _wire(
     plugins: Plugins,
     device: torch.device,
     kv_dtype: torch.dtype,
+    speculation: SpeculationPlan | None,
 ) -> Engine:
     groups = kv_groups(config, model_config)
     memory = KVMemory(
@@ -314,6 +309,7 @@ def _wire(
         max_context=plan.max_context,
         device=device,
         native_chunk=selected.verdict.native_chunk,
+        empty_rows=selected.verdict.empty_rows,
     )
     limits = SchedulerLimits(
         max_running=plan.max_running,
@@ -328,7 +324,10 @@ def _wire(
         prefix_cache=not config.disable_radix_cache,
         max_local=plan.max_local,
     )
-    return Engine(Scheduler(limits, kv), runner)
+    drafter = None
+    if speculation is not None:
+        drafter = create_speculation(speculation, config, vocab_size=model_config.vocab_size, device=str(device))
+    return Engine(Scheduler(limits, kv), runner, drafter)
 
 
 def _report(
@@ -341,6 +340,7 @@ def _report(
     budget: Budget,
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
+    speculation: SpeculationPlan | None,
     seconds: float,
 ) -> tuple[str, ...]:
     """The start-up block, one fact a line: label padded to 16, then the value."""
@@ -366,6 +366,7 @@ def _report(
         ("memory", budget.text()),
         ("KV tokens", f"{tokens} · {plan.bytes_total / 1e9:.2f} GB"),
         ("largest context", f"{plan.max_context:,} tokens"),
+        ("speculation", "off" if speculation is None else speculation.describe()),
         ("prefix cache", "off (--disable-radix-cache)" if config.disable_radix_cache else "on"),
         (
             "graphs",

@@ -72,9 +72,7 @@ def drafts_of(
         raise ValueError(
             f"propose returned token_ids {list(shape)} and parents {list(parents.shape)}; wanted [{num_rows}, at most {num_drafts}] twice"
         )
-    return [
-        _draft(own, before, vocab_size) for own, before in zip(token_ids.tolist(), parents.tolist(), strict=True)
-    ]
+    return [_draft(own, before, vocab_size) for own, before in zip(token_ids.tolist(), parents.tolist(), strict=True)]
 
 
 def _draft(token_ids: list[int], parents: list[int], vocab_size: int) -> Draft:

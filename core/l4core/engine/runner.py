@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 
-from l4core.attention.chunked import single_chunk_metadata, virtual_batches
+from l4core.attention.chunked import chain_as_decodes, single_chunk_metadata, virtual_batches
 from l4core.engine.batch import DraftRequest, ScheduledBatch, ScheduledSequence, StepTokens
 from l4core.engine.block_tables import BlockTables
 from l4core.engine.verify_rows import Verified, draw_rows, verified
@@ -60,8 +60,9 @@ class Runner:
         max_context: int,
         device: torch.device,
         native_chunk: bool = False,
+        empty_rows: bool = True,
     ) -> None:
-        """native_chunk: the backend cuts chunks itself and is given rings as they are."""
+        """native_chunk: the backend cuts chunks itself and is given rings as they are.  empty_rows: it takes virtual batches without queries."""
         self.model = model
         self.memory = memory
         self.backend = backend
@@ -69,7 +70,7 @@ class Runner:
         self._groups = groups
         self._page_size = page_size
         self._device = device
-        self._native_chunk = native_chunk
+        self._native_chunk, self._empty_rows = native_chunk, empty_rows
         self._tables = BlockTables(
             groups, page_size=page_size, max_running=max_running, max_context=max_context, device=device
         )
@@ -152,11 +153,14 @@ class Runner:
             phase=phase,
         )
         plans = {
-            g.name: self.backend.plan(self._group_metadata(meta, g, tables[g.name][first:last])) for g in self._groups
+            g.name: self.backend.plan(self._group_metadata(meta, g, tables[g.name][first:last], end - begin))
+            for g in self._groups
         }
         return AttentionSegment(begin=begin, end=end, plans=plans)
 
-    def _group_metadata(self, meta: AttentionMetadata, group: KVGroup, table: torch.Tensor) -> AttentionMetadata:
+    def _group_metadata(
+        self, meta: AttentionMetadata, group: KVGroup, table: torch.Tensor, num_rows: int
+    ) -> AttentionMetadata:
         scale = self.memory.table_scale[group.name]
         table = table if scale == 1 else table * scale
         if group.chunk_size is None:
@@ -164,7 +168,9 @@ class Runner:
         if self._native_chunk:
             return replace(meta, block_table=table, chunk=ChunkInfo(size=group.chunk_size))
         if meta.phase == "verify":  # a draft may lie on both sides of a border
-            return virtual_batches(meta, table, group.chunk_size, self._page_size, 2)
+            if self._empty_rows:
+                return virtual_batches(meta, table, group.chunk_size, self._page_size, 2)
+            return chain_as_decodes(meta, table, num_rows, group.chunk_size, self._page_size)
         return single_chunk_metadata(meta, table, group.chunk_size, self._page_size)
 
     def _step_tables(self, layout: _Layout) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from l4core.config import EngineConfig
 from l4core.engine.drafter import PluginSpeculation
 from l4core.engine.key_values import parse_key_values
-from l4core.errors import ConfigError
+from l4core.errors import ConfigError, NotBuiltError
 from l4core.plugin_api import DraftContext, Drafter, DrafterEntry
 from l4core.plugin_entries import Plugins, Provided, create_object, quote_failures
 
@@ -43,7 +43,9 @@ def plan_speculation(config: EngineConfig, plugins: Plugins, chunk_size: int | N
             fix=f"--speculative-num-steps {chunk_size - 1}",
         )
     return SpeculationPlan(
-        algorithm=config.speculative_algorithm, num_drafts=num_drafts, drafter=_find(config.speculative_algorithm, plugins)
+        algorithm=config.speculative_algorithm,
+        num_drafts=num_drafts,
+        drafter=_find(config.speculative_algorithm, plugins),
     )
 
 
@@ -75,6 +77,11 @@ def _refuse_orphans(config: EngineConfig) -> None:
 
 def _num_drafts(config: EngineConfig) -> int:
     """A chain of n steps is verified in n + 1 rows, so the two flags say the same thing."""
+    if (config.speculative_eagle_topk or 1) > 1:
+        raise NotBuiltError(
+            f"--speculative-eagle-topk {config.speculative_eagle_topk}: trees are not built yet in this version of L4",
+            fix="--speculative-eagle-topk 1",
+        )
     steps, verified = config.speculative_num_steps, config.speculative_num_draft_tokens
     if steps is None:
         return DEFAULT_STEPS if verified is None else verified - 1
