@@ -28,7 +28,7 @@ MODES: Sequence[Mapping[str, Any]] = (
     {"temperature": 0.7, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.2},
     {"temperature": 1.3, "top_p": 0.95, "repetition_penalty": 1.2, "min_p": 0.01},
     {"temperature": 0.0, "frequency_penalty": 0.7, "logprobs": 2},
-    {"temperature": 1.0, "min_tokens": 30, "logprobs": 0},
+    {"temperature": 1.0, "min_tokens": 30, "logprobs": 0, "stop_token_ids": tuple(range(150))},
 )
 
 
@@ -47,11 +47,10 @@ def params(count: int = NUM_PROMPTS) -> list[SamplingParams]:
     """Every mode; some end at a stop id of their own."""
     return [
         SamplingParams(
+            **{"stop_token_ids": (17,) if n % 7 == 0 else (), **MODES[n % 5]},
             max_tokens=NUM_TOKENS,
             seed=n,
             ignore_eos=n % 4 != 0,
-            stop_token_ids=(17,) if n % 7 == 0 else (),
-            **MODES[n % 5],
         )
         for n in range(count)
     ]
@@ -106,7 +105,7 @@ def assert_same(found: Sequence[RequestOutput], wanted: Sequence[RequestOutput])
         )
         for a, b in zip(mine_.logprobs or [], theirs_.logprobs or [], strict=True):
             assert a == pytest.approx(b, abs=1e-4)
-            assert list(a)[0] == list(b)[0]
+            assert next(iter(a)) == next(iter(b))
 
 
 FLAGS = {"speculative_algorithm": "NGRAM", "speculative_num_steps": NUM_DRAFTS}

@@ -1,4 +1,4 @@
-"""The three third-party packages of examples/, installed as a user installs them, found by their entry points, and used over HTTP together."""
+"""The four third-party packages of examples/, installed as a user installs them, found by their entry points, and used over HTTP together."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 from helpers.serving import serve
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PACKAGES = ("l4-block-attention", "l4-xtc-sampler", "l4-chatml-template")
+PACKAGES = ("l4-block-attention", "l4-bigram-drafter", "l4-xtc-sampler", "l4-chatml-template")
 QUESTION = [{"role": "user", "content": "Which way?"}]
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment of a process that has the three packages (and the l4core under test) on its path."""
+    """Environment of a process that has the four packages (and the l4core under test) on its path."""
     target = tmp_path_factory.mktemp("site")
     command = [
         sys.executable,
@@ -50,9 +50,10 @@ def chatml_tiny(make_tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(installed: dict[str, str], chatml_tiny: Path) -> Iterator[str]:
     flags = ["--served-model-name", "tiny", "--dtype", "float32", "--device", "cpu", "--port", "0"]
-    chosen = ["--attention-backend", "block", "--chat-template", "chatml"]
+    chosen = ["--attention-backend", "block", "--chat-template", "chatml", "--speculative-algorithm", "bigram"]
     with serve([chatml_tiny.as_posix(), *flags, *chosen], env=installed) as (address, served):
         assert "block (l4-block-attention" in served.output
+        assert "bigram (l4-bigram-drafter" in served.output
         yield address
 
 
@@ -60,7 +61,7 @@ def chat(url: str, **body: object) -> httpx.Response:
     return httpx.post(f"{url}/v1/chat/completions", json={"model": "tiny", "messages": QUESTION, **body}, timeout=300)
 
 
-def test_the_backend_gives_the_tokens_of_the_built_in_one(
+def test_backend_and_drafter_give_the_tokens_of_the_built_in_backend_without_drafts(
     url: str, chatml_tiny: Path, installed: dict[str, str]
 ) -> None:
     mine = chat(url, temperature=0, max_tokens=80).json()["choices"][0]["message"]["content"]
@@ -102,7 +103,7 @@ def test_the_sampler_is_used_and_checked(url: str) -> None:
     assert "threshold" in refused.json()["error"]["message"]
 
 
-def test_plugins_lists_all_three(installed: dict[str, str]) -> None:
+def test_plugins_lists_all_four(installed: dict[str, str]) -> None:
     import os
 
     out = subprocess.run(

@@ -68,5 +68,5 @@ def test_the_guides_serving_commands_serve(hub_env: dict[str, str], flags: str, 
 def test_the_guides_eagle3_command_says_what_is_not_built_yet(hub_env: dict[str, str]) -> None:
     done = subprocess.run([*LAUNCH, *shlex.split(EAGLE3)], env={**hub_env}, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    assert "--speculative-algorithm is not built yet" in done.stderr
+    assert "--speculative-algorithm EAGLE3 is not built yet" in done.stderr
     assert "Traceback" not in done.stderr

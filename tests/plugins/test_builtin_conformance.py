@@ -5,6 +5,7 @@ from __future__ import annotations
 from l4core.testing.conformance import (
     AttentionConformance,
     ChatTemplateConformance,
+    DrafterConformance,
     ProbeConformance,
     QuickAttentionConformance,
     SamplerConformance,
@@ -38,3 +39,9 @@ class TestDefaultSampler(SamplerConformance):
 
 class TestLlama4Template(ChatTemplateConformance):
     plugin, template = BUILTIN, "llama-4"
+
+
+class TestNgram(DrafterConformance):
+    plugin, drafter = BUILTIN, "NGRAM"
+    good_options = ({}, {"longest": "3", "shortest": "1", "window": "8"})
+    bad_options = ({"longest": "0"}, {"longest": "many"}, {"window": "1"})

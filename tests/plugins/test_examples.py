@@ -33,7 +33,12 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_is_one_example_per_kind_of_plugin() -> None:
-    assert [path.name for path in PACKAGES] == ["l4-block-attention", "l4-chatml-template", "l4-xtc-sampler"]
+    assert [path.name for path in PACKAGES] == [
+        "l4-bigram-drafter",
+        "l4-block-attention",
+        "l4-chatml-template",
+        "l4-xtc-sampler",
+    ]
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
@@ -48,7 +50,7 @@ def test_every_accepted_guess_was_drawn_where_it_stands(tree: tuple[list[int], l
     guesses, parents, drawn = tree
     path = accepted_path(guesses, parents, drawn)
     assert path[0] == 0
-    for before, row in zip(path, path[1:], strict=False):
+    for before, row in itertools.pairwise(path):
         assert parents[row - 1] + 1 == before
         assert guesses[row - 1] == drawn[before]
     last = path[-1]

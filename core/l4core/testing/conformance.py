@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from l4core.testing.conformance_attention import AttentionConformance, QuickAttentionConformance
     from l4core.testing.conformance_chat import ChatTemplateConformance
+    from l4core.testing.conformance_drafter import DrafterConformance
     from l4core.testing.conformance_probe import ProbeConformance
     from l4core.testing.conformance_sampler import SamplerConformance
 
 __all__ = [
     "AttentionConformance",
     "ChatTemplateConformance",
+    "DrafterConformance",
     "ProbeConformance",
     "QuickAttentionConformance",
     "SamplerConformance",
@@ -33,6 +35,7 @@ __all__ = [
 _HOMES = {
     "AttentionConformance": "conformance_attention",
     "ChatTemplateConformance": "conformance_chat",
+    "DrafterConformance": "conformance_drafter",
     "ProbeConformance": "conformance_probe",
     "QuickAttentionConformance": "conformance_attention",
     "SamplerConformance": "conformance_sampler",
