@@ -26,6 +26,7 @@ def made(tiny: Path) -> Bench:
 def test_a_decode_step_of_the_whole_batch_is_timed_beside_what_it_reads(made: Bench) -> None:
     row = made.decode(3, 40, 5)
     assert row["tokens_per_s"] == pytest.approx(3 / row["ms"] * 1e3)
+    assert 1 <= row["experts"] <= 3
     assert row["floor_ms"] == pytest.approx(row["bytes"] / made.rates.copy * 1e3)
     weights = made.weights
     assert row["bytes"] > weights.rest + weights.head + weights.routed / made.config.num_experts
@@ -45,6 +46,21 @@ def test_a_prefill_computes_its_prompts_anew_each_time(made: Bench) -> None:
     row = made.prefill(2, 100, 2)
     assert row["tokens_per_s"] == pytest.approx(200 / row["ms"] * 1e3)
     assert row["floor_ms"] > 0
+
+
+def test_each_part_of_a_layer_has_its_row_and_its_floor(made: Bench) -> None:
+    rows = made.kernels([1, 3], 100)
+    names = ["qkv", "o", "experts", "head", "global attention at 100", "local attention at 100"]
+    assert [row["name"] for row in rows] == names * 2
+    by_name = {row["name"]: row for row in rows[6:]}
+    config = made.config
+    keys = 2 * config.num_kv_heads * config.head_dim * 4
+    queries = 2 * config.num_q_heads * config.head_dim * 4
+    assert by_name["global attention at 100"]["bytes"] == 3 * (100 * keys + queries)
+    assert by_name["local attention at 100"]["bytes"] == 3 * (100 % config.attention_chunk_size * keys + queries)
+    heads = config.num_q_heads + 2 * config.num_kv_heads
+    assert by_name["qkv"]["flops"] == 2 * 3 * config.hidden_size * heads * config.head_dim
+    assert all(row["us"] > 0 and row["floor_us"] > 0 for row in rows)
 
 
 def test_throughput_counts_every_token(made: Bench) -> None:

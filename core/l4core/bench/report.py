@@ -97,6 +97,23 @@ def steps_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     ]
 
 
+def kernels_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows of `kernels`."""
+    head = ["part", "tokens", "µs", "floor µs", "ratio", "GB/s", "TFLOP/s"]
+    return head, [
+        [
+            row["name"],
+            str(row["tokens"]),
+            f"{row['us']:.1f}",
+            f"{row['floor_us']:.1f}",
+            f"{row['us'] / row['floor_us']:.2f}",
+            f"{row['gb_per_s']:,.1f}",
+            f"{row['tflop_per_s']:.2f}",
+        ]
+        for row in rows
+    ]
+
+
 def steps_charts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Decode step time over batch, beside the floor."""
     decodes = [row for row in rows if row["kind"] == "decode"]

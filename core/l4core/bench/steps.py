@@ -10,13 +10,15 @@ from typing import Any
 
 from l4core.bench.datasets import Sample
 from l4core.bench.device import Rates, measure_rates
-from l4core.bench.floor import Weights, decode_bytes, expected_experts, prefill_floor_ms, weights_of
+from l4core.bench.floor import Weights, decode_bytes, prefill_floor_ms, weights_of
+from l4core.bench.kernels import measure
 from l4core.bench.stats import percentile, summary
 from l4core.config import EngineConfig
 from l4core.engine.batch import Inbox
 from l4core.engine.build import build_engine
 from l4core.engine.pace import paced
 from l4core.errors import ConfigError, L4Error
+from l4core.model.moe import MoE
 from l4core.request import Request, SamplingParams
 
 WARMUP = 4
@@ -51,7 +53,8 @@ class Bench:
         return self._weights
 
     def decode(self, batch: int, context: int, steps: int) -> dict[str, Any]:
-        """A step with `batch` requests of `context` tokens and growing: the mean of `steps`, and its floor."""
+        """A step with `batch` requests of `context` tokens and growing: the mean of `steps`, and its floor, for which the distinct experts of one
+        more step are counted."""
         self._fits(batch, context + WARMUP + steps + 8)
         self._prefill(self._requests(batch, context, WARMUP + steps + 8))
         for _ in range(WARMUP):
@@ -66,10 +69,15 @@ class Bench:
                     fix="a smaller --batch or --input-len",
                 )
         ms = (times[-1] - times[0]) / steps * 1e3
+        experts = self._experts_hit()
         self._clear()
-        experts = expected_experts(self.config.num_experts, batch)
         read = decode_bytes(
-            self.config, self._weights, batch=batch, context=context + WARMUP + steps // 2, kv_bytes=self._kv_bytes
+            self.config,
+            self._weights,
+            batch=batch,
+            context=context + WARMUP + steps // 2,
+            kv_bytes=self._kv_bytes,
+            experts=experts,
         )
         gaps = sorted((b - a) * 1e3 for a, b in itertools.pairwise(times))
         return {
@@ -115,6 +123,11 @@ class Bench:
             "experts": float(self.config.num_experts),
         }
 
+    def kernels(self, tokens: Sequence[int], context: int) -> list[dict[str, Any]]:
+        """Parts of a layer by themselves (bench.kernels)."""
+        self._fits(1, context)
+        return list(measure(self._engine.runner, self.config, self.rates, tokens=tokens, context=context))
+
     def throughput(self, samples: Sequence[Sample], told: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
         """All samples at once, as fast as the engine takes them. told: is given the number of answers that ended, whenever it changes."""
         requests = [self._request(s.prompt, s.max_tokens) for s in samples if not isinstance(s.prompt, str)]
@@ -150,6 +163,25 @@ class Bench:
             "total_tokens_per_s": (num_input + num_output) / seconds,
             "step_ms": summary(step_times),
         }
+
+    def _experts_hit(self) -> float:
+        """Distinct experts a layer that one more step hits, the mean of the layers that have any. That step is made without graphs: a replay calls
+        no hook."""
+        found: list[int] = []
+
+        def note(moe: Any, given: tuple[Any, ...]) -> None:
+            found.append(moe.router(given[0]).argmax(-1).unique().numel())
+
+        runner: Any = self._engine.runner
+        hooks = [m.register_forward_pre_hook(note) for m in runner.model.modules() if isinstance(m, MoE)]
+        graphs, runner.graphs = getattr(runner, "graphs", None), None
+        try:
+            self._step(Inbox())
+        finally:
+            runner.graphs = graphs
+            for hook in hooks:
+                hook.remove()
+        return sum(found) / len(found) if found else 0.0
 
     # --- requests ----------------------------------------------------------------------------------------------------------------------
 

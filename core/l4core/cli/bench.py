@@ -245,6 +245,24 @@ def throughput(
         raise L4Error(f"{found['failed']} of {found['requests']} requests failed; the first: {found['first_error']}")
 
 
+@bench.command(cls=L4Command, short_help="Times of a layer's parts, in this process.")
+@table_options(server=("log_level",))
+@click.option("--tokens", default="1,32,512", show_default=True, metavar="N,N,…", help="rows of a call")
+@click.option("--input-len", type=POSITIVE, default=1024, show_default=True, help="tokens in the KV cache of attention")
+@output_options
+@click.pass_context
+def kernels(ctx: click.Context, /, tokens: str, input_len: int, **options: Any) -> None:
+    """The products of a layer, its experts, attention of each kind and the head, as this engine would run them, beside what they must read or
+    compute."""
+    from l4core.bench.report import kernels_table
+
+    counts = _whole_numbers("--tokens", tokens)
+    made, head = _bench(ctx)
+    rows = made.kernels(counts, input_len)
+    text = "\n".join([*made.report, _rates(head), "", text_table(*kernels_table(rows))])
+    _deliver({"kind": "kernels", **head, "rows": rows}, text, {}, **_output(options))
+
+
 def _bench(ctx: click.Context) -> tuple[Any, dict[str, Any]]:
     """The engine that the command line asks for, and what a result says of it."""
     import torch
