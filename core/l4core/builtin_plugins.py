@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from packaging.version import Version
+
 from l4core.plugin_api import (
     PLUGIN_API,
     AttentionBackendEntry,
@@ -19,6 +21,7 @@ from l4core.plugin_api import (
     hookimpl,
 )
 
+OLDEST_TRITON = Version("3.6")
 FLOATS = ("float32", "bfloat16", "float16")
 FP8 = ("float8_e4m3fn", "float8_e4m3fnuz")
 
@@ -38,7 +41,10 @@ def l4_expert_kernels() -> list[ExpertKernelEntry]:
     return [
         ExpertKernelEntry(
             name="torch", api=PLUGIN_API, probe=probe_torch_experts, create="l4core.experts.portable:create"
-        )
+        ),
+        ExpertKernelEntry(
+            name="triton", api=PLUGIN_API, probe=probe_triton_experts, create="l4core.experts.fused:create"
+        ),
     ]
 
 
@@ -99,6 +105,34 @@ def probe_torch_experts(platform: Platform, requirements: ExpertRequirements) ->
     if formats:
         return Unusable(reason=f"weights are {', '.join(map(str, formats))}; torch's experts take plain ones")
     return ExpertsUsable(tier=Tier.PORTABLE, graph=True, provider=f"torch {platform.torch_version}")
+
+
+def probe_triton_experts(platform: Platform, requirements: ExpertRequirements) -> ExpertsUsable | Unusable:
+    """NVIDIA's and AMD's devices where triton is installed; plain weights."""
+    found = platform.library("triton")
+    if found is None:
+        return Unusable(reason="triton is not installed", fix=f"pip install 'triton>={OLDEST_TRITON}'")
+    if Version("0") < found < OLDEST_TRITON:  # 0: installed, version unknown
+        return Unusable(
+            reason=f"triton {found}; wanted {OLDEST_TRITON} or later", fix=f"pip install 'triton>={OLDEST_TRITON}'"
+        )
+    if platform.device_type not in ("cuda", "xpu"):
+        return Unusable(
+            reason=f"device {platform.device_type}; wanted one Triton compiles for", fix="--expert-kernel torch"
+        )
+    if requirements.dtype not in FLOATS:
+        return Unusable(reason=f"dtype is {requirements.dtype}; wanted one of {', '.join(FLOATS)}")
+    formats = {requirements.weight_format, requirements.shared_format} - {"plain", None}
+    if formats:
+        return Unusable(reason=f"weights are {', '.join(map(str, formats))}; these kernels take plain ones")
+    rows = requirements.max_num_tokens
+    itemsize = 4 if requirements.dtype == "float32" else 2
+    return ExpertsUsable(
+        tier=Tier.TUNED,
+        graph=True,
+        workspace_bytes=rows * (3 * requirements.intermediate_size + requirements.hidden_size) * itemsize,
+        provider=f"triton {found}",
+    )
 
 
 def _refuse(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ ARCHITECTURES = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreKernel:
     """One way a kernel is launched. pointers: argument → element type.  scalars: argument → type, i32 where not named.
-    constants: compile-time arguments, None for what is absent."""
+    constants: compile-time arguments, None for what is absent.  stages: of the pipelined loop, None = Triton's default."""
 
     name: str
     kernel: Any
@@ -37,6 +37,7 @@ class CoreKernel:
     constants: Mapping[str, Any]
     scalars: Mapping[str, str]
     warps: int
+    stages: int | None = None
 
 
 def _norm(name: str, dtype: str, **absent: None) -> CoreKernel:
@@ -90,10 +91,10 @@ KERNELS = (
 )
 
 
-def compile_kernels(arch: str) -> Iterator[dict[str, Any]]:
+def compile_kernels(arch: str, kernels: Sequence[CoreKernel] = KERNELS) -> Iterator[dict[str, Any]]:
     """arch: one of ARCHITECTURES. One record a kernel; Triton's own error where one does not compile."""
     target = GPUTarget("cuda", int(arch[2:]), 32) if arch.startswith("sm") else GPUTarget("hip", arch, 64)
-    for one in KERNELS:
+    for one in kernels:
         signature, constexprs, divisible = {}, {}, {}
         for index, name in enumerate(one.kernel.arg_names):
             if name in one.constants:
@@ -105,7 +106,8 @@ def compile_kernels(arch: str) -> Iterator[dict[str, Any]]:
             if name in one.pointers or (name.startswith("stride_") and name not in one.constants):
                 divisible[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(one.kernel, signature, constexprs, divisible)
-        done = triton.compile(source, target=target, options={"num_warps": one.warps, **COMPILE})
+        stages = {} if one.stages is None else {"num_stages": one.stages}
+        done = triton.compile(source, target=target, options={"num_warps": one.warps, **stages, **COMPILE})
         binary = done.asm["cubin" if target.backend == "cuda" else "hsaco"]
         yield {
             "variant": one.name,

@@ -1,0 +1,184 @@
+"""Tries tile sizes of the Triton experts on the card and writes the best into core/l4core/experts/tiles.json.
+
+    python benchmarks/gpu/moe_tune.py --experts 16 --inter 8192 [--out tiles.json] [--seconds 40] [--few 1,8,32,64] [--many 128,2048,16384]
+
+Each candidate is timed from a captured graph over several layers' weights, so that none comes from the cache; the median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import triton
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from timing import graph_us
+
+from l4core.experts import few_triton, sorted_triton
+from l4core.experts.tiles import Tile
+from l4core.plugin_api import ExpertWeights
+
+HIDDEN = 5120
+
+
+def weights(experts: int, inter: int, layers: int) -> list[ExpertWeights]:
+    """Layers of random weights; values do not matter for the time, but are finite and spread as real ones."""
+
+    def one(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
+
+    return [
+        ExpertWeights(
+            gate_up=one(experts, 2 * inter, HIDDEN),
+            down=one(experts, HIDDEN, inter),
+            shared_gate_up=one(2 * inter, HIDDEN),
+            shared_down=one(HIDDEN, inter),
+        )
+        for _ in range(layers)
+    ]
+
+
+def tiles(path: str, rows: int) -> Iterator[Tile]:
+    """Candidates of one launch. path: "few gate_up", "few down", "many gate_up" or "many down"."""
+    few, halves = path.startswith("few"), 1 + path.endswith("gate_up")
+    grid = itertools.product((16, 32, 64, 128, 256), (64, 128, 256, 512), (2, 3, 4, 5, 6), (4, 8), (False, True))
+    for columns, inputs, stages, warps, swap in grid:
+        shared = (halves * columns + rows) * inputs * 2 * stages
+        flight = halves * columns * inputs * 2 * (stages - 1)
+        if shared > 220 << 10 or (swap and not (few and columns in (64, 128))):
+            continue
+        if rows >= 64 and not few:  # tensor cores
+            if columns * halves < 128 or inputs > 64 or stages < 3 or (columns * halves > 256):
+                continue
+        elif not 16 << 10 <= flight <= 120 << 10 or columns > 128 or (warps == 8 and columns * halves < 64):
+            continue
+        yield Tile(rows=rows, columns=columns, inputs=inputs, warps=warps, stages=stages, swap=swap)
+
+
+def launches(path: str, tokens: int, layers: list[ExpertWeights], tile: Tile) -> list[Callable[[], object]]:
+    """One call a layer, with uniform routing."""
+    experts = layers[0].gate_up.shape[0]
+    x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
+    ids = torch.randint(
+        experts, (tokens,), device="cuda", dtype=torch.int32, generator=torch.Generator("cuda").manual_seed(0)
+    )
+    score = torch.rand(tokens, device="cuda")
+    order, ends = sorted_triton.sort_by_expert(ids, experts)
+    inter = layers[0].down.shape[2]
+    calls: list[Callable[[], object]] = []
+    for w in layers:
+        if path == "few gate_up":
+            calls.append(lambda w=w: few_triton.few_gate_up(x, ids, score, w, tile))
+        elif path == "few down":
+            h = torch.randn(2, tokens, inter, device="cuda").bfloat16()
+            hits = torch.full((min(tokens, experts),), -1, dtype=torch.int32, device="cuda")
+            distinct = ids.unique()
+            hits[: len(distinct)] = distinct
+            calls.append(lambda w=w, h=h, hits=hits: few_triton.few_down(h, ids, hits, w, tile))
+        elif path == "many gate_up":
+            calls.append(lambda w=w: sorted_triton.sorted_gate_up(x, score, order, ends, w.gate_up, tile))
+        else:
+            h, out = torch.randn(tokens, inter, device="cuda").bfloat16(), torch.empty_like(x)
+            calls.append(lambda w=w, h=h, out=out: sorted_triton.sorted_down(h, order, ends, w.down, out, tile))
+    return calls
+
+
+def jobs(args: argparse.Namespace) -> list[tuple[str, int, Tile]]:
+    made = []
+    for tokens in args.tokens:
+        paths = [("few", max(16, triton.next_power_of_2(tokens)))] if tokens <= 64 else []
+        paths += [("many", rows) for rows in ((16, 32) if tokens <= 512 else (64, 128)) if tokens >= 32]
+        for path, rows in paths:
+            for product in ("gate_up", "down"):
+                made += [(f"{path} {product}", tokens, tile) for tile in tiles(f"{path} {product}", rows)]
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--inter", type=int, default=8192)
+    parser.add_argument(
+        "--tokens", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32, 64, 128, 2048, 16384]
+    )
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="time for all; candidates are taken in random order"
+    )
+    parser.add_argument("--compile", metavar="I/N", help="only compile each N-th candidate, from the I-th on")
+    parser.add_argument("--out", type=Path, default=Path("moe_tune.json"))
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    todo = jobs(args)
+    random.Random(0).shuffle(todo)
+    began = time.monotonic()
+    if args.compile:
+        first, every = map(int, args.compile.split("/"))
+        layers = weights(1, args.inter, 1)
+        small = ExpertWeights(
+            gate_up=layers[0].gate_up.expand(args.experts, -1, -1),
+            down=layers[0].down.expand(args.experts, -1, -1),
+            shared_gate_up=layers[0].shared_gate_up,
+            shared_down=layers[0].shared_down,
+        )
+        done = 0
+        for path, tokens, tile in todo[first::every]:
+            if time.monotonic() - began > args.seconds:
+                break
+            try:
+                launches(path, tokens, [small], tile)[0]()
+            except Exception as error:  # noqa: BLE001  (a tile that does not fit is no candidate)
+                print(path, tokens, tile, type(error).__name__, flush=True)
+            done += 1
+        torch.cuda.synchronize()
+        print(f"compiled {done} of {len(todo[first::every])}")
+        return
+    layers = weights(args.experts, args.inter, args.layers)
+    found: list[dict[str, object]] = []
+    for path, tokens, tile in todo:
+        if time.monotonic() - began > args.seconds:
+            break
+        try:
+            us = graph_us(launches(path, tokens, layers, tile), repeats=5)
+        except Exception:  # noqa: BLE001  (as above)
+            continue
+        found.append({"path": path, "tokens": tokens, "us": us, "tile": asdict(tile)})
+    args.out.write_text(json.dumps(found, indent=1))
+    print(f"{len(found)} of {len(todo)} candidates in {time.monotonic() - began:.0f} s")
+    show(found, args)
+
+
+def show(found: list[dict[str, object]], args: argparse.Namespace) -> None:
+    """The best three of each launch, with what they reach."""
+    hits = {t: args.experts * (1 - (1 - 1 / args.experts) ** t) for t in args.tokens}
+    for path, tokens in sorted(
+        {(str(f["path"]), int(str(f["tokens"]))) for f in found}, key=lambda key: (key[1], key[0])
+    ):
+        mine = sorted(
+            (f for f in found if (f["path"], f["tokens"]) == (path, tokens)), key=lambda f: float(str(f["us"]))
+        )
+        width = (2 if path.endswith("gate_up") else 1) * args.inter * HIDDEN * 2
+        for f in mine[:4]:
+            us = float(str(f["us"]))
+            read = (hits[tokens] + path.startswith("few")) * width / us / 1e6
+            flops = tokens * (1 + path.startswith("few")) * width / us / 1e6
+            t = f["tile"]
+            assert isinstance(t, dict)
+            shape = f"{t['rows']}x{t['columns']}x{t['inputs']} warps {t['warps']} stages {t['stages']}{' swap' if t['swap'] else ''}"
+            print(
+                f"{path:14} T {tokens:6} {us:9.1f} us  {read:5.2f} TB/s  {flops:6.1f} TFLOP/s  {shape}  (of {len(mine)})"
+            )
+
+
+if __name__ == "__main__":
+    main()

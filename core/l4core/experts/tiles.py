@@ -1,0 +1,111 @@
+"""Tile sizes of the Triton experts, as plain numbers: what was measured stands in tiles.json, the rest follows a rule. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from typing import Any
+
+FEW_ROWS = (16, 32, 64)
+"""Row tiles of the path for few tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """rows: tokens.  columns: outputs (of gate and of up each).  inputs: of one step.  swap: weights are the left operand, for few rows.
+    group: blocks of rows that go through the columns together, for many rows.  warps, stages: as Triton counts them."""
+
+    rows: int
+    columns: int
+    inputs: int
+    warps: int
+    stages: int
+    swap: bool = False
+    group: int = 8
+
+    def constants(self, *, grouped: bool = False) -> dict[str, Any]:
+        """Compile-time arguments of a kernel."""
+        shape: dict[str, Any] = {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.inputs}
+        shape |= {"GROUP": self.group} if grouped else {"SWAP": self.swap}
+        return shape | {"num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Up to `tokens` tokens in a call. few: the path without sorting."""
+
+    tokens: int
+    few: bool
+    gate_up: Tile
+    down: Tile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """rows: by ascending `tokens`; the last one serves all that are more."""
+
+    rows: tuple[Row, ...]
+
+    def row(self, num_tokens: int) -> Row:
+        return next((row for row in self.rows if num_tokens <= row.tokens), self.rows[-1])
+
+
+def tiles_for(arch: str, num_experts: int, hidden: int, inter: int, dtype: str) -> Tiles:
+    """What was measured for this architecture and shape, else what its family does well with."""
+    if dtype != "float32":
+        for found in _measured():
+            if (found["arch"], found["num_experts"], found["hidden"], found["inter"]) == (
+                arch,
+                num_experts,
+                hidden,
+                inter,
+            ):
+                return Tiles(rows=tuple(_row(row) for row in found["rows"]))
+    return _rule(arch, num_experts, dtype)
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The form in which rows stand in tiles.json."""
+    return [asdict(row) for row in rows]
+
+
+def _measured() -> Sequence[Mapping[str, Any]]:
+    found: list[Mapping[str, Any]] = json.loads(
+        resources.files("l4core.experts").joinpath("tiles.json").read_text(encoding="utf-8")
+    )["tiles"]
+    return found
+
+
+def _row(row: Mapping[str, Any]) -> Row:
+    return Row(tokens=row["tokens"], few=row["few"], gate_up=Tile(**row["gate_up"]), down=Tile(**row["down"]))
+
+
+def _rule(arch: str, num_experts: int, dtype: str) -> Tiles:
+    """16 rows are the least a matrix instruction takes; a block of many rows fills the tensor cores."""
+    big = arch in ("sm90", "sm100", "sm103")
+    if dtype == "float32":  # dots without tensor cores: registers decide
+        few = [Row(tokens=n, few=True, gate_up=_tile(n, 16, 32, 4, 2), down=_tile(n, 16, 32, 4, 2)) for n in (16,)]
+        return Tiles(
+            rows=(*few, Row(tokens=1 << 30, few=False, gate_up=_tile(32, 32, 32, 4, 2), down=_tile(32, 32, 32, 4, 2)))
+        )
+    stages, inputs = (4, 128) if big or arch == "sm80" else (2, 64)
+    few = [
+        Row(tokens=n, few=True, gate_up=_tile(n, 32, inputs, 4, stages), down=_tile(n, 32, inputs, 4, stages))
+        for n in FEW_ROWS
+    ]
+    some = _tile(32, 64, inputs, 4, 3 if stages == 4 else 2)
+    many = _tile(128, 128, 64, 8, 3) if big else _tile(64, 64, 32, 4, 2)
+    wide = _tile(128, 256, 64, 8, 3) if big else _tile(64, 128, 32, 4, 2)
+    return Tiles(
+        rows=(
+            *few,
+            Row(tokens=32 * num_experts, few=False, gate_up=some, down=some),
+            Row(tokens=1 << 30, few=False, gate_up=many, down=wide),
+        )
+    )
+
+
+def _tile(rows: int, columns: int, inputs: int, warps: int, stages: int) -> Tile:
+    return Tile(rows=rows, columns=columns, inputs=inputs, warps=warps, stages=stages)

@@ -1,0 +1,123 @@
+"""Compiles the router's and the experts' kernels as `compile_ops` does the others: `python -m l4core.testing.compile_experts sm90`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from l4core.experts.few_triton import _few_down_kernel, _few_gate_up_kernel
+from l4core.experts.sorted_triton import _down_kernel, _gate_up_kernel, _sort_kernel
+from l4core.experts.tiles import Tile, tiles_for
+from l4core.ops.router_triton import BLOCK_K, PIECE, ROWS, STAGES, _logits_kernel, _pick_kernel
+from l4core.testing.compile_ops import ARCHITECTURES, CoreKernel, compile_kernels
+
+__all__ = ["kernels_for"]
+
+HIDDEN, INTER = 5120, 8192
+_DOTS = {"bf16": tl.bfloat16, "fp32": tl.float32}
+
+
+def kernels_for(arch: str, *, everything: bool) -> Iterator[CoreKernel]:
+    """The kernels with the tiles that a launch on this architecture would choose for the released models: one of each path, or every one."""
+    for experts, dtype in ((16, "bf16"), (128, "bf16"), (16, "fp32")):
+        if experts == 16 or everything:
+            yield from _router(experts, dtype)
+            rows = tiles_for(arch, experts, HIDDEN, INTER, {"bf16": "bfloat16", "fp32": "float32"}[dtype]).rows
+            for row in rows if everything else (rows[0], rows[-1]):
+                yield from (_few if row.few else _sorted)(experts, dtype, row.gate_up, row.down)
+
+
+def _router(experts: int, dtype: str) -> Iterator[CoreKernel]:
+    shape = {"E": experts, "ROWS": ROWS, "BLOCK_E": max(triton.next_power_of_2(experts), 16)}
+    yield CoreKernel(
+        name=f"router logits, {experts} experts, {dtype}",
+        kernel=_logits_kernel,
+        pointers={"x": dtype, "weight": dtype, "parts": "fp32"},
+        constants={"H": HIDDEN, "PIECE": PIECE, "BLOCK_K": BLOCK_K, "DOT_TYPE": _DOTS[dtype], **shape},
+        scalars={},
+        warps=4,
+        stages=STAGES,
+    )
+    yield CoreKernel(
+        name=f"router, {experts} experts",
+        kernel=_pick_kernel,
+        pointers={"parts": "fp32", "expert_ids": "i32", "score": "fp32"},
+        constants={"PIECES": HIDDEN // PIECE, **shape},
+        scalars={},
+        warps=4,
+    )
+    yield CoreKernel(
+        name=f"sort, {experts} experts",
+        kernel=_sort_kernel,
+        pointers={"expert_ids": "i32", "order": "i32", "ends": "i32"},
+        constants={"BLOCK": 128, "SCAN": 1024, "BLOCK_E": experts},
+        scalars={},
+        warps=4,
+    )
+
+
+def _few(experts: int, dtype: str, gate_up: Tile, down: Tile) -> Iterator[CoreKernel]:
+    common = {"H": HIDDEN, "I": INTER, "SHARED": True, "DOT_TYPE": _DOTS[dtype]}
+    ids = {"expert_ids": "i32", "hits": "i32"}
+    weights = {"gate_up": dtype, "shared_gate_up": dtype}
+    yield _kernel(
+        f"few tokens, {experts} experts, {dtype}",
+        _few_gate_up_kernel,
+        {"x": dtype, "score": "fp32", "h": dtype, **ids, **weights},
+        common,
+        gate_up,
+    )
+    weights = {"down": dtype, "shared_down": dtype}
+    yield _kernel(
+        f"few tokens, {experts} experts, {dtype}",
+        _few_down_kernel,
+        {"h": dtype, "out": dtype, **ids, **weights},
+        common,
+        down,
+    )
+
+
+def _sorted(experts: int, dtype: str, gate_up: Tile, down: Tile) -> Iterator[CoreKernel]:
+    common = {"H": HIDDEN, "I": INTER, "E": experts, "BLOCK_E": experts, "DOT_TYPE": _DOTS[dtype]}
+    sorting = {"order": "i32", "ends": "i32"}
+    pointers = {"x": dtype, "score": "fp32", "gate_up": dtype, "h": dtype, **sorting}
+    yield _kernel(f"many tokens, {experts} experts, {dtype}", _gate_up_kernel, pointers, common, gate_up, grouped=True)
+    pointers = {"h": dtype, "down": dtype, "out": dtype, **sorting}
+    yield _kernel(
+        f"many tokens, {experts} experts, {dtype}", _down_kernel, pointers, common | {"ADD": True}, down, grouped=True
+    )
+
+
+def _kernel(
+    name: str, kernel: Any, pointers: dict[str, str], common: dict[str, Any], tile: Tile, *, grouped: bool = False
+) -> CoreKernel:
+    constants = {key: value for key, value in tile.constants(grouped=grouped).items() if not key.startswith("num_")}
+    return CoreKernel(
+        name=f"{name}, tile {tile.rows}x{tile.columns}x{tile.inputs}",
+        kernel=kernel,
+        pointers=pointers,
+        constants=common | constants,
+        scalars={},
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+def main() -> int:
+    arch, *more = sys.argv[1:] or [""]
+    if arch not in ARCHITECTURES or more not in ([], ["all"]):
+        usage = "usage: python -m l4core.testing.compile_experts ARCH [all]"
+        print(f"{usage}\nARCH: {', '.join(ARCHITECTURES)}", file=sys.stderr)
+        return 2
+    for record in compile_kernels(arch, tuple(kernels_for(arch, everything=bool(more)))):
+        print(json.dumps(record), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

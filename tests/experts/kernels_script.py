@@ -1,0 +1,125 @@
+"""Compares the Triton router and experts with the definition on `sys.argv[1]`: "cpu" under Triton's interpreter, or "cuda"."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experts.problem import make
+from l4core.experts.fused import TritonExperts
+from l4core.experts.sorted_triton import sort_by_expert
+from l4core.experts.tiles import Row, Tile, Tiles
+from l4core.ops.router import route_torch
+from l4core.ops.router_triton import route_triton
+
+DEVICE = sys.argv[1]
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+EXPERTS = [1, 2, 5, 16, 33] if DEVICE == "cpu" else [5, 16]  # on a device each is compiled anew
+few_examples = settings(
+    max_examples=25 if DEVICE == "cpu" else 12,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+dtypes = st.sampled_from(list(TOLERANCE))
+
+
+@st.composite
+def routings(draw: st.DrawFn, most: int) -> tuple[list[int], int]:
+    """(expert of each token, number of experts); some experts are left empty, often all tokens have one."""
+    num_experts = draw(st.sampled_from(EXPERTS))
+    used = draw(st.lists(st.integers(0, num_experts - 1), min_size=1, max_size=4))
+    ids = draw(st.lists(st.sampled_from(used), min_size=1, max_size=most))
+    return ids, num_experts
+
+
+def kernel(
+    *, few: bool, rows: int, columns: int = 32, inputs: int = 32, swap: bool = False, group: int = 2
+) -> TritonExperts:
+    tile = Tile(rows=rows, columns=columns, inputs=inputs, warps=4, stages=2, swap=swap, group=group)
+    return TritonExperts(Tiles(rows=(Row(tokens=1 << 30, few=few, gate_up=tile, down=tile),)))
+
+
+@few_examples
+@given(routing=routings(16), dtype=dtypes, shared=st.booleans(), swap=st.booleans(), hidden=st.sampled_from([64, 80]))
+def few(routing: tuple[list[int], int], dtype: torch.dtype, shared: bool, swap: bool, hidden: int) -> None:
+    ids, num_experts = routing
+    problem = make(ids, num_experts, hidden=hidden, dtype=dtype, shared=shared, device=DEVICE)
+    assert problem.error(kernel(few=True, rows=16, swap=swap)) < TOLERANCE[dtype]
+
+
+@few_examples
+@given(
+    routing=routings(150),
+    dtype=dtypes,
+    shared=st.booleans(),
+    rows=st.sampled_from([16, 32]),
+    hidden=st.sampled_from([64, 80]),
+)
+def many(routing: tuple[list[int], int], dtype: torch.dtype, shared: bool, rows: int, hidden: int) -> None:
+    ids, num_experts = routing
+    problem = make(ids, num_experts, hidden=hidden, dtype=dtype, shared=shared, device=DEVICE)
+    assert problem.error(kernel(few=False, rows=rows)) < TOLERANCE[dtype]
+
+
+def only_hit_experts_are_read() -> None:
+    problem = make([4, 1, 1], 6, device=DEVICE)
+    for weight in (problem.weights.gate_up, problem.weights.down):
+        weight[[0, 2, 3, 5]] = torch.nan
+    assert problem.error(kernel(few=True, rows=16)) < 3e-6
+    assert problem.error(kernel(few=False, rows=16)) < 3e-6
+
+
+@few_examples
+@given(routing=routings(400))
+def sort(routing: tuple[list[int], int]) -> None:
+    ids, num_experts = routing
+    order, ends = sort_by_expert(torch.tensor(ids, dtype=torch.int32, device=DEVICE), num_experts)
+    assert order.tolist() == sorted(range(len(ids)), key=lambda t: ids[t])
+    counts = [ids.count(e) for e in range(num_experts)]
+    assert ends.tolist() == [sum(counts[: e + 1]) for e in range(num_experts)]
+
+
+@few_examples
+@given(
+    tokens=st.integers(1, 40),
+    experts=st.sampled_from([1, 4, 16, 40]),
+    hidden=st.sampled_from([48, 640, 700]),
+    dtype=dtypes,
+    seed=st.integers(0, 1000),
+)
+def router(tokens: int, experts: int, hidden: int, dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, hidden, generator=generator).to(dtype).to(DEVICE) for n in (tokens, experts))
+    ids, score = route_triton(x, weight)
+    logits = x.double() @ weight.double().T
+    chosen = logits.gather(1, ids.long().unsqueeze(1)).squeeze(1)
+    assert (logits.amax(1) - chosen).max() <= 1e-4 * hidden**0.5  # a tie within rounding may go either way
+    torch.testing.assert_close(score.double(), chosen.sigmoid(), atol=1e-4, rtol=1e-4)
+    if dtype == torch.float32:
+        assert (ids != route_torch(x, weight)[0]).sum() == 0
+    alone = [route_triton(x[t : t + 1], weight) for t in range(min(tokens, 3))]  # bit for bit what the batch gives
+    assert [int(i) for i, _ in alone] == ids[:3].tolist()
+    assert torch.cat([s for _, s in alone]).equal(score[:3])
+
+
+def router_ties() -> None:
+    x = torch.zeros(3, 64, device=DEVICE)
+    ids, score = route_triton(x, torch.randn(5, 64, device=DEVICE))
+    assert ids.tolist() == [0, 0, 0]
+    assert score.tolist() == [0.5] * 3
+
+
+CHECKS = (few, many, only_hit_experts_are_read, sort, router, router_ties)
+
+if __name__ == "__main__":
+    for check in CHECKS:
+        check()
+    print(" ".join(check.__name__ for check in CHECKS))
