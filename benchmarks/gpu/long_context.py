@@ -18,6 +18,7 @@ from one_rank import (
     admit,
     build,
     copy_rate,
+    kernel_ms,
     kv_bytes_read,
     randomise,
     requests,
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--attention-backend")
     parser.add_argument("--memory-gib", type=float, default=79.1, help="as if the device had only so much [an H100's]")
+    parser.add_argument("--disable-hybrid-swa-memory", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     found = measure(args)
@@ -61,6 +63,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         config,
         attention_backend=args.attention_backend,
         kv_cache_dtype=args.kv_cache_dtype,
+        disable_hybrid_swa_memory=args.disable_hybrid_swa_memory,
         max_running_requests=args.chats + 1,
         mem_fraction_static=min(0.97, 0.9 * args.memory_gib * GIB / total),
     )
@@ -75,12 +78,20 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     filled = time.perf_counter()
     print(f"built {ready - began:.1f} s, {pieces} pieces {filled - ready:.1f} s", flush=True)
 
-    def timed(lengths: list[int]) -> dict[str, float]:
+    def timed(lengths: list[int]) -> dict[str, object]:
         step_ms(built, 8)
         ms = step_ms(built, args.steps)
         num_bytes = weight_bytes_read(config, len(lengths)) + kv_bytes_read(config, lengths, itemsize)
         floor = num_bytes / rate * 1e3
-        return {"read_gb": num_bytes / 1e9, "floor_ms": floor, "step_ms": ms, "ratio": ms / floor}
+        kernels, slowest = kernel_ms(built, 4)
+        return {
+            "read_gb": num_bytes / 1e9,
+            "floor_ms": floor,
+            "step_ms": ms,
+            "ratio": ms / floor,
+            "kernels_ms": kernels,
+            "slowest": slowest,
+        }
 
     alone = timed([args.tokens])
     print("alone", alone, flush=True)
@@ -96,7 +107,9 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "alone": alone,
         f"beside {args.chats} chats": beside,
         "memory": {
+            "predicted_gb": built.budget.peak / 1e9,
             "peak_gb": torch.accelerator.max_memory_allocated() / 1e9,
+            "of_a_step_gb": built.budget.needs.rest / 1e9,
             "reserved_gb": torch.accelerator.max_memory_reserved() / 1e9,
             "used_on_device_gb": (total - torch.accelerator.get_memory_info()[0]) / 1e9,
             "weights_gb": sum(p.numel() * p.itemsize for p in built.engine.runner.model.parameters()) / 1e9,

@@ -100,6 +100,19 @@ def step_ms(built: BuiltEngine, steps: int) -> float:
     return (time.perf_counter() - began) / steps * 1e3
 
 
+def kernel_ms(built: BuiltEngine, steps: int, top: int = 12) -> tuple[float, dict[str, float]]:
+    """Milliseconds of all kernels of a step, and of those that take most, by name; the host's gaps are not in them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(steps):
+            built.engine.step()
+        torch.accelerator.synchronize()
+    times = {e.key[:60]: e.self_device_time_total / steps / 1e3 for e in found.key_averages()}
+    ranked = sorted(times, key=times.__getitem__, reverse=True)[:top]
+    return sum(times.values()), {name: round(times[name], 4) for name in ranked}
+
+
 def weight_bytes_read(config: ModelConfig, tokens: int, itemsize: int = 2) -> int:
     """Bytes of weights that one step of `tokens` tokens has to read when their experts are drawn evenly: all but the embedding and idle experts."""
     share = 1 - (1 - 1 / config.num_experts) ** tokens
