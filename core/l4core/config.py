@@ -228,7 +228,13 @@ class ServerConfig:
     )
     log_level: str = _opt("info", "how much to log", SERVER, choices=("debug", "info", "warning", "error"))
     max_queued_requests: int = _opt(1024, "sequences waiting or running before 429 + Retry-After", SERVER, minimum=1)
-    max_body_bytes: int = _opt(8 << 20, "largest request body before 413", SERVER, unit="bytes", minimum=1024)
+    max_body_bytes: int | None = _opt(
+        None,
+        "largest request body before 413 (default: 8 MiB, or 16 bytes a token of the context if that is more)",
+        SERVER,
+        unit="bytes",
+        minimum=1024,
+    )
     drain_seconds: float = _opt(
         30.0, "after SIGTERM, time for running requests to finish", SERVER, unit="seconds", minimum=0, maximum=86_400
     )

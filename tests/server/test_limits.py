@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -95,3 +95,18 @@ def test_malformed_http_is_refused_and_the_server_lives(server: Any, http: httpx
                 reply += piece
     assert b" 200 " not in reply
     assert http.post(CHAT, json=BODY).status_code == 200
+
+
+def test_a_prompt_of_the_whole_context_is_read(start_server: Callable[..., Any]) -> None:
+    """1.2 million token ids are 10 MB of JSON; the limit follows the context, up to Scout's whole window."""
+    running = start_server(engine={"context_length": 10_485_760})
+    try:
+        text = json.dumps({"prompt": [100] * 1_200_000, "max_tokens": 1}).encode()
+        padded = text + b" " * (10_000_000 - len(text))  # as long as ids of six digits make it
+        reply = running.client.post(
+            f"{running.url}/v1/completions", content=padded, headers={"content-type": "application/json"}
+        )
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["usage"]["prompt_tokens"] == 1_200_000
+    finally:
+        running.stop()

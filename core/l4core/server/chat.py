@@ -34,7 +34,7 @@ MESSAGE_WEIGHT = 32
 
 async def chat_completions(service: Service, http: Request) -> Response:
     """A whole answer or, with `stream`, its events. What is wrong before the first token is an HTTP error in both cases."""
-    body = await read_request(http, ChatRequest, service.server_config.max_body_bytes)
+    body = await read_request(http, ChatRequest, service.max_body_bytes)
     service.check_model(body.model)
     params = chat_params(body, service.loaded.frontend.default_params())
     prompt = await chat_ids(service, body.messages, context_length=service.loaded.context_length)

@@ -35,7 +35,7 @@ class Prompt:
 
 async def completions(service: Service, http: Request) -> Response:
     """Whole answers or, with `stream`, their events; choice index = prompt number × n + answer."""
-    body = await read_request(http, CompletionRequest, service.server_config.max_body_bytes)
+    body = await read_request(http, CompletionRequest, service.max_body_bytes)
     service.check_model(body.model)
     params = completion_params(body, service.loaded.frontend.default_params())
     prompts = await read_prompts(service, body.prompt, add_special=body.add_special_tokens is not False)

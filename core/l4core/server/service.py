@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from l4core.engine.frontend import Frontend
 
 LONG_TEXT_CHARACTERS = 32_768
+LEAST_BODY_BYTES, TOKEN_BODY_BYTES = 8 << 20, 16
+"""Of the largest body where none is set. A token takes 8 bytes as a JSON number, about 5 as text, and more where clients escape it."""
 FINGERPRINT = f"l4-{__version__}"
 R = TypeVar("R")
 
@@ -65,6 +67,14 @@ class Service:
         if self.loaded_model is None:
             raise RequestError("the model is still loading", status=503, code="engine_not_ready")
         return self.loaded_model
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest body that is read: as set, or what a prompt of the whole context may take."""
+        if self.server_config.max_body_bytes is not None:
+            return self.server_config.max_body_bytes
+        context = self.loaded_model.context_length if self.loaded_model is not None else 0
+        return max(LEAST_BODY_BYTES, TOKEN_BODY_BYTES * context)
 
     def check_model(self, name: str | None) -> None:
         """Raises RequestError (404) for a model that is not this one. No name means this one: there is only one."""

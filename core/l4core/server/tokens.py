@@ -16,7 +16,7 @@ from l4core.server.service import Service, off_loop_if_long, text_ids
 
 async def tokenize(service: Service, http: Request) -> Response:
     """Ids of a prompt, or of messages as the chat template renders them."""
-    body = await read_request(http, TokenizeRequest, service.server_config.max_body_bytes)
+    body = await read_request(http, TokenizeRequest, service.max_body_bytes)
     service.check_model(body.model)
     ids = await _ids(service, body)
     spelled = None
@@ -43,7 +43,7 @@ async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
 
 async def detokenize(service: Service, http: Request) -> Response:
     """Text of ids; special tokens are shown unless skip_special_tokens."""
-    body = await read_request(http, DetokenizeRequest, service.server_config.max_body_bytes)
+    body = await read_request(http, DetokenizeRequest, service.max_body_bytes)
     service.check_model(body.model)
     tokenizer = service.loaded.frontend.tokenizer
 
