@@ -23,7 +23,7 @@ from l4core.plugin_api import (
 
 OLDEST_TRITON = Version("3.6")
 FLOATS = ("float32", "bfloat16", "float16")
-FP8 = ("float8_e4m3fn", "float8_e4m3fnuz")
+FP8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 
 
 @hookimpl
@@ -94,8 +94,9 @@ def probe_reference(platform: Platform, requirements: AttentionRequirements) -> 
 
 
 def probe_sdpa(platform: Platform, requirements: AttentionRequirements) -> Usable | Unusable:
-    """Any device torch knows. PORTABLE everywhere, so a backend with kernels tuned for an accelerator wins there."""
-    refused = _refuse(requirements, FLOATS, FLOATS, tree_mask=False)
+    """Any device torch knows, KV in any float dtype (it is widened where it is read). PORTABLE everywhere, so a backend with kernels tuned for an
+    accelerator wins there."""
+    refused = _refuse(requirements, FLOATS, (*FLOATS, *FP8), tree_mask=False)
     return refused or Usable(tier=Tier.PORTABLE, provider=f"torch {platform.torch_version}")
 
 

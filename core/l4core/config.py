@@ -111,10 +111,9 @@ class EngineConfig:
     )
     kv_cache_dtype: str = _opt(
         "auto",
-        "KV dtype; auto = the compute dtype",
+        "KV dtype; auto = the compute dtype; fp8 = fp8_e4m3, with the checkpoint's scales where it has some",
         MEMORY,
-        choices=("auto", "float32", "bfloat16", "float16"),
-        later=("fp8", "fp8_e4m3", "fp8_e5m2"),
+        choices=("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"),
     )
     mem_fraction_static: float | None = _opt(
         None,

@@ -207,8 +207,7 @@ def test_what_is_needed_and_not_declared_is_refused(asked, declared, fix: str) -
     ("name", "asked", "reason"),
     [
         ("sdpa", {"needs_tree": True}, "tree"),
-        ("sdpa", {"kv_dtype": "float8_e4m3fn"}, "KV is float8_e4m3fn"),
-        ("reference", {"kv_dtype": "float8_e5m2"}, "KV is float8_e5m2"),
+        *((name, {"kv_dtype": "float4_e2m1fn_x2"}, "KV is float4_e2m1fn_x2") for name in ("sdpa", "reference")),
         *((name, {"needs_graph": True}, "graph") for name in ("sdpa", "reference")),
         *((name, {"q_dtype": "float8_e4m3fn"}, "queries are float8_e4m3fn") for name in ("sdpa", "reference")),
         *((name, {"num_q_heads": 7}, "7 query heads on 8 KV heads") for name in ("sdpa", "reference")),

@@ -46,6 +46,8 @@ def plan(tensors: Tensors, quantization: dict[str, Any] | None, **shard: int) ->
         ({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}, "ModelOpt FP8"),
         (channel_fp8(), "compressed-tensors FP8"),
         (channel_fp8("tensor"), "compressed-tensors FP8"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": {"num_bits": 8}}, None),
+        ({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}, None),
     ],
 )
 def test_schemes_that_are_mapped(quantization: dict[str, Any] | None, scheme: str | None) -> None:
@@ -108,8 +110,8 @@ def test_scales_of_the_cache(names: tuple[str, ...]) -> None:
     tensors = experts_fp8() | {f"layers.2.{name}": torch.ones(()) for name in names}
     made = plan(tensors, channel_fp8())
     assert made.problems == ()
-    kept = [target.name for target in made.targets if target.name.endswith(("k_scale", "v_scale"))]
-    assert kept == ["layers.2.attn.k_scale", "layers.2.attn.v_scale"][: len(names)]
+    assert made.kv_scales == {f"model.layers.2.{name}" for name in names} <= made.used
+    assert not any(target.name.endswith(("k_scale", "v_scale")) for target in made.targets), "they are KV memory's"
 
 
 def texts(made: WeightPlan) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from l4core.ops.kv_write import kv_write
@@ -22,6 +23,33 @@ def test_a_slice_of_wider_rows_in_another_dtype() -> None:
     kv_write(pages, rows[:, 6:].view(2, 2, 2, 3), torch.tensor([1, 0]), torch.tensor([3, 0]))
     assert torch.equal(pages[1, 1, 3], rows[0, 8:].bfloat16())
     assert torch.equal(pages[0, 0, 0], rows[1, 6:8].bfloat16())
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_write_divides_saturates_and_rounds_to_even(name: str, scaled: bool) -> None:
+    """Against the nearest of all the format's values, ties to the even code, over small, large, infinite and NaN inputs."""
+    dtype: torch.dtype = getattr(torch, name)
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    grid = codes[codes.isfinite()].unique().double()
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 2, 2, 8, generator=draw) * torch.logspace(-6, 5, 64)[:, None, None, None]
+    x[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    x[1, 0, 0, 0], x[1, 1, 0, 0] = (grid[5:7].mean().item(),) * 2  # half way
+    scales = (torch.tensor(0.37), torch.tensor(1.9)) if scaled else (None, None)
+    pages = torch.zeros(5, 3, 2, 16, 2, 8).to(dtype)[:, 1]
+    page_ids, offsets = torch.arange(64) // 16 + 1, torch.arange(64) % 16
+    kv_write(pages, x, page_ids, offsets, *scales)
+    found = pages[page_ids, :, offsets].double()
+    wanted = x.clone()
+    for which, scale in enumerate(scales):
+        if scale is not None:
+            wanted[:, which] /= scale
+    wanted = wanted.clamp(grid.min().item(), grid.max().item()).double()
+    assert found.isnan().equal(wanted.isnan())
+    error, gap = (found - wanted).abs().nan_to_num(), (wanted.nan_to_num()[..., None] - grid).abs().amin(-1)
+    assert torch.equal(error, gap), "not the nearest value"
+    assert pages[0].float().count_nonzero() == 0
 
 
 def test_offsets_are_64_bit() -> None:

@@ -117,8 +117,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "7 heads on 3": {"num_q_heads": 7, "num_kv_heads": 3},
     "20 heads on 1": {"num_q_heads": 20, "num_kv_heads": 1},
 }
-ALWAYS = {"tree of 65 nodes", "KV e5m2", "7 heads on 3"}
-VENDOR = ALWAYS | {"float32", "KV of another float", "head_dim 24", "page 256", "page 48"}
+ALWAYS = {"tree of 65 nodes", "7 heads on 3"}
+VENDOR = ALWAYS | {"float32", "KV e5m2", "KV of another float", "head_dim 24", "page 256", "page 48"}
 LACKS = {
     ("trtllm_mha", "sm100"): VENDOR
     | {"KV e4m3fnuz", "page 1", "page 128", "head_dim 64", "head_dim 80", "head_dim 256"},
@@ -128,8 +128,8 @@ LACKS = {
     ("aiter", "gfx950"): VENDOR | {"tree", "KV e4m3fnuz", "page 1", "page 16"},
     ("intel_xpu", "xpu"): VENDOR
     | {"tree", "graph", "KV e4m3fnuz", "page 1", "page 16", "head_dim 80", "20 heads on 1"},
-    ("triton", "sm90"): ALWAYS | {"KV e4m3fnuz", "KV of another float", "head_dim 24", "head_dim 80"},
-    ("sdpa", "cpu"): ALWAYS | {"tree", "graph", "KV e4m3fn", "KV e4m3fnuz"},
+    ("triton", "sm90"): ALWAYS | {"KV e4m3fnuz", "KV e5m2", "KV of another float", "head_dim 24", "head_dim 80"},
+    ("sdpa", "cpu"): ALWAYS | {"tree", "graph"},
     ("reference", "cpu"): ALWAYS | {"graph"},
 }
 """What each refuses, of ASKED. Whoever learns a capability removes it here."""

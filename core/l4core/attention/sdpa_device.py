@@ -82,6 +82,7 @@ def _read(
     paged: torch.Tensor, scale: torch.Tensor | None, plan: DevicePlan, some: slice, dtype: torch.dtype
 ) -> torch.Tensor:
     """→ [b, Hkv, S, D]. What no sequence owns is replaced, not multiplied, by zero: it may be NaN."""
-    tokens = paged[plan.pages[some]].flatten(1, 2).to(dtype)  # [b, S, Hkv, D]
+    as_bytes = paged.view(torch.uint8) if paged.dtype.itemsize == 1 else paged  # not every device indexes fp8
+    tokens = as_bytes[plan.pages[some]].view(paged.dtype).flatten(1, 2).to(dtype)  # [b, S, Hkv, D]
     tokens = torch.where(plan.owned[some][:, :, None, None], tokens, torch.zeros((), dtype=dtype, device=tokens.device))
     return (tokens if scale is None else tokens * scale.to(dtype)).transpose(1, 2)

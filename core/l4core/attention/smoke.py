@@ -47,11 +47,10 @@ def smoke_check(backend: AttentionBackend, verdict: Usable, context: AttentionCo
 
 
 def _rounded(batch: Batch, kv_dtype: str) -> Batch:
-    """With fp8 KV, the values as they are stored: rounding alone moves one by a sixteenth, which is core's doing and not the backend's."""
+    """The values as they are stored: with fp8 KV rounding alone moves one by a sixteenth, which is core's doing and not the backend's."""
     dtype: torch.dtype = getattr(torch, kv_dtype)
-    if dtype.itemsize != 1:
-        return batch
-    k, v = ((x / scale).to(dtype).to(x.dtype) * scale for x, scale in ((batch.k, K_SCALE), (batch.v, V_SCALE)))
+    scales = (K_SCALE, V_SCALE) if dtype.itemsize == 1 else (1.0, 1.0)
+    k, v = ((x / scale).to(dtype).to(x.dtype) * scale for x, scale in zip((batch.k, batch.v), scales, strict=True))
     return replace(batch, k=k, v=v)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from l4core.engine.step_memory import needs_of
 from l4core.errors import ConfigError
 from l4core.experts.select import SelectedExperts, select_experts
 from l4core.kv.blocks import KVGroup
+from l4core.kv.dtypes import kv_dtype_name, stored_scale
 from l4core.kv.manager import KVManager
 from l4core.kv.memory import KVMemory
 from l4core.kv.planner import KVPlan, plan_kv, ratio_cost
 from l4core.model.config import ModelConfig
+from l4core.model.kv_scales import read_kv_scales
 from l4core.model.llama4 import Llama4
 from l4core.model.repository import resolve_model
 from l4core.model.weights import fill_dummy, load_weights
@@ -66,7 +69,7 @@ def build_engine(
     platform = detect(config.device)
     device = named or torch.device(platform.device_type)
     dtype = choose_dtype(config.dtype, model_config.dtype, platform)
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else _torch_dtype(config.kv_cache_dtype)
+    kv_dtype = _torch_dtype(kv_dtype_name(config.kv_cache_dtype, dtype_name(dtype), platform.arch))
     plugins = load_plugins()
     chunk_size = model_config.attention_chunk_size if any(model_config.chunked_layers) else None
     speculation = plan_speculation(config, plugins, chunk_size)
@@ -78,7 +81,8 @@ def build_engine(
     plan = _plan(config, model_config, budget, selected, kv_dtype)
     budget = replace(budget, kv=plan.bytes_total)
     model = _load_model(config, model_config, folder, device, dtype, plan.max_context, progress, experts)
-    engine = _wire(config, model_config, model, plan, selected, plugins, device, kv_dtype, speculation)
+    scales = _kv_scales(config, model_config, folder, kv_dtype)
+    engine = _wire(config, model_config, model, plan, selected, plugins, device, kv_dtype, scales, speculation)
     report = _report(
         config,
         model_config,
@@ -89,6 +93,7 @@ def build_engine(
         budget,
         dtype,
         kv_dtype,
+        scales,
         speculation,
         time.perf_counter() - began,
     )
@@ -263,6 +268,17 @@ def _plan(
     return plan
 
 
+def _kv_scales(
+    config: EngineConfig, model: ModelConfig, folder: Path, kv_dtype: torch.dtype
+) -> Mapping[int, tuple[float, float]]:
+    """Of fp8 KV, layer → (k, v) from the checkpoint; where it has none, values are stored as they are."""
+    if kv_dtype.itemsize > 1 or config.load_format == "dummy":
+        return {}
+    found = read_kv_scales(folder, model)
+    name = dtype_name(kv_dtype)
+    return {layer: (stored_scale(k, name), stored_scale(v, name)) for layer, (k, v) in found.items()}
+
+
 def kv_groups(config: EngineConfig, model: ModelConfig) -> tuple[KVGroup, ...]:
     """The groups that planner, memory, scheduler and runner share."""
     return model.kv_groups(hybrid=not config.disable_hybrid_swa_memory)
@@ -277,6 +293,7 @@ def _wire(
     plugins: Plugins,
     device: torch.device,
     kv_dtype: torch.dtype,
+    scales: Mapping[int, tuple[float, float]],
     speculation: SpeculationPlan | None,
 ) -> Engine:
     groups = kv_groups(config, model_config)
@@ -289,6 +306,7 @@ def _wire(
         device=device,
         dense=selected.verdict.page_stride == "dense",
         clear=selected.verdict.finite_tail,
+        scales=scales,
     )
     samplers = {
         provided.entry.name: create_object(provided, Sampler)  # type: ignore[type-abstract]
@@ -330,6 +348,12 @@ def _wire(
     return Engine(Scheduler(limits, kv), runner, drafter)
 
 
+def _scales_text(kv_dtype: torch.dtype, scales: Mapping[int, tuple[float, float]]) -> str:
+    if kv_dtype.itemsize > 1:
+        return ""
+    return f", scales of {len(scales)} layers from the checkpoint" if scales else ", scale 1 (the checkpoint has none)"
+
+
 def _report(
     config: EngineConfig,
     model: ModelConfig,
@@ -340,6 +364,7 @@ def _report(
     budget: Budget,
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
+    scales: Mapping[int, tuple[float, float]],
     speculation: SpeculationPlan | None,
     seconds: float,
 ) -> tuple[str, ...]:
@@ -356,7 +381,7 @@ def _report(
             f"{config.model} · {model.architecture} · {model.num_layers} layers{sparse} · {budget.needs.weights / 1e9:.2f} GB",
         ),
         ("device", device),
-        ("dtype", f"{dtype_name(dtype)} · KV {dtype_name(kv_dtype)}"),
+        ("dtype", f"{dtype_name(dtype)} · KV {dtype_name(kv_dtype)}{_scales_text(kv_dtype, scales)}"),
         ("attention", selected.describe()),
         *([("experts", experts.describe())] if experts else []),
         (

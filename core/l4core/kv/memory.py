@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,9 @@ from l4core.plugin_api import KVView
 
 if TYPE_CHECKING:
     from l4core.kv.planner import KVPlan
+
+
+NO_SCALES: Mapping[int, tuple[float, float]] = MappingProxyType({})
 
 
 class KVMemory:
@@ -39,15 +43,18 @@ class KVMemory:
         *,
         dense: bool = False,
         clear: bool = False,
+        scales: Mapping[int, tuple[float, float]] = NO_SCALES,
     ) -> None:
         """plan: page_size, shape and num_superpages (the null one included).  num_kv_heads: of this rank.
-        clear: zero all of it, for backends that need what lies past a sequence's end to be finite; else only the null superpage is."""
+        clear: zero all of it, for backends that need what lies past a sequence's end to be finite; else only the null superpage is.
+        scales: of fp8 memory, layer → (k, v) that readers multiply with; a layer without an entry stores its values as they are."""
         self.page_size = plan.page_size
         strides = {g.name: plan.shape.page_stride(g.name) for g in groups}
         self.table_scale: dict[str, int] = {name: stride if dense else 1 for name, stride in strides.items()}
         num_units = plan.num_superpages * plan.shape.units
         self._units = torch.empty(num_units, plan.page_size, num_kv_heads, head_dim, dtype=dtype, device=device)
-        (self._units if clear else self._units[: plan.shape.units]).zero_()
+        (self._units if clear else self._units[: plan.shape.units]).view(torch.uint8).zero_()
+        self.dtype = dtype
         self._strides = strides
         self._group_names: dict[int, str] = {}
         self._pages: dict[int, torch.Tensor] = {}
@@ -59,8 +66,9 @@ class KVMemory:
                 self._group_names[layer_id] = group.name
                 pages = by_page[:, 2 * index : 2 * index + 2]
                 self._pages[layer_id] = pages
-                dense_k, dense_v = self._units[2 * index :], self._units[2 * index + 1 :]
-                self._views[layer_id] = KVView(k=dense_k, v=dense_v) if dense else KVView(k=pages[:, 0], v=pages[:, 1])
+                k, v = (self._units[2 * index + i :] if dense else pages[:, i] for i in (0, 1))
+                k_scale, v_scale = _scalars(scales.get(layer_id), device) if dtype.itemsize == 1 else (None, None)
+                self._views[layer_id] = KVView(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
     def group_of(self, layer_id: int) -> str:
         """Name of the KV group that holds this layer."""
@@ -79,9 +87,23 @@ class KVMemory:
         if NULL_PAGE in pages:
             raise ValueError("page 0 is the null page; it is read through padded block tables and must stay finite")
         by_page = self._units.view(-1, self._strides[group], *self._units.shape[1:])
-        by_page[torch.tensor(list(pages), dtype=torch.int64, device=by_page.device)] = torch.nan
+        rows = torch.tensor(list(pages), dtype=torch.int64, device=by_page.device)
+        nan = torch.full((1,), torch.nan).to(self.dtype)
+        if self.dtype.itemsize == 1:  # not every device indexes fp8
+            by_page, nan = by_page.view(torch.uint8), nan.view(torch.uint8)
+        by_page[rows] = nan.to(rows.device)
 
     @property
     def num_bytes(self) -> int:
         """Reserved bytes."""
         return self._units.numel() * self._units.element_size()
+
+
+def _scalars(
+    scales: tuple[float, float] | None, device: torch.device | str
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """float32 [] each; none for (1, 1)."""
+    if scales is None or scales == (1.0, 1.0):
+        return None, None
+    k, v = torch.tensor(scales, dtype=torch.float32, device=device)
+    return k, v

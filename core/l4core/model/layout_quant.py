@@ -21,6 +21,8 @@ from l4core.model.safetensors_index import StoredTensor
 
 WEIGHT_SCALE, INPUT_SCALE = "weight_scale", "input_scale"
 KV_SCALES = ("k_scale", "v_scale")
+KV_ONLY = ("quant_algo", "kv_cache_quant_algo", "kv_cache_scheme")
+"""Keys of a quantization_config without quantised weights: the first is null."""
 
 
 def scheme_of(quantization: Mapping[str, Any] | None) -> str | None:
@@ -32,6 +34,8 @@ def scheme_of(quantization: Mapping[str, Any] | None) -> str | None:
         return None
     inner = quantization.get("quantization", quantization)
     method = quantization.get("quant_method") or (quantization.get("producer") or {}).get("name") or "unnamed"
+    if not (quantization.get("config_groups") or inner.get("quant_algo")) and any(key in inner for key in KV_ONLY):
+        return None  # only the KV cache is quantised, or nothing
     if method == "modelopt" and inner.get("quant_algo") == "FP8":
         return "ModelOpt FP8"
     groups = list((quantization.get("config_groups") or {}).values())
@@ -45,6 +49,18 @@ def scheme_of(quantization: Mapping[str, Any] | None) -> str | None:
         f"the weights are quantised with {method}{f' ({shown})' if shown else ''}, a layout this version of L4 does not know",
         fix="serve the bfloat16 checkpoint of this model",
     )
+
+
+def check_kv_scheme(quantization: Mapping[str, Any]) -> None:
+    """Raises NotBuiltError when the checkpoint wants its KV cache in another format than fp8 with one scale a layer."""
+    inner = quantization.get("quantization", quantization)
+    scheme, algorithm = inner.get("kv_cache_scheme"), inner.get("kv_cache_quant_algo")
+    is_fp8 = isinstance(scheme, Mapping) and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+    if algorithm not in (None, "FP8") or (scheme is not None and not (is_fp8 and scheme["strategy"] == "tensor")):
+        raise NotBuiltError(
+            f"the checkpoint's scales are for KV quantised as {algorithm or scheme}, which this version of L4 does not know",
+            fix="--kv-cache-dtype auto",
+        )
 
 
 def with_folder_scheme(config: ModelConfig, folder: Path) -> ModelConfig:

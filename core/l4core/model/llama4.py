@@ -160,7 +160,8 @@ class Llama4(nn.Module):
                 outputs[:, index] = stream
 
     def _prepare(self, batch: ForwardBatch, kv: KVMemory, backend: AttentionBackend) -> _Step:
-        fused = has_kernels(self.embed.weight)
+        writes_kv = kv.dtype.itemsize > 1 or kv.dtype == torch.float8_e4m3fn  # the other fp8 formats: torch only
+        fused = has_kernels(self.embed.weight) and writes_kv
         heads = self._triton_heads(batch) if fused else self._torch_heads(batch, kv.page_size)
         return _Step(kv=kv, backend=backend, segments=tuple(batch.segments), heads=heads)
 

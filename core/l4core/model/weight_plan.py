@@ -43,7 +43,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightPlan:
-    """scheme: quantisation, None = plain.  used, vision, tied: full checkpoint names.  problems: empty iff every tensor has its place."""
+    """scheme: quantisation, None = plain.  used, vision, tied: full checkpoint names.  kv_scales: of the used ones, those that are no weight's but
+    the KV cache's (model.kv_scales reads them).  problems: empty iff every tensor has its place."""
 
     rank: int
     world: int
@@ -53,6 +54,7 @@ class WeightPlan:
     vision: tuple[str, ...]
     tied: tuple[str, ...]
     problems: tuple[Problem, ...]
+    kv_scales: frozenset[str] = frozenset()
 
     @property
     def num_bytes(self) -> int:
@@ -76,9 +78,10 @@ def plan_weights(
     planner = _Planner(config, names, rank, world, quantised=scheme is not None)
     for parameter in parameters(config, names.text):
         planner.add_weight(parameter)
+    scales_of_kv = list(kv_scales(config, names.text)) if config.quantization_config else []
+    for parameter in scales_of_kv:
+        planner.check(parameter, SCALE)
     if scheme is not None:
-        for parameter in kv_scales(config, names.text):
-            planner.add(parameter, "float32", SCALE)
         planner.require_scales(scheme)
     tied = tuple(name for name in names.tied(config) if name not in planner.used)
     unknown = sorted(set(stored) - planner.used - set(names.vision) - set(tied) - names.doubled)
@@ -92,6 +95,7 @@ def plan_weights(
         vision=tuple(names.vision),
         tied=tied,
         problems=tuple(problems),
+        kv_scales=frozenset(planner.names[part.source] for parameter in scales_of_kv for part in parameter.parts),
     )
 
 
@@ -160,9 +164,13 @@ class _Planner:
         for scale in extra:
             self.add(scale, "float32", SCALE)
 
-    def add(self, parameter: Parameter, dtype: str, accepted: tuple[str, ...]) -> None:
+    def check(self, parameter: Parameter, accepted: tuple[str, ...]) -> None:
+        """Its sources are there as they should be."""
         for part in {part.source: part for part in parameter.parts}.values():
             self._check(part.source, part.shape, accepted)
+
+    def add(self, parameter: Parameter, dtype: str, accepted: tuple[str, ...]) -> None:
+        self.check(parameter, accepted)
         here = tuple(regions(parameter, self.rank, self.world, self.names))
         shape = rank_shape(parameter, self.rank, self.world)
         self.targets.append(Target(name=parameter.name, shape=shape, dtype=dtype, regions=here))

@@ -63,5 +63,5 @@ class TorchHeads:
             qk_norm_(qk, rule.qk_norm_eps)
         if not rule.rope and self.temperature is not None:
             q.mul_(self.temperature)
-        kv_write(pages, kv, *self.slots[group])
+        kv_write(pages, kv, *self.slots[group], view.k_scale, view.v_scale)
         return q
