@@ -29,7 +29,7 @@ from l4core.engine.pace import paced
 from l4core.model.config import ModelConfig
 from l4core.request import Request, SamplingParams
 
-SECONDS = 40
+SECONDS = 10
 """Longest for one target; a prompt that is not through by then is given up, and the row says so."""
 
 
