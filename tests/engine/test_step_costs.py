@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4core.engine.batch import Inbox, ScheduledBatch
+from l4core.engine.batch import Inbox, ScheduledBatch, ScheduledSequence
 from l4core.engine.pace import FIRST_PREFILL_TOKENS, Fit, Pace
-from l4core.engine.step_costs import MIN_PREFILL_TOKENS, StepBudget, StepCosts, piece_scores
+from l4core.engine.step_costs import MIN_PREFILL_TOKENS, StepBudget, StepCosts, even_piece, piece_scores
 from l4core.kv.blocks import KVGroup
 from l4core.request import Request, SamplingParams, StepStats
 from l4core.testing.simulation import SimulatedEngine
@@ -34,9 +34,12 @@ class Machine:
     score: float
 
     def ms(self, batch: ScheduledBatch) -> float:
-        pieces = [(s.start, len(s.token_ids)) for s in batch.sequences if not s.is_decode]
-        work = sum(n * self.token + piece_scores(start, n) * self.score for start, n in pieces)
+        work = sum(self.piece_ms(s) for s in batch.sequences if not s.is_decode)
         return self.base + self.decode * batch.num_decodes + work
+
+    def piece_ms(self, piece: ScheduledSequence) -> float:
+        count = len(piece.token_ids)
+        return count * self.token + piece_scores(piece.start, count) * self.score
 
     def costs(self, target_ms: float) -> StepCosts:
         return StepCosts(
@@ -103,13 +106,20 @@ def test_a_step_with_decodes_keeps_the_target_or_gives_prompts_the_least(
                 assert piece.start // CHUNK == (piece.start + len(piece.token_ids) - 1) // CHUNK
             num_tokens = sum(len(s.token_ids) for s in pieces)
             ms = machine.ms(batch)
-            assert ms <= target_ms + 1e-6 or num_tokens <= MIN_PREFILL_TOKENS + len(pieces) * MIN_PREFILL_TOKENS
             last = pieces[-1]
-            end = last.start + len(last.token_ids)
-            if len(pieces) == 1 and end % CHUNK and left[last.request.request_id] > len(last.token_ids):
-                one_more = machine.token + machine.score * (end + 0.5)
-                assert ms + one_more > target_ms - 1e-6
-                assert num_tokens >= MIN_PREFILL_TOKENS
+            least = (
+                len(last.token_ids) <= MIN_PREFILL_TOKENS
+            )  # a piece of that length is never refused, however deep it reads
+            assert ms - (machine.piece_ms(last) if least else 0) <= target_ms + 1e-6 or num_tokens <= MIN_PREFILL_TOKENS
+            if len(pieces) == 1:
+                piece = pieces[0]
+                rest = min(left[piece.request.request_id], CHUNK - piece.start % CHUNK)
+                number = -(-rest // len(piece.token_ids))
+                if number > 1:  # in one step fewer, some step would have broken the target
+                    longer = -(-rest // (number - 1))
+                    more = longer * machine.token + piece_scores(piece.start, longer) * machine.score
+                    alone = machine.base + machine.decode * batch.num_decodes
+                    assert alone + more > target_ms - 1e-6
         engine.scheduler.commit(engine.execute(batch))
 
 
@@ -119,7 +129,7 @@ def test_without_decodes_or_costs_a_prompt_gets_the_whole_step() -> None:
     engine.scheduler.add(ask("alone", 200, 1))
     assert engine.step().stats.num_prefill_tokens == 48
     assert not StepBudget(0)
-    assert StepBudget(7).piece(10**6) == 7
+    assert StepBudget(7).piece(10**6, 2 * 10**6) == 7
 
 
 def test_a_prompt_always_moves_even_when_decodes_alone_break_the_target() -> None:
@@ -136,13 +146,31 @@ def test_a_prompt_always_moves_even_when_decodes_alone_break_the_target() -> Non
 @given(st.floats(0.001, 1), st.floats(0, 1e-4), st.integers(0, 2_000_000), st.floats(0.1, 500))
 def test_the_piece_is_the_largest_that_fits(token_ms: float, score_ms: float, start: int, ms: float) -> None:
     costs = StepCosts(target_ms=ms, token_ms=token_ms, score_ms=score_ms, max_prefill_tokens=10**6)
-    length = StepBudget(10**6, costs, 1).piece(start)
+    length = StepBudget(10**6, costs, 1).piece(
+        start, start + 10**13
+    )  # a rest so long that even pieces are the longest ones
 
     def took(n: int) -> float:
         return n * token_ms + piece_scores(start, n) * score_ms
 
     assert length == MIN_PREFILL_TOKENS or took(length) <= ms * (1 + 1e-9)
     assert length == 10**6 or took(length + 1) > ms * (1 - 1e-9)
+
+
+@given(st.integers(1, 20_000), st.integers(1, 9000), st.sampled_from([1, 16, 64]))
+def test_pieces_of_one_length_take_no_more_steps(rest: int, most: int, unit: int) -> None:
+    lengths, left = [], rest
+    while left:
+        lengths.append(even_piece(left, most, unit))
+        left -= lengths[-1]
+    assert max(lengths) <= most
+    assert len(lengths) == -(-rest // most)
+    assert max(lengths) - min(lengths) <= unit * len(lengths)
+
+
+def test_beside_decodes_a_chunk_is_cut_in_halves_and_not_in_a_whole_and_a_rest() -> None:
+    assert StepBudget(8161, None, 31).piece(0, 8192, 64) == 4096
+    assert StepBudget(8192).piece(0, 8192, 64) == 8192
 
 
 # --- the loop that measures ----------------------------------------------------------------------------------------------------------------
@@ -173,7 +201,7 @@ def drive(
         inbox = pace.stamp(EMPTY)
         assert inbox.step_costs is not None
         budget = StepBudget(8192 - 8, inbox.step_costs, 8)
-        length = min(budget.piece(start), prompt_len - done, 8192 - start % 8192)
+        length = budget.piece(start, min(prompt_len, (start // 8192 + 1) * 8192), 64)
         ms = machine.base + 8 * machine.decode + length * machine.token + piece_scores(start, length) * machine.score
         ms = ms * (1 + noise * draw.uniform(-1, 1)) + (stalls or {}).get(len(steps), 0.0)
         clock.seconds += ms / 1e3

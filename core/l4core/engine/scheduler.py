@@ -281,10 +281,10 @@ class Scheduler:
 
         first: since it has a row, so the row's entries are all new, those of a cached prefix among them.
         """
-        start = seq.num_computed
-        end = min(seq.num_tokens, start + budget.piece(start))
+        start, border = seq.num_computed, seq.num_tokens
         if self.limits.chunk_size is not None:
-            end = min(end, (start // self.limits.chunk_size + 1) * self.limits.chunk_size)
+            border = min(border, (start // self.limits.chunk_size + 1) * self.limits.chunk_size)
+        end = start + budget.piece(start, border, self.kv.page_size)
         new_pages = self._make_room(seq, end)
         if new_pages is None:
             return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MIN_PREFILL_TOKENS = 16
-"""A prompt gets at least that many a step, whatever the target: otherwise it would starve where a decode step alone takes longer than the target."""
+"""The least that is worth a piece. One prompt gets that many a step, whatever the target: it would starve where a decode step alone takes longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class StepBudget:
     def __init__(self, num_tokens: int, costs: StepCosts | None = None, num_decodes: int = 0) -> None:
         """num_tokens: a hard limit.  costs: apply when there are decodes; a step without any keeps nobody waiting."""
         self._costs = costs if num_decodes else None
-        self._tokens, self._untouched = num_tokens, True
+        self._tokens, self._untouched, self._anyone_waits = num_tokens, True, num_decodes > 0
         self._ms = 0.0
         if self._costs is not None:
             self._tokens = min(num_tokens, self._costs.max_prefill_tokens)
@@ -45,14 +45,15 @@ class StepBudget:
         if self._tokens <= 0:
             return False
         costs = self._costs
-        return costs is None or self._untouched or self._ms >= costs.token_ms * MIN_PREFILL_TOKENS
+        return costs is None or self._untouched or _fitting(costs, self._ms, 0) >= MIN_PREFILL_TOKENS
 
-    def piece(self, start: int) -> int:
-        """The longest piece from position `start` on; at least 1, and at least MIN_PREFILL_TOKENS where the hard limit has them."""
-        costs = self._costs
-        if costs is None:
-            return self._tokens
-        return min(self._tokens, max(MIN_PREFILL_TOKENS, _fitting(costs, self._ms, start)))
+    def piece(self, start: int, border: int, unit: int = 1) -> int:
+        """Length of the next piece of a prompt, from position `start` to `border` at most; at least 1. unit: see `even_piece`."""
+        costs, most = self._costs, self._tokens
+        if costs is not None:
+            most = min(most, max(MIN_PREFILL_TOKENS, _fitting(costs, self._ms, start)))
+        rest = border - start
+        return even_piece(rest, most, unit) if self._anyone_waits else min(rest, most)
 
     def spend(self, start: int, num_tokens: int) -> None:
         """Take a piece of `num_tokens` tokens from position `start` on."""
@@ -61,6 +62,18 @@ class StepBudget:
         if self._costs is not None:
             costs = self._costs
             self._ms -= num_tokens * costs.token_ms + piece_scores(start, num_tokens) * costs.score_ms
+
+
+def even_piece(rest: int, most: int, unit: int) -> int:
+    """Of `rest` tokens up to a border, what one piece takes so that all pieces are of one length, in as few steps as pieces of `most` tokens need.
+
+    Beside 31 decodes a step of 8,192 tokens would take 8,161 of a chunk and leave 31 for a step of their own; two of 4,096 take as many steps and
+    keep everyone waiting half as long. unit: a length is a multiple of it where that costs no step.
+    """
+    if most >= rest:
+        return rest
+    even = -(-rest // -(-rest // most))
+    return min(most, -(-even // unit) * unit)
 
 
 def piece_scores(start: int, num_tokens: int) -> float:
