@@ -221,6 +221,8 @@ def _load_model(
         fill_dummy(parameters, config.random_seed)
     else:
         load_weights(parameters, folder, model_config, progress=progress and sys.stderr.isatty())
+    del parameters  # packing lets plain weights go
+    model.pack()
     return model
 
 

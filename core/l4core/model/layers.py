@@ -7,6 +7,7 @@ from torch import nn
 
 from l4core.ops.linear import linear
 from l4core.ops.norm import add_rms_norm
+from l4core.ops.packed import can_pack, pack
 from l4core.ops.silu_mul import silu_mul
 
 
@@ -27,6 +28,11 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] → [T, out]; the result may be a transposed view."""
         return linear(x, self.weight)
+
+    def pack(self) -> None:
+        """Puts the weight, loaded before, in the order a CPU reads fastest; elsewhere, and for a small one, nothing happens."""
+        if can_pack(self.weight):
+            self.weight = nn.Parameter(pack(self.weight), requires_grad=False)
 
 
 class RMSNorm(nn.Module):

@@ -128,6 +128,12 @@ class Llama4(nn.Module):
         advise_huge_pages(self.parameters())
         return self
 
+    def pack(self) -> None:
+        """After the weights are loaded, on a CPU: large ones take the order its kernels read fastest. What they were is gone, layer by layer."""
+        for module in list(self.modules()):
+            if isinstance(module, (Linear, MoE)):
+                module.pack()
+
     def forward(
         self, batch: ForwardBatch, kv: KVMemory, backend: AttentionBackend, aux: torch.Tensor | None = None
     ) -> torch.Tensor:

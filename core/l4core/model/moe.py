@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from l4core.experts.packed import PackedExperts
 from l4core.experts.portable import TorchExperts
 from l4core.model.config import ModelConfig
 from l4core.model.layers import Linear, SwiGLU, parameter
+from l4core.ops.packed import can_pack
 from l4core.ops.router import route
 from l4core.plugin_api import ExpertKernel, ExpertWeights
 
@@ -35,11 +37,22 @@ class MoE(nn.Module):
         self.shared = SwiGLU(config.hidden_size, config.intermediate_size)
         self.experts = Experts(config)
         self.kernel = kernel or TorchExperts()
+        self.packed: PackedExperts | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, H] → [T, H]; the result may be a transposed view."""
         expert_ids, score = route(x, self.router.weight)
+        if self.packed is not None:
+            return self.packed(x, expert_ids, score)
         return self.kernel.forward(x, expert_ids, score, self.weights())
+
+    def pack(self) -> None:
+        """Torch's experts on a CPU, loaded before: their weights go into the order a CPU reads fastest, and the plain ones are let go."""
+        if isinstance(self.kernel, TorchExperts) and can_pack(self.experts.down[0]):
+            self.shared.gate_up.pack()
+            self.shared.down.pack()
+            self.packed = PackedExperts(self.weights())
+            del self.experts
 
     def weights(self) -> ExpertWeights:
         """This layer's weights as kernels read them; made at each call because a parameter may be moved."""

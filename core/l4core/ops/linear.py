@@ -8,17 +8,20 @@ import math
 import torch
 import torch.nn.functional as F
 
+from l4core.ops.packed import SMALL_WEIGHT, packed_linear
+
 THIN = {"AVX2": range(1, 65), "AVX512": range(9, 65)}.get(torch.backends.cpu.get_cpu_capability(), range(0))
 """Numbers of rows for which this processor's BLAS is faster on weight · xᵀ than on x · weightᵀ: up to three times, measured in
 docs/decisions/001-cpu-experts.md."""
-SMALL_WEIGHT = 1 << 17
-"""Elements up to which a weight stays in the cache, and one plain call is cheap."""
 SAME_ORDER_ROWS = 4
 """From this many rows on BLAS adds the terms of a small product in one order, so that a request alone gets the bits it gets in a batch."""
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K] · weight [N, K]ᵀ → [T, N]; written to `out` where given, else the result's memory order is free (it may be a transposed view)."""
+    if weight.is_mkldnn:
+        result = packed_linear(x, weight)
+        return result if out is None else out.copy_(result)
     if x.shape[0] in THIN and _is_thin(x, weight):
         result = _one_row(x, weight) if x.shape[0] == 1 else _few_rows(x, weight)
         return result if out is None else out.copy_(result)
