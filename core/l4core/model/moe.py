@@ -48,7 +48,7 @@ class MoE(nn.Module):
 
     def pack(self) -> None:
         """Torch's experts on a CPU, loaded before: their weights go into the order a CPU reads fastest, and the plain ones are let go."""
-        if isinstance(self.kernel, TorchExperts) and can_pack(self.experts.down[0]):
+        if self.packed is None and isinstance(self.kernel, TorchExperts) and can_pack(self.experts.down[0]):
             self.shared.gate_up.pack()
             self.shared.down.pack()
             self.packed = PackedExperts(self.weights())
