@@ -1,4 +1,4 @@
-"""What the pool of two page shapes costs a decode step at batch 1: beside an engine that keeps all local KV (`--disable-hybrid-swa-memory`), in turns.
+"""What the pool of two page shapes costs a decode step at batch 1: in turns with an engine that keeps all local KV (`--disable-hybrid-swa-memory`).
 
 python benchmarks/gpu/hybrid_cost.py --out hybrid.json
 """
