@@ -65,17 +65,17 @@ def randomise(memory: KVMemory) -> None:
 @contextmanager
 def without_computing(built: BuiltEngine) -> Iterator[None]:
     """Inside, a step does everything but the model: pages are given out and tables written, and keys and values stay as they are."""
-    runner, hidden_size = built.engine.runner, built.model_config.hidden_size
-    dtype = next(runner.model.parameters()).dtype
+    model, hidden_size = built.engine.runner.model, built.model_config.hidden_size
+    dtype = next(model.parameters()).dtype
 
-    def nothing(forward: ForwardBatch) -> torch.Tensor:
-        return torch.zeros(len(forward.token_ids), hidden_size, dtype=dtype, device=forward.token_ids.device)
+    def nothing(batch: ForwardBatch, *_: object) -> torch.Tensor:
+        return torch.zeros(len(batch.token_ids), hidden_size, dtype=dtype, device=batch.token_ids.device)
 
-    runner.execute = nothing  # type: ignore[method-assign]
+    model.forward = nothing  # type: ignore[assignment]
     try:
         yield
     finally:
-        del runner.execute
+        del model.forward
 
 
 def admit(built: BuiltEngine, wanted: Sequence[Request]) -> int:

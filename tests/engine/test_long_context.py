@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -76,21 +77,21 @@ def test_a_step_far_out_is_what_the_definition_says(
     hidden: list[torch.Tensor] = []
     forwards: list[ForwardBatch] = []
     batches: list[ScheduledBatch] = []
-    execute, build = runner.execute, runner.build
+    compute, build = runner.model.forward, runner.build
 
     def recorded(batch: ScheduledBatch) -> ForwardBatch:
         batches.append(batch)
         return build(batch)
 
-    def decodes_only(forward: ForwardBatch) -> torch.Tensor:
+    def decodes_only(forward: ForwardBatch, *rest: Any) -> torch.Tensor:
         if len(forward.token_ids) > 1:
             return torch.zeros(len(forward.token_ids), 32, dtype=runner.model.embed.weight.dtype)
         forwards.append(forward)
-        hidden.append(execute(forward))
+        hidden.append(compute(forward, *rest))
         return hidden[-1]
 
     monkeypatch.setattr(runner, "build", recorded)
-    monkeypatch.setattr(runner, "execute", decodes_only)
+    monkeypatch.setattr(runner.model, "forward", decodes_only)
     prompt = [i * 7919 % VOCAB for i in range(length - 1)]
     request = Request(
         request_id=f"long {length}",
