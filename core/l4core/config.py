@@ -137,9 +137,17 @@ class EngineConfig:
     disable_radix_cache: bool = _opt(False, "no prefix cache: every prompt is computed whole", MEMORY)
     disable_cuda_graph: bool = _opt(
         False,
-        "no graph capture (there is none yet, so this changes nothing; start-up says so)",
+        "launch every kernel from the host: no graphs of decode steps",
         SCHEDULING,
         aliases=("enforce_eager",),
+    )
+    cuda_graph_max_bs: int | None = _opt(
+        None,
+        "largest batch of decodes that gets a graph (default: max-running-requests, at most 512)",
+        SCHEDULING,
+        aliases=("max_cudagraph_capture_size",),
+        unit="sequences",
+        minimum=1,
     )
     max_running_requests: int = _opt(256, "sequences in one step", SCHEDULING, aliases=("max_num_seqs",), minimum=1)
     chunked_prefill_size: int = _opt(

@@ -88,6 +88,11 @@ def has_triton(device_type: str) -> bool:
     return device_type in ("cuda", "xpu") and importlib.util.find_spec("triton") is not None
 
 
+def copies_ahead(device_type: str) -> bool:
+    """Whether the device copies to and from page-locked host memory while the host goes on; elsewhere a copy is done when the call returns."""
+    return device_type in ("cuda", "xpu")
+
+
 def free_memory(platform: Platform) -> int:
     """Bytes that can still be allocated on the device now."""
     if platform.device_type == "cpu":

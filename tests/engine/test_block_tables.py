@@ -1,11 +1,11 @@
-"""The persistent block tables: what stands in a row, and what no longer does."""
+"""The persistent block tables: what a step is handed of a row, and that nothing of the row's earlier owner is in it."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from l4core import SamplingParams
+from l4core.attention.step_tables import StepRows
 from l4core.engine.batch import NewPages, ScheduledSequence
 from l4core.engine.block_tables import BlockTables
 from l4core.kv.blocks import KVGroup
@@ -32,9 +32,18 @@ def write(tables: BlockTables, name: str, first_index: int, pages: list[int]) ->
     )
 
 
-def row(tables: BlockTables, name: str) -> list[int]:
-    found: list[int] = tables.rows(name, np.array([1]), 1000)[0].tolist()
-    return found
+def step(tables: BlockTables, name: str, start: int, end: int, *, row: int = 1) -> tuple[list[int], list[int]]:
+    """Columns and slots of a sequence whose tokens [start, end) are new."""
+    ints = [torch.tensor([value], dtype=torch.int32) for value in (row, start, end)]
+    rows = StepRows(
+        rows=ints[0],
+        starts=ints[1],
+        seq_lens=ints[2],
+        positions=torch.arange(start, end),
+        owner=torch.zeros(end - start, dtype=torch.int32),
+    )
+    found, slots = tables.step(rows)
+    return found[name][0].tolist(), slots[name].tolist()
 
 
 def test_a_row_has_no_pages_of_the_sequence_that_had_it_before() -> None:
@@ -42,31 +51,47 @@ def test_a_row_has_no_pages_of_the_sequence_that_had_it_before() -> None:
     for name in ("global", "local"):
         write(t, name, 0, [5, 6, 7, 8])
         write(t, name, 0, [9])
-    assert row(t, "global") == [9] + [0] * 19
-    assert row(t, "local")[:4] == [9, 0, 0, 0]
+    assert step(t, "global", 0, 2) == ([9] + [0] * 19, [18, 19])
+    assert step(t, "local", 0, 2) == ([9] + [0] * 7, [18, 19])
 
 
 def test_later_pages_of_a_sequence_leave_its_earlier_ones_alone() -> None:
     t = tables()
     write(t, "global", 0, [5, 6])
     write(t, "global", 2, [7])
-    assert row(t, "global") == [5, 6, 7] + [0] * 17
+    assert step(t, "global", 5, 6) == ([5, 6, 7] + [0] * 17, [15])
 
 
-def test_a_new_chunk_has_no_pages_of_the_one_two_before() -> None:
+def test_only_as_many_columns_as_the_longest_sequence_needs() -> None:
+    t = tables()
+    write(t, "global", 0, [5, 6, 7])
+    ints = [torch.tensor([value], dtype=torch.int32) for value in (1, 4, 5)]
+    rows = StepRows(
+        rows=ints[0], starts=ints[1], seq_lens=ints[2], positions=torch.tensor([4]), owner=torch.zeros(1, dtype=int)
+    )
+    found, _ = t.step(rows, longest=5)
+    assert {name: table.shape[1] for name, table in found.items()} == {"global": 3, "local": 8}
+
+
+def test_a_chunk_has_no_pages_of_the_one_two_before() -> None:
     t = tables()
     for chunk in range(3):
         write(t, "local", 4 * chunk, [10 * chunk + k for k in range(1, 5)])
-    assert row(t, "local") == [21, 22, 23, 24, 11, 12, 13, 14]
+    assert step(t, "local", 23, 24) == ([21, 22, 23, 24, 0, 0, 0, 0], [49])
     write(t, "local", 12, [31])
-    assert row(t, "local") == [21, 22, 23, 24, 31, 0, 0, 0]
+    assert step(t, "local", 24, 25) == ([0, 0, 0, 0, 31, 0, 0, 0], [62])
     write(t, "local", 13, [32, 33])
-    assert row(t, "local") == [21, 22, 23, 24, 31, 32, 33, 0]
+    assert step(t, "local", 25, 30) == ([0, 0, 0, 0, 31, 32, 33, 0], [63, 64, 65, 66, 67])
 
 
-def test_pages_over_a_border_fill_both_chunks() -> None:
-    """A verify may do that."""
+def test_a_verify_over_a_border_sees_both_chunks() -> None:
     t = tables()
     write(t, "local", 0, [1, 2, 3])
     write(t, "local", 3, [4, 5])
-    assert row(t, "local") == [1, 2, 3, 4, 5, 0, 0, 0]
+    assert step(t, "local", 6, 10) == ([1, 2, 3, 4, 5, 0, 0, 0], [8, 9, 10, 11])
+
+
+def test_paddings_row_is_the_null_page() -> None:
+    t = tables()
+    write(t, "global", 0, [5, 6])
+    assert step(t, "global", 0, 1, row=t.padding_row) == ([0] * 20, [0])

@@ -45,7 +45,7 @@ class Runner:
             )
             for s in batch.sequences
         ]
-        return SimpleNamespace(drawn=drawn)
+        return SimpleNamespace(wait=lambda: SimpleNamespace(drawn=drawn))
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import torch
 
 from l4core import LLM, SamplingParams
 from l4core.engine.batch import ScheduledBatch
-from l4core.engine.runner import Runner
-from l4core.model.batch import ForwardBatch
+from l4core.engine.fixed_step import Computed
+from l4core.engine.runner import Forward, Runner
 
 
 class Recorder:
@@ -19,14 +19,14 @@ class Recorder:
         build, execute = runner.build, runner.execute
         last: list[ScheduledBatch] = []
 
-        def recording_build(batch: ScheduledBatch) -> ForwardBatch:
+        def recording_build(batch: ScheduledBatch) -> Forward:
             last[:] = [batch]
             return build(batch)
 
-        def recording_execute(forward: ForwardBatch) -> torch.Tensor:
-            hidden = execute(forward)
-            self._keep(last[0], runner.model.logits(hidden))
-            return hidden
+        def recording_execute(forward: Forward) -> Computed:
+            computed = execute(forward)
+            self._keep(last[0], runner.model.logits(computed.hidden).cpu())
+            return computed
 
         runner.build, runner.execute = recording_build, recording_execute  # type: ignore[method-assign]
 
@@ -52,10 +52,10 @@ class HiddenRecorder:
         self._parts: list[torch.Tensor] = []
         execute = runner.execute
 
-        def recording_execute(forward: ForwardBatch) -> torch.Tensor:
-            hidden = execute(forward)
-            self._parts.append(hidden.clone())
-            return hidden
+        def recording_execute(forward: Forward) -> Computed:
+            computed = execute(forward)
+            self._parts.append(computed.hidden.clone())
+            return computed
 
         runner.execute = recording_execute  # type: ignore[method-assign]
 

@@ -90,6 +90,7 @@ def plan(
     The same arithmetic sizes the engine at start-up. Text half only: the vision encoder is not loaded yet.
     """
     from l4core.engine.capacity import LENGTHS, Setup, capacity, load_config
+    from l4core.engine.graph_sizes import LARGEST, batch_sizes
     from l4core.model.draft_size import read_draft
 
     config = load_config(model)
@@ -108,7 +109,7 @@ def plan(
         local_ratio=swa_full_tokens_ratio,
         hybrid=not disable_hybrid_swa_memory,
         workspace=verdict.workspace_bytes if verdict else 0,
-        num_graphs=0,
+        graphs=batch_sizes(min(max_running_requests, LARGEST)) if verdict and verdict.graph else (),
         draft=None if draft is None else read_draft(draft),
         lengths=length or LENGTHS,
     )

@@ -1,6 +1,7 @@
-"""Block tables that outlive a step: one row per running request and KV group, kept on the host, sent to the device for the rows of a step.
+"""Block tables that outlive a step: on the device, one row per running request and KV group. A step uploads the entries that are new, nothing else.
 
 A local group's row is a ring of two chunks: page index p stands in column p % (2·C/P), so a 10M-token request needs no more columns than a short one.
+What a row held for an earlier request stays in it; attention.step_tables hands on only columns that a sequence owns.
 """
 
 from __future__ import annotations
@@ -11,44 +12,60 @@ import numpy as np
 import torch
 
 from l4core.attention.chunked import ring_width
+from l4core.attention.step_tables import StepRows, step_tables
 from l4core.engine.batch import DraftRequest, ScheduledSequence
-from l4core.kv.blocks import NULL_PAGE, KVGroup
+from l4core.kv.blocks import KVGroup
+from l4core.plugin_ops.upload import upload_many
 
 
 class BlockTables:
-    """int32 [max_running, W] per group; W = pages of the largest context, or of two chunks."""
+    """int32 [max_running + 1, W] per group; W = pages of the largest context, or of two chunks. The last row, `padding_row`, has null pages only."""
 
     def __init__(
         self, groups: Sequence[KVGroup], *, page_size: int, max_running: int, max_context: int, device: torch.device
     ) -> None:
-        self._device = device
-        self._chunk = {g.name: g.chunk_size and g.chunk_size // page_size for g in groups}  # in pages, None = no chunks
+        self._groups = groups
+        self._page_size = page_size
+        self.padding_row = max_running
         self.width: Mapping[str, int] = {g.name: _width(g, page_size, max_context) for g in groups}
-        self._host = {name: np.zeros((max_running, width), dtype=np.int32) for name, width in self.width.items()}
+        self.tables: Mapping[str, torch.Tensor] = {
+            name: torch.zeros(max_running + 1, width, dtype=torch.int32, device=device)
+            for name, width in self.width.items()
+        }
 
     def write(self, sequences: Sequence[ScheduledSequence | DraftRequest]) -> None:
-        """Enter the pages that are new since each sequence was last scheduled.
+        """Enter the pages that are new since each sequence was last scheduled. Only queued on the device, before the step that reads them."""
+        new = [(seq.row, seq.new_pages) for seq in sequences if seq.new_pages]
+        for name, table in self.tables.items() if new else ():
+            width = self.width[name]
+            entries = [(row, pages[name]) for row, pages in new if name in pages]
+            places = [
+                row * width + np.arange(e.first_index, e.first_index + len(e.pages), dtype=np.int64) % width
+                for row, e in entries
+            ]
+            if places:
+                pages = np.concatenate([np.asarray(e.pages, dtype=np.int64) for _, e in entries])
+                where, what = upload_many([np.concatenate(places), pages], torch.int64, table.device)
+                table.view(-1).index_copy_(0, where, what.int())
 
-        What follows them becomes the null page: a kernel may fetch a column behind a sequence's end, and it shall not find another's page there.
-        """
-        for seq in sequences:
-            for name, new in seq.new_pages.items():
-                if not new.pages:
-                    continue
-                row, width, chunk = self._host[name][seq.row], self.width[name], self._chunk[name]
-                begin, end = new.first_index, new.first_index + len(new.pages)
-                if chunk is None:
-                    row[begin:end] = new.pages
-                    if begin == 0:  # the row's first pages since it was another's
-                        row[end:] = NULL_PAGE
-                else:
-                    row[np.arange(begin, end) % width] = new.pages
-                    row[np.arange(end, -(-end // chunk) * chunk) % width] = NULL_PAGE
-
-    def rows(self, name: str, rows: np.ndarray, num_columns: int) -> torch.Tensor:
-        """→ int32 [len(rows), min(num_columns, W)] on the device."""
-        columns = min(num_columns, self.width[name])
-        return torch.from_numpy(self._host[name][rows, :columns]).to(self._device, non_blocking=True)
+    def step(
+        self, rows: StepRows, longest: int | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Block tables of a step's sequences (int32 [B, columns]) and slots of its new tokens (int64 [T]), by group.
+        longest: tokens of the longest sequence, so that no more columns than it needs are handed on; None = the whole width."""
+        tables, slots = {}, {}
+        for group in self._groups:
+            columns = self.width[group.name]
+            if longest is not None and group.chunk_size is None:
+                columns = min(columns, -(-longest // self._page_size))
+            tables[group.name], slots[group.name] = step_tables(
+                self.tables[group.name],
+                rows,
+                num_columns=columns,
+                page_size=self._page_size,
+                chunk_size=group.chunk_size,
+            )
+        return tables, slots
 
 
 def _width(group: KVGroup, page_size: int, max_context: int) -> int:

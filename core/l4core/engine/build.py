@@ -14,6 +14,8 @@ import torch
 from l4core.attention.select import Selected, select_backend
 from l4core.config import EngineConfig
 from l4core.engine.engine import Engine
+from l4core.engine.fixed_step import StepShape
+from l4core.engine.graph_sizes import GraphSizes, graph_sizes
 from l4core.engine.key_values import parse_key_values
 from l4core.engine.memory_budget import Budget, Needs, device_budget
 from l4core.engine.runner import Runner
@@ -76,13 +78,15 @@ def build_engine(
     selected = _select(config, model_config, platform, plugins, dtype, kv_dtype, speculation)
     experts = _select_experts(config, model_config, platform, plugins, dtype)
     weight_bytes = sum(p.numel() for p in _meta_model(model_config, 1).parameters()) * dtype.itemsize
-    needs = _needs(config, model_config, platform, selected, experts, dtype, weight_bytes)
+    graphs = _graph_sizes(config, platform, selected)
+    needs = _needs(config, model_config, platform, selected, experts, dtype, weight_bytes, graphs)
     budget = device_budget(platform, needs, config.mem_fraction_static)
     plan = _plan(config, model_config, budget, selected, kv_dtype)
     budget = replace(budget, kv=plan.bytes_total)
     model = _load_model(config, model_config, folder, device, dtype, plan.max_context, progress, experts)
     scales = _kv_scales(config, model_config, folder, kv_dtype)
     engine = _wire(config, model_config, model, plan, selected, plugins, device, kv_dtype, scales, speculation)
+    captured = _capture(engine.runner, graphs, plan.max_running, progress=progress and sys.stderr.isatty())
     report = _report(
         config,
         model_config,
@@ -95,6 +99,7 @@ def build_engine(
         kv_dtype,
         scales,
         speculation,
+        captured,
         time.perf_counter() - began,
     )
     return BuiltEngine(
@@ -234,6 +239,7 @@ def _needs(
     experts: SelectedExperts | None,
     dtype: torch.dtype,
     weight_bytes: int,
+    graphs: GraphSizes,
 ) -> Needs:
     return needs_of(
         model,
@@ -245,6 +251,18 @@ def _needs(
         page_size=selected.page_size,
         itemsize=dtype.itemsize,
         device_bytes=platform.memory_bytes,
+        graph_batches=graphs.sizes,
+    )
+
+
+def _graph_sizes(config: EngineConfig, platform: Platform, selected: Selected) -> GraphSizes:
+    return graph_sizes(
+        platform,
+        selected.verdict,
+        backend=selected.entry.name,
+        disabled=config.disable_cuda_graph,
+        largest=config.cuda_graph_max_bs,
+        max_running=config.max_running_requests,
     )
 
 
@@ -356,6 +374,15 @@ def _scales_text(kv_dtype: torch.dtype, scales: Mapping[int, tuple[float, float]
     return f", scales of {len(scales)} layers from the checkpoint" if scales else ", scale 1 (the checkpoint has none)"
 
 
+def _capture(runner: Runner, graphs: GraphSizes, max_running: int, *, progress: bool) -> str:
+    """Captures what there is to capture → the line of the report."""
+    sizes = sorted({min(size, max_running) for size in graphs.sizes})
+    if not sizes:
+        return f"off ({graphs.off})"
+    made = runner.capture([StepShape(size, 1) for size in sizes], progress=progress)
+    return f"{len(sizes)} batches of up to {sizes[-1]} decodes · {made.num_bytes / 1e9:.2f} GB · {made.seconds:.1f} s"
+
+
 def _report(
     config: EngineConfig,
     model: ModelConfig,
@@ -368,6 +395,7 @@ def _report(
     kv_dtype: torch.dtype,
     scales: Mapping[int, tuple[float, float]],
     speculation: SpeculationPlan | None,
+    graphs: str,
     seconds: float,
 ) -> tuple[str, ...]:
     """The start-up block, one fact a line: label padded to 16, then the value."""
@@ -395,10 +423,7 @@ def _report(
         ("largest context", f"{plan.max_context:,} tokens"),
         ("speculation", "off" if speculation is None else speculation.describe()),
         ("prefix cache", "off (--disable-radix-cache)" if config.disable_radix_cache else "on"),
-        (
-            "graphs",
-            "off (not built yet)" + (" · --disable-cuda-graph changes nothing" if config.disable_cuda_graph else ""),
-        ),
+        ("graphs", graphs),
         ("loaded in", f"{seconds:.1f} s"),
     ]
     if config.disable_hybrid_swa_memory:

@@ -55,7 +55,7 @@ RATIOS = (1.0, 0.8, 0.1, 0.01)
 class Setup:
     """What is asked. memory_bytes: of one device.  weights: a key of WEIGHTS.  kv_bytes: of one stored element.  fraction: None = the default.
     local_ratio: cap on local KV (kv.planner.local_cap).  hybrid: local pages of finished chunks are dropped.
-    workspace: of the attention backend, bytes.  num_tokens: computed in one step at most.  num_graphs: captured decode steps.
+    workspace: of the attention backend, bytes.  num_tokens: computed in one step at most.  graphs: batches of captured decode steps.
     draft: of a draft model, its config.json, None = no speculation.  lengths: of which requests are counted, tokens."""
 
     memory_bytes: int
@@ -70,7 +70,7 @@ class Setup:
     local_ratio: float | None = None
     hybrid: bool = True
     workspace: int = 0
-    num_graphs: int = 0
+    graphs: Sequence[int] = ()
     draft: Mapping[str, object] | None = None
     lengths: Sequence[int] = LENGTHS
 
@@ -143,7 +143,7 @@ def capacity(config: ModelConfig, setup: Setup) -> Capacity:
         page_size=setup.page_size,
         itemsize=2,
         device_bytes=setup.memory_bytes,
-        num_graphs=setup.num_graphs,
+        graph_batches=setup.graphs,
     )
     budget = share_out(setup.memory_bytes, needs, setup.fraction)
     groups = rank.kv_groups(num_draft_layers=0 if setup.draft is None else 1, hybrid=setup.hybrid)

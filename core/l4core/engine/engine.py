@@ -64,8 +64,8 @@ class Engine:
     def _run(self, batch: ScheduledBatch) -> StepTokens:
         try:
             forward = self.runner.build(batch)
-            hidden = self.runner.execute(forward)
-            return self.runner.draw(batch, forward, hidden, self._parsed)
+            computed = self.runner.execute(forward)
+            return self.runner.draw(batch, forward, computed, self._parsed).wait()
         except BaseException:  # Ctrl-C too: the engine stays usable, its requests are still there and can be aborted
             self.scheduler.abandon()
             raise

@@ -1,30 +1,44 @@
-"""Turns a scheduled batch into device tensors, runs the model on them, and draws tokens. Knows nothing of queues, text or HTTP."""
+"""Turns a scheduled batch into device tensors, runs the model on them, and draws tokens. Knows nothing of queues, text or HTTP.
+
+A batch of one captured shape (n decodes, say) takes the short way: its few numbers are uploaded and a graph is replayed, which ends with the drawn
+tokens. Any other batch is planned tensor by tensor. Both ways end in the same `Computed`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, islice, pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from l4core.attention.chunked import chain_as_decodes, single_chunk_metadata, virtual_batches
-from l4core.engine.batch import DraftRequest, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.attention.step_tables import StepRows
+from l4core.engine.batch import DraftRequest, ScheduledBatch, ScheduledSequence
 from l4core.engine.block_tables import BlockTables
-from l4core.engine.verify_rows import Verified, draw_rows, verified
+from l4core.engine.draws import PendingDraws, RowParams
+from l4core.engine.fixed_step import PENDING, Computed, FixedStep, StepOutputs, StepRequests, StepShape
+from l4core.engine.forward import ForwardPlanner, Phase
+from l4core.engine.graphs import Graphs
+from l4core.engine.verify_rows import Verified
+from l4core.engine.verify_rows import draw_rows as rows_of
 from l4core.kv.blocks import KVGroup
 from l4core.kv.memory import KVMemory
-from l4core.model.batch import AttentionSegment, ForwardBatch
+from l4core.model.batch import ForwardBatch
 from l4core.model.llama4 import Llama4
-from l4core.plugin_api import AttentionBackend, AttentionMetadata, ChunkInfo
+from l4core.platform import has_triton
+from l4core.plugin_api import AttentionBackend
+from l4core.plugin_ops.upload import Download, upload_many
 from l4core.request import TokenLogprobs
 from l4core.sampling.logprobs import prompt_logprobs
-from l4core.sampling.pipeline import Draw, SamplingPipeline
+from l4core.sampling.pipeline import Drawing, SamplingPipeline
 
-Phase: TypeAlias = Literal["decode", "verify", "prefill"]
-PHASES: tuple[Phase, ...] = ("decode", "verify", "prefill")
+Ints: TypeAlias = npt.NDArray[np.int64]
+Forward: TypeAlias = ForwardBatch | FixedStep
+"""A planned batch, or a captured step whose inputs are filled in."""
+PHASES: tuple[Literal["decode", "verify", "prefill"], ...] = ("decode", "verify", "prefill")
 """In the order of a batch's sequences."""
 
 LOGPROB_ROWS = 256
@@ -33,19 +47,20 @@ LOGPROB_ROWS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
-    """Where everything of a batch lies, on the host: sequence b owns token rows [cu[b], cu[b+1]). phases: name → its sequences [begin, end).
-    logits: of each sequence, how many of its last rows are drawn from."""
+    """Where everything of a batch lies, on the host: sequence b owns token rows [cu[b], cu[b+1]). borders: sequences [borders[i], borders[i+1])
+    are phase i's.  logits: of each sequence, how many of its last rows are drawn from."""
 
-    rows: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    cu: np.ndarray
-    logits: np.ndarray
-    phases: Mapping[Phase, tuple[int, int]]
+    rows: Ints
+    starts: Ints
+    lengths: Ints
+    cu: Ints
+    logits: Ints
+    borders: tuple[int, ...]
 
 
 class Runner:
-    """One model on one device. `build` → `execute` → `draw` is a step; nothing of a step is kept on self but the block tables."""
+    """One model on one device. `build` → `execute` → `draw` is a step, and none of the three waits for the device; what outlives a step are the
+    block tables, the token each row drew last, and the requests of the rows. Work of later steps is queued behind that of earlier ones."""
 
     def __init__(
         self,
@@ -67,159 +82,239 @@ class Runner:
         self.memory = memory
         self.backend = backend
         self.pipeline = pipeline
-        self._groups = groups
-        self._page_size = page_size
+        self.graphs: Graphs | None = None
         self._device = device
-        self._native_chunk, self._empty_rows = native_chunk, empty_rows
+        self._max_context = max_context
+        self._has_kernels = has_triton(device.type)
         self._tables = BlockTables(
             groups, page_size=page_size, max_running=max_running, max_context=max_context, device=device
         )
+        self._planner = ForwardPlanner(
+            self._tables,
+            backend,
+            memory,
+            groups=groups,
+            page_size=page_size,
+            native_chunk=native_chunk,
+            empty_rows=empty_rows,
+        )
+        self._params = RowParams(max_running + 1)
+        self._last_tokens = torch.zeros(max_running + 1, dtype=torch.int64, device=device)
+
+    def capture(self, shapes: Iterable[StepShape], *, progress: bool) -> Graphs:
+        """Capture graphs of steps of these shapes; from then on batches that fit one are replayed."""
+        wanted = list(shapes)
+        outputs = StepOutputs(max(s.num_seqs * s.num_tokens for s in wanted), self.model, self._device)
+        self.graphs = Graphs(lambda shape: self.fixed_step(shape, outputs), wanted, progress=progress)
+        return self.graphs
+
+    def fixed_step(self, shape: StepShape, outputs: StepOutputs | None = None) -> FixedStep:
+        """A step of this shape on this runner's tables and memory."""
+        outputs = outputs or StepOutputs(shape.num_seqs * shape.num_tokens, self.model, self._device)
+        return FixedStep(shape, self.model, self._planner, outputs, self._last_tokens, self._max_context)
 
     def enter(self, requests: Sequence[DraftRequest]) -> None:
         """Block-table entries of slots taken for drafts."""
         self._tables.write(requests)
 
-    def build(self, batch: ScheduledBatch) -> ForwardBatch:
+    def build(self, batch: ScheduledBatch) -> Forward:
         """Host lists → device tensors, slots of the new tokens, and one attention plan per phase and KV group."""
         self._tables.write(batch.sequences)
+        self._params.enter(batch.sequences)
         layout = _lay_out(batch)
-        lengths, starts, cu = layout.lengths, layout.starts, layout.cu
-        owner = np.repeat(np.arange(len(lengths)), lengths)
-        positions = self._send(np.arange(cu[-1]) + (starts - cu[:-1])[owner])
-        token_ids = np.fromiter(
-            chain.from_iterable(s.token_ids for s in batch.sequences), dtype=np.int64, count=int(cu[-1])
+        step = self._find_graph(batch, layout)
+        if step is None:
+            return self._plan(batch, layout)
+        step.fill(
+            StepRequests(
+                rows=layout.rows,
+                starts=layout.starts,
+                token_ids=_token_ids(batch, layout).reshape(len(layout.rows), -1),
+                temperature=self._params.temperature[layout.rows],
+                seed=self._params.seed[layout.rows],
+            )
         )
-        tables = self._step_tables(layout)
-        last = np.repeat(cu[1:], layout.logits)
-        behind = np.repeat(np.cumsum(layout.logits), layout.logits) - np.arange(len(last))
-        return ForwardBatch(
-            token_ids=self._send(token_ids),
-            positions=positions,
-            slot_mapping={
-                g.name: _slots(tables[g.name], self._send(owner), positions, self._page_size) for g in self._groups
-            },
-            segments=self._segments(layout, tables),
-            logits_rows=self._send(last - behind),
-        )
+        return step
 
     @torch.inference_mode()
-    def execute(self, forward: ForwardBatch) -> torch.Tensor:
-        """→ hidden states [T, hidden_size] after the final norm."""
-        hidden: torch.Tensor = self.model(forward, self.memory, self.backend)
-        return hidden
+    def execute(self, forward: Forward) -> Computed:
+        """The forward pass; of a captured step, the draw too."""
+        if isinstance(forward, FixedStep):
+            assert self.graphs is not None
+            return self.graphs.replay(forward)
+        return Computed(hidden=self.model(forward, self.memory, self.backend))
 
     @torch.inference_mode()
     def draw(
-        self, batch: ScheduledBatch, forward: ForwardBatch, hidden: torch.Tensor, parsed: Mapping[str, object]
-    ) -> StepTokens:
+        self, batch: ScheduledBatch, forward: Forward, computed: Computed, parsed: Mapping[str, object]
+    ) -> PendingDraws:
         """Draw for every sequence whose piece ended its known tokens: one token, or as many as its draft earns. parsed: request id → what its
-        sampler parsed."""
-        return StepTokens(drawn=[one.tokens for one in self.verify(batch, forward, hidden, parsed)])
+        sampler parsed. Only queued; `PendingDraws.wait` brings the tokens."""
+        drawing = _Drawing.of(batch)
+        plain = np.zeros(len(drawing.sequences), dtype=bool)
+        drawn = others = None
+        if drawing.sequences:
+            logits = computed.logits if computed.logits is not None else self._head(forward, computed)
+            drawn = computed.drawn if computed.drawn is not None else self._draw_by_kernel(forward, drawing, logits)
+            if drawn is not None:
+                plain = self._params.are_plain(drawing.sequences, drawing.rows, drawing.positions, parsed)
+            if not plain.all():
+                others = self._draw_by_pipeline(drawing, ~plain, logits, parsed)
+        return PendingDraws(
+            batch.sequences,
+            plain=plain,
+            positions=drawing.positions,
+            drawn=None if drawn is None else Download(drawn),
+            others=others,
+            prompt_logprobs=self._prompt_logprobs(batch, computed.hidden),
+        )
 
-    @torch.inference_mode()
     def verify(
-        self, batch: ScheduledBatch, forward: ForwardBatch, hidden: torch.Tensor, parsed: Mapping[str, object]
+        self, batch: ScheduledBatch, forward: Forward, computed: Computed, parsed: Mapping[str, object]
     ) -> list[Verified]:
-        """`draw`, with the rows the tokens came from."""
-        rows = [row for s in batch.sequences if s.draws for row in draw_rows(s, parsed[s.request.request_id])]
-        draws: Iterator[Draw] = iter(())
-        if rows:
-            logits = self._logits(hidden.index_select(0, forward.logits_rows))
-            draws = iter(self.pipeline.sample(logits, rows))
-        found, begin = [], 0
+        """`draw`, waited for, with the rows the tokens came from."""
+        return self.draw(batch, forward, computed, parsed).verified()
+
+    # --- build -------------------------------------------------------------------------------------------------------------------------
+
+    def _find_graph(self, batch: ScheduledBatch, layout: _Layout) -> FixedStep | None:
+        """A captured step for a batch of decodes."""
+        num = len(batch.sequences)
+        if self.graphs is None or layout.borders[1] != num:
+            return None
+        return self.graphs.find(num, 1)
+
+    def _plan(self, batch: ScheduledBatch, layout: _Layout) -> ForwardBatch:
+        lengths, starts, cu = layout.lengths, layout.starts, layout.cu
+        seq_lens = starts + lengths
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        last = np.repeat(cu[1:], layout.logits)
+        behind = np.repeat(np.cumsum(layout.logits), layout.logits) - np.arange(len(last))
+        token_ids, positions, logits_rows = upload_many(
+            [_token_ids(batch, layout), np.arange(cu[-1]) + (starts - cu[:-1])[owner], last - behind],
+            torch.int64,
+            self._device,
+        )
+        spans = [(phase, a, b) for phase, (a, b) in zip(PHASES, pairwise(layout.borders), strict=True) if b > a]
+        small = [layout.rows, starts, seq_lens, owner, *(cu[a : b + 1] - cu[a] for _, a, b in spans)]
+        rows_, starts_, seq_lens_, owner_, *cus = upload_many(small, torch.int32, self._device)
+        if any(s.token_ids[0] == PENDING for s in batch.sequences):
+            token_ids = torch.where(token_ids < 0, self._last_tokens[rows_[owner_]], token_ids)
+        phases = [
+            Phase(
+                name=phase,
+                first=a,
+                last=b,
+                begin=int(cu[a]),
+                end=int(cu[b]),
+                cu_seqlens_q=cu_seqlens,
+                max_seqlen_q=int(lengths[a:b].max()),
+                max_seqlen_k=int(seq_lens[a:b].max()),
+            )
+            for (phase, a, b), cu_seqlens in zip(spans, cus, strict=True)
+        ]
+        step = StepRows(rows=rows_, starts=starts_, seq_lens=seq_lens_, positions=positions, owner=owner_)
+        return self._planner.plan(token_ids, step, phases, logits_rows, longest=int(seq_lens.max()))
+
+    # --- draw --------------------------------------------------------------------------------------------------------------------------
+
+    def _head(self, forward: Forward, computed: Computed) -> torch.Tensor:
+        assert isinstance(forward, ForwardBatch)
+        return self.model.head(computed.hidden.index_select(0, forward.logits_rows))
+
+    def _draw_by_kernel(self, forward: Forward, drawing: _Drawing, logits: torch.Tensor) -> torch.Tensor | None:
+        """Every row by its temperature alone; None where there are no kernels."""
+        if not self._has_kernels:
+            return None
+        from l4core.sampling.draw_triton import draw_rows
+
+        assert isinstance(forward, ForwardBatch)
+        rows = np.repeat(drawing.rows, drawing.counts)
+        (seeds,) = upload_many([self._params.seed[rows]], torch.int64, self._device)
+        (temperature,) = upload_many([self._params.temperature[rows].astype(np.float32)], torch.float32, self._device)
+        drawn = draw_rows(logits, temperature, seeds, forward.positions[forward.logits_rows] + 1)
+        self._remember(drawing, np.ones(len(drawing.rows), dtype=bool), drawn[0])
+        return drawn
+
+    def _draw_by_pipeline(
+        self, drawing: _Drawing, which: npt.NDArray[np.bool_], logits: torch.Tensor, parsed: Mapping[str, object]
+    ) -> Drawing:
+        chosen = [seq for seq, wanted in zip(drawing.sequences, which, strict=True) if wanted]
+        rows = [row for seq in chosen for row in rows_of(seq, parsed[seq.request.request_id])]
+        if not which.all():
+            (index,) = upload_many([np.flatnonzero(np.repeat(which, drawing.counts))], torch.int64, self._device)
+            logits = logits.index_select(0, index)
+        else:
+            logits = logits[: len(rows)]
+        others = self.pipeline.start(logits.float().contiguous(), rows)
+        self._remember(drawing, which, others.tokens)
+        return others
+
+    def _remember(self, drawing: _Drawing, which: npt.NDArray[np.bool_], tokens: torch.Tensor) -> None:
+        """What rows drew last, for PENDING tokens of the next step. Where drafts are verified the host sends the tokens it accepted."""
+        if (drawing.counts == 1).all():
+            (rows,) = upload_many([drawing.rows[which]], torch.int64, self._device)
+            self._last_tokens.index_copy_(0, rows, tokens)
+
+    def _prompt_logprobs(self, batch: ScheduledBatch, hidden: torch.Tensor) -> dict[str, list[TokenLogprobs | None]]:
+        """Of the requests that ask for them. These wait for the device."""
+        found, begin = {}, 0
         for seq in batch.sequences:
             end = begin + len(seq.token_ids)
-            own = list(islice(draws, seq.num_drafts + 1)) if seq.draws else []
-            found.append(verified(seq, own, self._prompt_logprobs(seq, hidden[begin:end])))
+            top, prompt = seq.request.params.prompt_logprobs, seq.request.prompt_token_ids
+            if top is not None and seq.start < len(prompt):
+                found[seq.request.request_id] = self._logprobs_of_piece(seq, top, hidden[begin:end])
             begin = end
         return found
 
-    def _segments(self, layout: _Layout, tables: Mapping[str, torch.Tensor]) -> list[AttentionSegment]:
-        """Phases are separate calls: backends have a kernel for each, and a decode row never waits for a mask."""
-        return [self._segment(layout, tables, phase, *span) for phase, span in layout.phases.items()]
-
-    def _segment(
-        self, layout: _Layout, tables: Mapping[str, torch.Tensor], phase: Phase, first: int, last: int
-    ) -> AttentionSegment:
-        begin, end = int(layout.cu[first]), int(layout.cu[last])
-        seq_lens = (layout.starts + layout.lengths)[first:last]
-        meta = AttentionMetadata(
-            cu_seqlens_q=self._send((layout.cu[first : last + 1] - begin).astype(np.int32)),
-            seq_lens=self._send(seq_lens.astype(np.int32)),
-            block_table=next(iter(tables.values()))[first:last],
-            max_seqlen_q=int(layout.lengths[first:last].max()),
-            max_seqlen_k=int(seq_lens.max()),
-            num_seqs=last - first,
-            phase=phase,
-        )
-        plans = {
-            g.name: self.backend.plan(self._group_metadata(meta, g, tables[g.name][first:last], end - begin))
-            for g in self._groups
-        }
-        return AttentionSegment(begin=begin, end=end, plans=plans)
-
-    def _group_metadata(
-        self, meta: AttentionMetadata, group: KVGroup, table: torch.Tensor, num_rows: int
-    ) -> AttentionMetadata:
-        scale = self.memory.table_scale[group.name]
-        table = table if scale == 1 else table * scale
-        if group.chunk_size is None:
-            return replace(meta, block_table=table)
-        if self._native_chunk:
-            return replace(meta, block_table=table, chunk=ChunkInfo(size=group.chunk_size))
-        if meta.phase == "verify":  # a draft may lie on both sides of a border
-            if self._empty_rows:
-                return virtual_batches(meta, table, group.chunk_size, self._page_size, 2)
-            return chain_as_decodes(meta, table, num_rows, group.chunk_size, self._page_size)
-        return single_chunk_metadata(meta, table, group.chunk_size, self._page_size)
-
-    def _step_tables(self, layout: _Layout) -> dict[str, torch.Tensor]:
-        longest = int((layout.starts + layout.lengths).max())
-        pages = -(-longest // self._page_size)
-        return {
-            g.name: self._tables.rows(
-                g.name, layout.rows, pages if g.chunk_size is None else self._tables.width[g.name]
-            )
-            for g in self._groups
-        }
-
-    def _prompt_logprobs(self, seq: ScheduledSequence, hidden: torch.Tensor) -> list[TokenLogprobs | None]:
+    def _logprobs_of_piece(self, seq: ScheduledSequence, top: int, hidden: torch.Tensor) -> list[TokenLogprobs | None]:
         """Entry for prompt token i comes from row i − 1; the first token has none."""
-        top = seq.request.params.prompt_logprobs
-        prompt = seq.request.prompt_token_ids
-        if top is None or seq.start >= len(prompt):
-            return []
-        targets = list(prompt[seq.start + 1 : seq.start + len(seq.token_ids) + 1])
+        targets = list(seq.request.prompt_token_ids[seq.start + 1 : seq.start + len(seq.token_ids) + 1])
         entries: list[TokenLogprobs | None] = [None] if seq.start == 0 else []
         for a in range(0, len(targets), LOGPROB_ROWS):
             wanted = torch.tensor(targets[a : a + LOGPROB_ROWS], device=hidden.device)
-            entries += prompt_logprobs(self._logits(hidden[a : a + len(wanted)]), wanted, top)
+            logits = self.model.logits(hidden[a : a + len(wanted)]).float()
+            entries += prompt_logprobs(logits, wanted, top)
         return entries
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The law of sampling is stated in float32, also for a float64 model."""
-        return self.model.logits(hidden).float()
 
-    def _send(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Drawing:
+    """The sequences of a batch that draw. rows: of the block tables.  positions: of each one's first draw.  counts: rows of logits of each."""
+
+    sequences: Sequence[ScheduledSequence]
+    rows: Ints
+    positions: Ints
+    counts: Ints
+
+    @classmethod
+    def of(cls, batch: ScheduledBatch) -> _Drawing:
+        drawing = [s for s in batch.sequences if s.draws]
+        num = len(drawing)
+        return cls(
+            sequences=drawing,
+            rows=np.fromiter((s.row for s in drawing), dtype=np.int64, count=num),
+            positions=np.fromiter(
+                (s.start + len(s.token_ids) - s.num_drafts for s in drawing), dtype=np.int64, count=num
+            ),
+            counts=np.fromiter((s.num_drafts + 1 for s in drawing), dtype=np.int64, count=num),
+        )
 
 
 def _lay_out(batch: ScheduledBatch) -> _Layout:
     sequences, num = batch.sequences, len(batch.sequences)
     lengths = np.fromiter((len(s.token_ids) for s in sequences), dtype=np.int64, count=num)
-    borders = (0, batch.num_decodes, batch.num_decodes + batch.num_verified, num)
-    spans = zip(PHASES, pairwise(borders), strict=True)
     return _Layout(
         rows=np.fromiter((s.row for s in sequences), dtype=np.int64, count=num),
         starts=np.fromiter((s.start for s in sequences), dtype=np.int64, count=num),
         lengths=lengths,
         cu=np.concatenate(([0], np.cumsum(lengths))),
         logits=np.fromiter((s.draws + s.num_drafts for s in sequences), dtype=np.int64, count=num),
-        phases={phase: span for phase, span in spans if span[1] > span[0]},
+        borders=(0, batch.num_decodes, batch.num_decodes + batch.num_verified, num),
     )
 
 
-def _slots(table: torch.Tensor, owner: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Slot of each new token: page · page_size + offset. table: int32 [B, W], a ring where W is smaller than the context."""
-    page = table[owner, positions // page_size % table.shape[1]].long()
-    return page * page_size + positions % page_size
+def _token_ids(batch: ScheduledBatch, layout: _Layout) -> Ints:
+    return np.fromiter(
+        chain.from_iterable(s.token_ids for s in batch.sequences), dtype=np.int64, count=int(layout.cu[-1])
+    )

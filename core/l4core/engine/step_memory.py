@@ -6,6 +6,8 @@ the allocator on a GPU (docs/decisions/012-memory-plan.md) and against live tens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from l4core.engine.memory_budget import Needs
 from l4core.model.config import ModelConfig
 
@@ -29,18 +31,18 @@ def needs_of(
     page_size: int,
     itemsize: int,
     device_bytes: int,
-    num_graphs: int = 0,
+    graph_batches: Sequence[int] = (),
 ) -> Needs:
     """All of one rank. config: of the rank.  num_tokens: computed in one step at most.  context_length: None = not known yet, so tables are those of
     the largest context that a device of `device_bytes` could hold."""
     rows = 2 * config.num_kv_heads * config.head_dim * itemsize
-    longest = min(config.max_position_embeddings, device_bytes // (rows * _num_global(config)))
+    longest = context_length or min(config.max_position_embeddings, device_bytes // (rows * _num_global(config)))
     return Needs(
         weights=weights,
         workspace=workspace,
         step=step_bytes(config, num_tokens=num_tokens, num_rows=max_running, itemsize=itemsize),
-        tables=table_bytes(config, max_running=max_running, max_context=context_length or longest, page_size=page_size),
-        graphs=graph_bytes(config, num_graphs=num_graphs, max_batch=max_running, itemsize=itemsize),
+        tables=table_bytes(config, max_running=max_running, max_context=longest, page_size=page_size),
+        graphs=graph_bytes(config, graph_batches, max_context=longest, page_size=page_size, itemsize=itemsize),
     )
 
 
@@ -83,9 +85,11 @@ def table_bytes(config: ModelConfig, *, max_running: int, max_context: int, page
     return 4 * max_running * columns
 
 
-def graph_bytes(config: ModelConfig, *, num_graphs: int, max_batch: int, itemsize: int) -> int:
-    """Captured decode steps: they share the memory of the largest one. 0 without graphs."""
-    if not num_graphs:
+def graph_bytes(config: ModelConfig, batches: Sequence[int], *, max_context: int, page_size: int, itemsize: int) -> int:
+    """Captured decode steps of these batches: they share the memory of the largest one, with its rows of block tables. 0 without graphs."""
+    if not batches:
         return 0
-    pool = step_bytes(config, num_tokens=max_batch, num_rows=max_batch, itemsize=itemsize)
-    return pool + num_graphs * GRAPH_BYTES
+    largest = max(batches)
+    pool = step_bytes(config, num_tokens=largest, num_rows=largest, itemsize=itemsize)
+    tables = table_bytes(config, max_running=largest, max_context=max_context, page_size=page_size)
+    return pool + tables + len(batches) * GRAPH_BYTES

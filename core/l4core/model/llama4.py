@@ -154,10 +154,14 @@ class Llama4(nn.Module):
                 self._hand_out(stream, layer_id, outputs)
         return normed
 
+    def head(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [R, H] → logits [R, V] in the compute dtype; written to `out` where given, else they may be a transposed view."""
+        weight = self.embed.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return linear(hidden, weight, out)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, H] → logits [R, V], float32 (float64 for a float64 model), contiguous."""
-        weight = self.embed.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        logits = linear(hidden, weight)
+        logits = self.head(hidden)
         return logits.to(_wide(logits.dtype)).contiguous()
 
     def _hand_out(self, stream: torch.Tensor, layer_id: int, outputs: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Small host values to the device without waiting for it."""
+"""Small values between host and device without waiting: uploads are queued, downloads are asked for now and looked at later."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["upload"]
+from l4core.platform import copies_ahead
+
+__all__ = ["Download", "upload", "upload_many"]
 
 
 def upload(
@@ -19,3 +21,32 @@ def upload(
     its earlier work, the forward pass among it; this copy is only queued."""
     host = torch.from_numpy(values).to(dtype) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=dtype)
     return host.to(device, non_blocking=True)
+
+
+def upload_many(
+    arrays: Sequence[npt.NDArray[Any]], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """One-dimensional arrays → tensors of `dtype` on `device`, in one queued copy out of page-locked memory where the device has that."""
+    host = torch.empty(sum(map(len, arrays)), dtype=dtype, pin_memory=copies_ahead(device.type))
+    np.concatenate(arrays, out=host.numpy(), casting="same_kind")
+    return torch.split(host.to(device, non_blocking=True), list(map(len, arrays)))
+
+
+class Download:
+    """A tensor on its way to the host. The copy is queued behind what the device was asked before; `wait` returns when it has arrived."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._event: torch.Event | None = None
+        if copies_ahead(tensor.device.type):
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.Event(tensor.device)
+            self._event.record()
+        else:
+            self._host = tensor.cpu()
+
+    def wait(self) -> torch.Tensor:
+        """The tensor, on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host

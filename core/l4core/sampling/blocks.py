@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import numpy.typing as npt
 import torch
 
+from l4core.plugin_ops.upload import Download
+
 __all__ = ["Outbox", "blocks", "rows_per_block"]
 
 HostArray: TypeAlias = npt.NDArray[Any]
@@ -35,6 +37,7 @@ class Outbox:
     def __init__(self) -> None:
         self._words: list[torch.Tensor] = []
         self._shapes: list[tuple[torch.Size, bool]] = []
+        self._sent: Download | None = None
 
     def add(self, tensor: torch.Tensor) -> None:
         """tensor: float32, or integers that fit 32 bits, of any shape."""
@@ -43,11 +46,18 @@ class Outbox:
         self._words.append(words.reshape(-1))
         self._shapes.append((tensor.shape, is_float))
 
+    def send(self) -> None:
+        """Ask for the copy now, once everything was added; `fetch` waits for it. The tensors may change afterwards."""
+        self._sent = Download(torch.cat(self._words)) if self._words else None
+
     def fetch(self) -> list[HostArray]:
         """All tensors in the order they were added, float32 or int32, on the host."""
         if not self._words:
             return []
-        words = torch.cat(self._words).cpu()
+        if self._sent is None:
+            self.send()
+        assert self._sent is not None
+        words = self._sent.wait()
         pieces = torch.split(words, [shape.numel() for shape, _ in self._shapes])
         return [
             (piece.view(torch.float32) if is_float else piece).reshape(shape).numpy()

@@ -24,7 +24,7 @@ from l4core.sampling.draw import argmax_lowest, draw
 from l4core.sampling.logprobs import collect, measure, prompt_logprobs
 from l4core.sampling.records import Draw, DrawKey, DrawRow
 
-__all__ = ["Draw", "DrawRow", "SamplingPipeline", "prompt_logprobs"]
+__all__ = ["Draw", "DrawRow", "Drawing", "SamplingPipeline", "model_fault", "prompt_logprobs"]
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +44,37 @@ class _Step:
     allowed: torch.Tensor
     changed: torch.Tensor
     failures: dict[int, str] = field(default_factory=dict)
+
+
+class Drawing:
+    """A draw under way. tokens: int64 [R] on the device; a row that fails has some id in range there."""
+
+    def __init__(self, step: _Step) -> None:
+        """Asks for everything the host wants to know, in one transfer."""
+        self.tokens = step.tokens
+        self._step = step
+        self._outbox = outbox = Outbox()
+        for tensor in (step.tokens, step.raw, step.allowed, step.changed):
+            outbox.add(tensor)
+        self._asking = [i for i, row in enumerate(step.rows) if row.params.logprobs is not None]
+        self._tops = [step.rows[i].params.logprobs or 0 for i in self._asking]
+        for block in blocks(self._asking, rows_per_block(step.logits)):
+            index = upload(block, torch.int64, step.logits.device)
+            measure(step.logits.index_select(0, index), step.tokens[index], max(self._tops), outbox)
+        outbox.send()
+
+    def finish(self) -> list[Draw]:
+        """Waits for the transfer. One Draw a row, in order."""
+        step = self._step
+        tokens, raw, allowed, changed, *parts = self._outbox.fetch()
+        logprobs = dict(zip(self._asking, collect(parts, self._tops), strict=True))
+        errors = [
+            step.failures.get(i) or _fault(step.rows[i], raw[i], allowed[i], changed[i]) for i in range(len(tokens))
+        ]
+        return [
+            Draw(token_id=None, error=error) if error else Draw(token_id=int(token), logprobs=logprobs.get(i))
+            for i, (token, error) in enumerate(zip(tokens, errors, strict=True))
+        ]
 
 
 class SamplingPipeline:
@@ -74,8 +105,11 @@ class SamplingPipeline:
     def sample(self, logits: torch.Tensor, rows: Sequence[DrawRow]) -> list[Draw]:
         """logits: float32 [len(rows), vocab_size], left as they are. One Draw a row, in order. One transfer to the host (samplers apart)."""
         self._check_shape(logits, rows)
-        if not rows:
-            return []
+        return self.start(logits, rows).finish() if rows else []
+
+    def start(self, logits: torch.Tensor, rows: Sequence[DrawRow]) -> Drawing:
+        """The same for at least one row, without waiting for the device: `Drawing.finish` does."""
+        self._check_shape(logits, rows)
         logits = logits.detach()
         best = argmax_lowest(logits)
         raw = logits.gather(1, best[:, None])[:, 0]
@@ -84,7 +118,7 @@ class SamplingPipeline:
         for sampler, members in _groups(rows).items():
             for block in blocks(members, rows_per_block(logits)):
                 self._draw_block(step, sampler, block)
-        return _finish(step)
+        return Drawing(step)
 
     def _draw_block(self, step: _Step, sampler: str, block: Sequence[int]) -> None:
         index = upload(block, torch.int64, step.logits.device)
@@ -183,30 +217,18 @@ def _blank(logits: torch.Tensor, bad: torch.Tensor) -> None:
         logits.masked_fill_(bad[:, None], 0.0)
 
 
-def _finish(step: _Step) -> list[Draw]:
-    """Everything to the host in one transfer, then records."""
-    outbox = Outbox()
-    for tensor in (step.tokens, step.raw, step.allowed, step.changed):
-        outbox.add(tensor)
-    asking = [i for i, row in enumerate(step.rows) if row.params.logprobs is not None]
-    tops = [step.rows[i].params.logprobs or 0 for i in asking]
-    for block in blocks(asking, rows_per_block(step.logits)):
-        index = upload(block, torch.int64, step.logits.device)
-        measure(step.logits.index_select(0, index), step.tokens[index], max(tops), outbox)
-    tokens, raw, allowed, changed, *parts = outbox.fetch()
-    logprobs = dict(zip(asking, collect(parts, tops), strict=True))
-    errors = [step.failures.get(i) or _fault(step.rows[i], raw[i], allowed[i], changed[i]) for i in range(len(tokens))]
-    return [
-        Draw(token_id=None, error=error) if error else Draw(token_id=int(token), logprobs=logprobs.get(i))
-        for i, (token, error) in enumerate(zip(tokens, errors, strict=True))
-    ]
+def model_fault(position: int, best: float) -> str:
+    """Why a row whose largest logit is `best` has no token, or nothing. position: of the token being drawn."""
+    if math.isfinite(best):
+        return ""
+    found = {math.inf: "+inf", -math.inf: "no finite number"}.get(best, "NaN")
+    return f"the model's logits at position {position} hold {found}; wanted finite numbers"
 
 
 def _fault(row: DrawRow, raw: float, allowed: float, changed: float) -> str:
     """Why this row has no token, or nothing. Arguments as in _Step."""
     if not math.isfinite(raw):
-        found = {math.inf: "+inf", -math.inf: "no finite number"}.get(raw, "NaN")
-        return f"the model's logits at position {row.position} hold {found}; wanted finite numbers"
+        return model_fault(row.position, raw)
     if not math.isfinite(allowed):
         return f"every token is forbidden at position {row.position}; min_tokens leaves none to draw"
     if not math.isfinite(changed):

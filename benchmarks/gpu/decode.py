@@ -1,0 +1,323 @@
+"""A decode step and a prefill of Scout's text shape through the real engine, beside the floor: what must be read, at the rate the card copies.
+
+    python benchmarks/gpu/decode.py [--layers 8] [--batches 1,8,32,128] [--contexts 1024] [--prefills 8x2048,1x2048] [--json OUT] [--profile]
+                                    [ENGINE OPTION=VALUE …]
+
+bfloat16, weights random. Every time is that of `Engine.step` on the host's clock, ids on the host included. Contexts beyond 4,096 tokens are not
+computed: the scheduler fills its pages as for a prompt, and the keys and values are noise. The experts that a step hits are counted in a step of
+its own, outside the timing; the floor counts those, not all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import l4core.engine.build as build
+from l4core import EngineConfig, SamplingParams
+from l4core.engine.batch import Inbox
+from l4core.engine.engine import Engine
+from l4core.request import Request
+
+COMPUTED_CONTEXT = 4096
+"""Longer contexts are noise: a prefill of 32 × 128k tokens would take minutes."""
+WARMUP, STEPS = 8, 48
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Of this card, now. copy: bytes read and written a second.  matmul: floating-point operations a second, bfloat16, 8192³."""
+
+    copy: float
+    matmul: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batches", default="1,8,32,128")
+    parser.add_argument("--contexts", default="1024")
+    parser.add_argument("--prefills", default="8x2048,1x2048")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("options", nargs="*", help="engine options, as LLM() takes them")
+    args = parser.parse_args()
+    rates = measure_rates()
+    began = time.perf_counter()
+    bench = Bench(args.layers, dict(option.split("=", 1) for option in args.options))
+    results: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy_tb_s": rates.copy / 1e12,
+        "matmul_tflop_s": rates.matmul / 1e12,
+        "ready_s": time.perf_counter() - began,
+        "rows": [],
+    }
+    print(*bench.report, f"{'ready':<16}{results['ready_s']:.1f} s", sep="\n")
+    print(f"copy {rates.copy / 1e12:.2f} TB/s, bf16 product {rates.matmul / 1e12:.0f} TFLOP/s\n")
+    print(f"{'':<26}{'ms':>9}{'floor':>9}{'ratio':>7}{'experts':>9}", flush=True)
+    for context in map(int, args.contexts.split(",")):
+        for batch in map(int, args.batches.split(",")):
+            _show(
+                results, f"decode bs {batch} at {context}", *bench.decode(batch, context, rates, profile=args.profile)
+            )
+    for text in filter(None, args.prefills.split(",")):
+        batch, length = map(int, text.split("x"))
+        _show(results, f"prefill {text}", *bench.prefill(batch, length, rates, profile=args.profile))
+    results["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _show(results: dict[str, Any], name: str, ms: float, floor: float, experts: float) -> None:
+    results["rows"].append({"name": name, "ms": ms, "floor_ms": floor, "ratio": ms / floor, "experts": experts})
+    print(f"{name:<26}{ms:9.3f}{floor:9.3f}{ms / floor:7.3f}{experts:9.2f}", flush=True)
+
+
+class Bench:
+    """One engine, and what its steps cost. report: its start-up block."""
+
+    def __init__(self, layers: int, options: Mapping[str, str]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(scout(layers)))
+            with _weights_on_the_device():
+                built = build.build_engine(_config(folder, options), progress=False)
+        self.engine: Engine = built.engine
+        self.report = built.report
+        self.config = built.model_config
+        self._random = random.Random(0)
+        self._names = iter(range(1 << 30))
+        self._is_noise = False
+
+    def decode(self, batch: int, context: int, rates: Rates, *, profile: bool) -> tuple[float, float, float]:
+        """→ (ms a step, floor in ms, distinct experts a layer) with `batch` requests of `context` tokens and growing."""
+        self._admit(batch, context, WARMUP + STEPS + 8)
+        for _ in range(WARMUP):
+            self.engine.step()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            self.engine.step()
+        torch.cuda.synchronize()
+        ms = (time.perf_counter() - began) / STEPS * 1e3
+        if profile:
+            self._profile(f"decode bs {batch} at {context}")
+        experts = self._count_experts()
+        self._clear()
+        return ms, self._decode_bytes(batch, context, experts) / rates.copy * 1e3, experts
+
+    def prefill(self, batch: int, length: int, rates: Rates, *, profile: bool) -> tuple[float, float, float]:
+        """→ (ms until every request has its first token: best of four, floor, distinct experts a layer)."""
+        times = []
+        for _ in range(4):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            self._run_prompts(self._requests(batch, length, 1))
+            times.append((time.perf_counter() - began) * 1e3)
+        if profile:
+            with _profiler(f"prefill {batch}x{length}"):
+                self._run_prompts(self._requests(batch, length, 1))
+        return min(times), self._prefill_floor(batch, length, rates), float(self.config.num_experts or 0)
+
+    # --- requests ----------------------------------------------------------------------------------------------------------------------
+
+    def _requests(self, batch: int, length: int, new: int) -> list[Request]:
+        return [
+            Request(
+                request_id=str(next(self._names)),
+                prompt_token_ids=[self._random.randrange(200_000) for _ in range(length)],
+                params=SamplingParams(temperature=1.0, seed=i, max_tokens=new, ignore_eos=True),
+                eos_token_ids=(),
+                max_total_tokens=length + new,
+            )
+            for i in range(batch)
+        ]
+
+    def _run_prompts(self, requests: list[Request]) -> None:
+        """Step until every one of the requests has a token."""
+        waiting = {r.request_id for r in requests}
+        inbox = Inbox(requests=requests)
+        while waiting:
+            output = self.engine.step(inbox)
+            inbox = Inbox()
+            for update in output.updates:
+                assert not update.error, update.error
+                if update.new_token_ids:
+                    waiting.discard(update.request_id)
+
+    def _admit(self, batch: int, context: int, new: int) -> None:
+        requests = self._requests(batch, context, new)
+        if context <= COMPUTED_CONTEXT:
+            self._run_prompts(requests)
+            return
+        with self._nothing_computed():
+            self._run_prompts(requests)
+
+    @contextmanager
+    def _nothing_computed(self) -> Iterator[None]:
+        """Prompts take their pages and cost nothing; keys and values are noise."""
+        runner: Any = self.engine.runner
+        model, units = runner.model, runner.memory._units
+        if not self._is_noise:
+            for piece in units.split(GIB // units[0].numel()):
+                piece.normal_()
+            self._is_noise = True
+        model.forward = lambda batch, *_: torch.zeros(
+            batch.token_ids.shape[0], self.config.hidden_size, dtype=torch.bfloat16, device=units.device
+        )
+        try:
+            yield
+        finally:
+            del model.forward
+
+    def _clear(self) -> None:
+        self.engine.abort([seq.request.request_id for seq in self.engine.scheduler.sequences])
+        while self.engine.has_work:
+            self.engine.step()
+        self.engine.step(Inbox(flush_cache=True))
+
+    # --- what a step hits and reads ----------------------------------------------------------------------------------------------------
+
+    def _count_experts(self) -> float:
+        """Distinct experts that one more step hits, the mean of all layers that have any."""
+        found: list[torch.Tensor] = []
+
+        def note(moe: Any, given: tuple[Any, ...]) -> None:
+            found.append(F.linear(given[0], moe.router.weight).argmax(-1))
+
+        runner: Any = self.engine.runner
+        graphs, runner.graphs = getattr(runner, "graphs", None), None  # a replay calls no hook
+        hooks = [m.register_forward_pre_hook(note) for name, m in runner.model.named_modules() if name.endswith(".moe")]
+        self.engine.step()
+        for hook in hooks:
+            hook.remove()
+        runner.graphs = graphs
+        return statistics.fmean(len(ids.unique()) for ids in found) if found else 0.0
+
+    def _linear_bytes(self) -> tuple[int, int, int]:
+        """(attention and shared expert of a layer, one routed expert, head), in bytes."""
+        c = self.config
+        heads = (2 * c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim * c.hidden_size
+        expert = 3 * c.hidden_size * c.intermediate_size
+        return 2 * (heads + expert), 2 * expert, 2 * c.hidden_size * c.vocab_size
+
+    def _decode_bytes(self, batch: int, context: int, experts: float) -> float:
+        c, (layer, expert, head) = self.config, self._linear_bytes()
+        chunk = c.attention_chunk_size or context
+        keys = sum((context % chunk or chunk) if chunked else context for chunked in c.chunked_layers)
+        kv = 4 * c.num_kv_heads * c.head_dim * keys * batch
+        return c.num_layers * (layer + experts * expert) + head + kv
+
+    def _prefill_floor(self, batch: int, length: int, rates: Rates) -> float:
+        """ms: of each kind of product the longer of computing and reading, and the attention."""
+        c, (layer, expert, head) = self.config, self._linear_bytes()
+        tokens = batch * length
+        chunk = c.attention_chunk_size or length
+        visible = [
+            sum(n * n / 2 for n in _pieces(length, chunk if chunked else length)) * batch
+            for chunked in c.chunked_layers
+        ]
+
+        def seconds(weight_bytes: float, rows: float, read: float | None = None) -> float:
+            return max(weight_bytes * rows / rates.matmul, (weight_bytes if read is None else read) / rates.copy)
+
+        linear = c.num_layers * (seconds(layer, tokens) + seconds(expert, tokens, expert * c.num_experts))
+        attention = sum(4 * c.num_q_heads * c.head_dim * n for n in visible) / rates.matmul
+        return (linear + attention + seconds(head, batch)) * 1e3
+
+    def _profile(self, name: str) -> None:
+        with _profiler(name):
+            for _ in range(3):
+                self.engine.step()
+
+
+def _pieces(length: int, size: int) -> list[int]:
+    return [min(size, length - start) for start in range(0, length, size)]
+
+
+@contextmanager
+def _profiler(name: str) -> Iterator[None]:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        yield
+        torch.cuda.synchronize()
+    print(f"--- {name}")
+    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=70))
+
+
+def scout(layers: int) -> dict[str, Any]:
+    """config.json of the text half with fewer layers."""
+    raw: dict[str, Any] = json.loads((files("l4core.model") / "presets" / "scout.json").read_text())
+    text = raw["text_config"] | {"num_hidden_layers": layers, "torch_dtype": "bfloat16"}
+    return {**text, "architectures": ["Llama4ForCausalLM"]}
+
+
+def _config(folder: str, options: Mapping[str, str]) -> EngineConfig:
+    from l4core.config import from_mapping
+
+    given: dict[str, Any] = {"max_running_requests": 128, "chunked_prefill_size": 16384, "load_format": "dummy"}
+    given |= {
+        name: json.loads(text) if text[:1].isdigit() or text in ("true", "false") else text
+        for name, text in options.items()
+    }
+    return from_mapping({"model": folder, **given})[0]
+
+
+@contextmanager
+def _weights_on_the_device() -> Iterator[None]:
+    """Weights as the benchmark of vLLM draws them: on the device, which takes a second; the engine's own are the same on every device."""
+    own = build.fill_dummy
+
+    def fill(parameters: Mapping[str, torch.Tensor], seed: int) -> None:
+        generator = torch.Generator(device="cuda").manual_seed(1 + seed)
+        for name, parameter in parameters.items():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0, 0.02, generator=generator)
+
+    build.fill_dummy = fill
+    try:
+        yield
+    finally:
+        build.fill_dummy = own
+
+
+def measure_rates() -> Rates:
+    source = torch.empty(2 * GIB, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return Rates(
+        copy=2 * source.numel() / _seconds(lambda: target.copy_(source)), matmul=2 * 8192**3 / _seconds(lambda: a @ b)
+    )
+
+
+def _seconds(call: Any) -> float:
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""From persistent block tables to those of one step, and to the slots of its new tokens: on the device, in fixed shapes, nothing read back.
+
+A full table has the page of page index p (= position // page size) in column p, a local one is a ring of two chunks: column p mod W. What is handed
+on holds the null page wherever a sequence has none, so a persistent row need not be cleared when its owner changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from l4core.platform import has_triton
+
+__all__ = ["StepRows", "step_tables"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRows:
+    """Where a step's sequences and tokens stand. rows, starts, seq_lens: int32 [B], the persistent row, the position of the first new token, the
+    length with the new tokens.  positions: int64 [T] of the new tokens.  owner: int32 [T], which of the B sequences each belongs to."""
+
+    rows: torch.Tensor
+    starts: torch.Tensor
+    seq_lens: torch.Tensor
+    positions: torch.Tensor
+    owner: torch.Tensor
+
+
+def step_tables(
+    table: torch.Tensor, step: StepRows, *, num_columns: int, page_size: int, chunk_size: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """table: int32 [R, W], persistent; a ring when chunk_size is given, and then num_columns is W.
+
+    → block table int32 [B, num_columns] and slots int64 [T], page · page_size + offset. Columns without a page of the sequence hold the null page;
+    where Triton runs, those from the first multiple of 128 behind the sequence's end on hold some page or other, which no kernel looks at.
+    """
+    if has_triton(table.device.type):
+        from l4core.attention.step_tables_triton import launch
+
+        return launch(table, step, num_columns=num_columns, page_size=page_size, chunk_size=chunk_size)
+    return _by_definition(table, step, num_columns, page_size, chunk_size)
+
+
+def _by_definition(
+    table: torch.Tensor, step: StepRows, num_columns: int, page_size: int, chunk_size: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width, rows = table.shape[1], step.rows.long()
+    column = torch.arange(num_columns, device=table.device, dtype=torch.int32)
+    end = ((step.seq_lens + page_size - 1) // page_size).unsqueeze(1)
+    if chunk_size is None:
+        has_page = column < end
+    else:
+        index = end - 1 - (end - 1 - column) % width  # the last page index below the end that stands in this column
+        first = (step.starts // chunk_size * (chunk_size // page_size)).unsqueeze(1)
+        has_page = index >= first
+    block_table = torch.where(has_page, table[rows, :num_columns], 0)
+    page = table[rows[step.owner], step.positions // page_size % width].long()
+    return block_table, page * page_size + step.positions % page_size

@@ -1,0 +1,143 @@
+"""Draws under way: what was asked of the device for one batch, and what becomes tokens when it has arrived.
+
+A row whose request only has a temperature is drawn by the kernels of the law (inside a graph, where the step is one). The others (penalties, masks,
+bias, log-probabilities, a sampler of a plugin, tokens forbidden for now) go through the sampling pipeline, from the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from l4core.engine.batch import DrawnTokens, ScheduledSequence, StepTokens
+from l4core.engine.verify_rows import Verified, verified
+from l4core.plugin_ops.sampling import UNCHANGED
+from l4core.plugin_ops.upload import Download
+from l4core.request import Request, TokenLogprobs
+from l4core.sampling.pipeline import Draw, Drawing, model_fault
+
+_UNKNOWN = -1
+_NEVER = np.iinfo(np.int64).max
+
+
+class RowParams:
+    """How the request of each block-table row draws, as arrays: noted once when the row gets its request, read by every step.
+
+    temperature: float64.  seed: int64, modulo 2^64.  Padding's row comes last and is greedy.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.temperature = np.zeros(num_rows, dtype=np.float64)
+        self.seed = np.zeros(num_rows, dtype=np.int64)
+        self._plain_from = np.full(num_rows, _UNKNOWN, dtype=np.int64)
+        self._owners: list[Request | None] = [None] * num_rows
+
+    def enter(self, sequences: Sequence[ScheduledSequence]) -> None:
+        """Note the requests that are new in their rows."""
+        owners = self._owners
+        for seq in sequences:
+            if owners[seq.row] is not seq.request:
+                params, row = seq.request.params, seq.row
+                owners[row] = seq.request
+                self.temperature[row] = params.temperature
+                self.seed[row] = ((params.seed or 0) + 2**63) % 2**64 - 2**63
+                self._plain_from[row] = _UNKNOWN
+
+    def are_plain(
+        self,
+        sequences: Sequence[ScheduledSequence],
+        rows: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        parsed: Mapping[str, object],
+    ) -> npt.NDArray[np.bool_]:
+        """Of sequences that draw: whether the kernels' draw is theirs. rows, positions: of each, position of its first draw.
+        parsed: request id → what its sampler parsed."""
+        start = self._plain_from[rows]
+        for i in np.flatnonzero(start == _UNKNOWN).tolist():
+            request = sequences[i].request
+            start[i] = self._plain_from[rows[i]] = _first_plain(request, parsed[request.request_id])
+        return positions >= start
+
+
+def _first_plain(request: Request, parsed: object) -> int:
+    """Position from which on nothing but the temperature changes what is drawn."""
+    params = request.params
+    wants_more = params.logprobs is not None or (params.temperature > 0 and params.seed is None)
+    if parsed is not UNCHANGED or wants_more:
+        return _NEVER
+    return len(request.prompt_token_ids) + params.min_tokens if params.min_tokens else 0
+
+
+class PendingDraws:
+    """A batch's draws on their way to the host.
+
+    plain: for each sequence whether its draws are in `drawn`.  drawn: int64 [2, R] as draw_triton.draw_rows gives it, of all rows that draw.
+    others: the draws of the other sequences' rows.  positions: of each sequence's first draw.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[ScheduledSequence],
+        *,
+        plain: npt.NDArray[np.bool_],
+        positions: npt.NDArray[np.int64],
+        drawn: Download | None,
+        others: Drawing | None,
+        prompt_logprobs: Mapping[str, list[TokenLogprobs | None]],
+    ) -> None:
+        self._sequences = sequences
+        self._plain = plain
+        self._positions = positions
+        self._drawn = drawn
+        self._others = others
+        self._prompt_logprobs = prompt_logprobs
+
+    def wait(self) -> StepTokens:
+        """What the batch brought. The only place in a step where the host waits for the device."""
+        if self._others is None and not self._prompt_logprobs and all(not s.num_drafts for s in self._sequences):
+            ids = self._finite_ids()
+            if ids is not None:
+                drawn = iter(ids)
+                return StepTokens(
+                    drawn=[
+                        DrawnTokens(request_id=s.request.request_id, token_ids=(next(drawn),) if s.draws else ())
+                        for s in self._sequences
+                    ]
+                )
+        return StepTokens(drawn=[one.tokens for one in self.verified()])
+
+    def verified(self) -> list[Verified]:
+        """The same, with the rows the tokens came from."""
+        ids, best = self._arrived()
+        others = iter(() if self._others is None else self._others.finish())
+        found, row, number = [], 0, 0
+        for seq in self._sequences:
+            own: list[Draw] = []
+            if seq.draws:
+                end = row + seq.num_drafts + 1
+                if self._plain[number]:
+                    position = int(self._positions[number])
+                    faults = [model_fault(position + i, b) for i, b in enumerate(best[row:end])]
+                    own = [
+                        Draw(token_id=None if error else token_id, error=error)
+                        for token_id, error in zip(ids[row:end], faults, strict=True)
+                    ]
+                else:
+                    own = list(islice(others, end - row))
+                row, number = end, number + 1
+            found.append(verified(seq, own, self._prompt_logprobs.get(seq.request.request_id, ())))
+        return found
+
+    def _finite_ids(self) -> list[int] | None:
+        """Token ids of all rows, None where a row has none."""
+        ids, best = self._arrived()
+        return ids if np.isfinite(best).all() else None
+
+    def _arrived(self) -> tuple[list[int], npt.NDArray[np.float32]]:
+        if self._drawn is None:
+            return [], np.empty(0, dtype=np.float32)
+        array = self._drawn.wait().numpy()
+        return array[0].tolist(), array[1].astype(np.int32).view(np.float32)

@@ -1,0 +1,149 @@
+"""A step of fixed shape, as a function of device memory alone: what a graph is captured from. Run as it is, it launches the same kernels, so a replay
+and an eager run of one shape give the same bits.
+
+Shape (B, n): B sequences of n new tokens each. n = 1 is decode. Verifying k drafts is (B, k + 1): the drafts are written into `inputs` (by the host,
+or by a drafter on the device), the target's own draw of every row comes out, and who calls compares the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from l4core.attention.step_tables import StepRows
+from l4core.engine.forward import ForwardPlanner, Phase
+from l4core.model.llama4 import Llama4
+from l4core.platform import copies_ahead
+
+PENDING = -1
+"""In place of a token id: the token that the row's sequence drew last, wherever it is by now."""
+
+
+class StepShape(NamedTuple):
+    """num_seqs: sequences, padding among them.  num_tokens: new tokens of each."""
+
+    num_seqs: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computed:
+    """What a forward pass left on the device; that of a fixed step is overwritten by the next one. hidden: [T, H], after the last norm.
+    logits: [R, V] in the compute dtype, of the rows that draw, or None.  drawn: int64 [2, R] as draw_triton.draw_rows gives it, or None."""
+
+    hidden: torch.Tensor
+    logits: torch.Tensor | None = None
+    drawn: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRequests:
+    """One step's sequences on the host, in the batch's order. rows: block-table row.  starts: position of the first new token.  token_ids: int64
+    [B, n], or PENDING.  temperature, seed: of their draws."""
+
+    rows: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    token_ids: npt.NDArray[np.int64]
+    temperature: npt.NDArray[np.float64]
+    seed: npt.NDArray[np.int64]
+
+
+class StepOutputs:
+    """Where steps of all shapes leave what they computed: the results of one shape take no memory beside another's."""
+
+    def __init__(self, num_rows: int, model: Llama4, device: torch.device) -> None:
+        """num_rows: token rows of the largest shape."""
+        dtype = model.embed.weight.dtype
+        self.hidden = torch.empty(num_rows, model.config.hidden_size, dtype=dtype, device=device)
+        self.logits = torch.empty(num_rows, model.config.vocab_size, dtype=dtype, device=device)
+        self._drawn = torch.empty(2 * num_rows, dtype=torch.int64, device=device)
+
+    def drawn(self, num_rows: int) -> torch.Tensor:
+        """int64 [2, num_rows], contiguous."""
+        return self._drawn[: 2 * num_rows].view(2, num_rows)
+
+
+class FixedStep:
+    """inputs: int64 [4 + n, B] on the device: rows, starts, seeds, bits of float64 temperatures, token ids."""
+
+    def __init__(
+        self,
+        shape: StepShape,
+        model: Llama4,
+        planner: ForwardPlanner,
+        outputs: StepOutputs,
+        last_tokens: torch.Tensor,
+        max_context: int,
+    ) -> None:
+        """last_tokens: int64 [max_running + 1], by row, read for PENDING ids and written with what is drawn."""
+        self.shape = shape
+        self._model = model
+        self._planner = planner
+        self._outputs = outputs
+        self._last_tokens = last_tokens
+        self._max_context = max_context
+        device, (num_seqs, num_tokens) = last_tokens.device, shape
+        self.inputs = torch.zeros(4 + num_tokens, num_seqs, dtype=torch.int64, device=device)
+        self._cu_seqlens = torch.arange(0, (num_seqs + 1) * num_tokens, num_tokens, dtype=torch.int32, device=device)
+        self._owner = torch.arange(num_seqs, dtype=torch.int32, device=device).repeat_interleave(num_tokens)
+        self._steps = torch.arange(num_tokens, device=device).repeat(num_seqs)
+        self._every_row = torch.arange(num_seqs * num_tokens, device=device)
+        self.inputs[0] = planner.tables.padding_row
+
+    def fill(self, requests: StepRequests) -> None:
+        """Queue the inputs. What is left of the shape is padding: a token 0 at position 0 of the null page."""
+        num, device = len(requests.rows), self.inputs.device
+        host = torch.zeros(self.inputs.shape, dtype=torch.int64, pin_memory=copies_ahead(device.type))
+        array = host.numpy()
+        array[0] = self._planner.tables.padding_row
+        array[0, :num] = requests.rows
+        array[1, :num] = requests.starts
+        array[2, :num] = requests.seed
+        array[3, :num] = requests.temperature.view(np.int64)
+        array[4:, :num] = requests.token_ids.T
+        self.inputs.copy_(host, non_blocking=True)
+
+    @torch.inference_mode()
+    def run(self) -> Computed:
+        """Everything from the inputs to the drawn tokens; no host sync, no allocation that outlives it."""
+        from l4core.sampling.draw_triton import draw_rows
+
+        inputs, owner, num_tokens = self.inputs, self._owner, self.shape.num_tokens
+        rows, starts = inputs[0], inputs[1]
+        known = inputs[4:].t().reshape(-1)
+        token_ids = torch.where(known < 0, self._last_tokens[rows][owner], known)
+        step = StepRows(
+            rows=rows.int(),
+            starts=starts.int(),
+            seq_lens=(starts + num_tokens).int(),
+            positions=starts[owner] + self._steps,
+            owner=owner,
+        )
+        phase = Phase(
+            name="decode" if num_tokens == 1 else "verify",
+            first=0,
+            last=self.shape.num_seqs,
+            begin=0,
+            end=len(owner),
+            cu_seqlens_q=self._cu_seqlens,
+            max_seqlen_q=num_tokens,
+            max_seqlen_k=self._max_context,
+        )
+        forward = self._planner.plan(token_ids, step, [phase], self._every_row, longest=None)
+        num_rows, outputs = len(owner), self._outputs
+        hidden = outputs.hidden[:num_rows].copy_(self._model(forward, self._planner.memory, self._planner.backend))
+        logits = self._model.head(hidden, out=outputs.logits[:num_rows])
+        drawn = draw_rows(
+            logits,
+            inputs[3].view(torch.float64).float()[owner],
+            inputs[2][owner],
+            step.positions + 1,
+            out=outputs.drawn(num_rows),
+        )
+        if num_tokens == 1:
+            self._last_tokens.index_copy_(0, rows, drawn[0])
+        return Computed(hidden=hidden, logits=logits, drawn=drawn)

@@ -1,0 +1,108 @@
+"""From device tensors of a step to what the model is given: block tables, slots, one attention plan per phase and KV group.
+
+Made of device work alone, so the same function serves a batch of any shape and a step that is captured in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from l4core.attention.chunked import chain_as_decodes, single_chunk_metadata, virtual_batches
+from l4core.attention.step_tables import StepRows
+from l4core.engine.block_tables import BlockTables
+from l4core.kv.blocks import KVGroup
+from l4core.kv.memory import KVMemory
+from l4core.model.batch import AttentionSegment, ForwardBatch
+from l4core.plugin_api import AttentionBackend, AttentionMetadata, ChunkInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """What one attention call serves: sequences [first, last) and their token rows [begin, end). cu_seqlens_q: int32 [last − first + 1] on the
+    device, from 0.  max_seqlen_q, max_seqlen_k: host bounds."""
+
+    name: Literal["decode", "prefill", "verify"]
+    first: int
+    last: int
+    begin: int
+    end: int
+    cu_seqlens_q: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+class ForwardPlanner:
+    """Everything `plan` needs that no step changes."""
+
+    def __init__(
+        self,
+        tables: BlockTables,
+        backend: AttentionBackend,
+        memory: KVMemory,
+        *,
+        groups: Sequence[KVGroup],
+        page_size: int,
+        native_chunk: bool,
+        empty_rows: bool,
+    ) -> None:
+        """native_chunk: the backend cuts chunks itself and is given rings as they are.  empty_rows: it takes virtual batches without queries."""
+        self.tables = tables
+        self.backend = backend
+        self.memory = memory
+        self._groups = groups
+        self._page_size = page_size
+        self._native_chunk, self._empty_rows = native_chunk, empty_rows
+
+    def plan(
+        self,
+        token_ids: torch.Tensor,
+        rows: StepRows,
+        phases: Sequence[Phase],
+        logits_rows: torch.Tensor,
+        longest: int | None,
+    ) -> ForwardBatch:
+        """phases: cover all sequences, in order.  longest: as in BlockTables.step."""
+        tables, slots = self.tables.step(rows, longest)
+        segments = []
+        for phase in phases:
+            mine = slice(phase.first, phase.last)
+            meta = AttentionMetadata(
+                cu_seqlens_q=phase.cu_seqlens_q,
+                seq_lens=rows.seq_lens[mine],
+                block_table=tables[self._groups[0].name][mine],
+                max_seqlen_q=phase.max_seqlen_q,
+                max_seqlen_k=phase.max_seqlen_k,
+                num_seqs=phase.last - phase.first,
+                phase=phase.name,
+            )
+            num_rows = phase.end - phase.begin
+            plans = {
+                g.name: self.backend.plan(self._of_group(meta, g, tables[g.name][mine], num_rows)) for g in self._groups
+            }
+            segments.append(AttentionSegment(begin=phase.begin, end=phase.end, plans=plans))
+        return ForwardBatch(
+            token_ids=token_ids,
+            positions=rows.positions,
+            slot_mapping=slots,
+            segments=segments,
+            logits_rows=logits_rows,
+        )
+
+    def _of_group(
+        self, meta: AttentionMetadata, group: KVGroup, table: torch.Tensor, num_rows: int
+    ) -> AttentionMetadata:
+        scale = self.memory.table_scale[group.name]
+        table = table if scale == 1 else table * scale
+        if group.chunk_size is None:
+            return replace(meta, block_table=table)
+        if self._native_chunk:
+            return replace(meta, block_table=table, chunk=ChunkInfo(size=group.chunk_size))
+        if meta.phase == "verify":  # the only one that may stand on both sides of a chunk border
+            if self._empty_rows:
+                return virtual_batches(meta, table, group.chunk_size, self._page_size, 2)
+            return chain_as_decodes(meta, table, num_rows, group.chunk_size, self._page_size)
+        return single_chunk_metadata(meta, table, group.chunk_size, self._page_size)

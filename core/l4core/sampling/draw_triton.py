@@ -1,0 +1,160 @@
+"""The law of the draw as kernels: no tensor of noise, the logits read twice. Same tokens as draw.draw_by_law on the same device.
+
+    best      each program the largest logit of its share of a row, and the lowest id that has it
+    scores    each program the best (logit − best) / T + noise of its share; greedy rows are done already
+    pick      a program a row: the best of all shares
+
+A row's shares do not depend on other rows, so neither do its bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from l4core.sampling.noise import NOISE_MAX, NOISE_MIN
+
+BLOCK = 4096
+"""Logits of one program."""
+COMPILE = {"enable_fp_fusion": False}
+"""Every operation rounds, as in torch."""
+_SPAN = tl.constexpr(NOISE_MAX - NOISE_MIN + 0.0625)
+"""A token further below the best cannot win; the last term covers the rounding of a sum of size 32."""
+_LARGEST_U = tl.constexpr(1.0 - 2.0**-24)
+_SMALLEST_TEMPERATURE = tl.constexpr(1.1754943508222875e-38)
+_NO_TOKEN = tl.constexpr(2**31 - 1)
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+def draw_rows(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """logits: [R, V] of any floating dtype, rows contiguous.  temperature: float32 [R], 0 = greedy.  seeds, positions: int64 [R].
+
+    → int64 [2, R], what the host wants to know in one piece: the tokens, and the 32 bits of each row's best logit as a float32, which is NaN where
+    the row holds one. Where it is not finite the token is some id in range.  out: where to write that, contiguous.
+    """
+    num_rows, vocab_size = logits.shape
+    shares = triton.cdiv(vocab_size, BLOCK)
+    values = torch.empty(2, num_rows, shares, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(2, num_rows, shares, dtype=torch.int32, device=logits.device)
+    drawn = torch.empty(2, num_rows, dtype=torch.int64, device=logits.device) if out is None else out
+    grid, block_shares = (num_rows, shares), triton.next_power_of_2(shares)
+    stride = logits.stride(0)
+    _best_kernel[grid](logits, values, ids, stride, vocab_size, shares, BLOCK=BLOCK, num_warps=8, **COMPILE)
+    _scores_kernel[grid](
+        logits,
+        temperature,
+        seeds,
+        positions,
+        values,
+        ids,
+        stride,
+        vocab_size,
+        shares,
+        num_rows,
+        SHARES=block_shares,
+        BLOCK=BLOCK,
+        num_warps=8,
+        **COMPILE,
+    )
+    _pick_kernel[(num_rows,)](
+        temperature, values, ids, drawn, shares, num_rows, vocab_size, SHARES=block_shares, num_warps=1, **COMPILE
+    )
+    return drawn
+
+
+@triton.jit
+def _lowest_of_the_best(values, ids):
+    """→ the largest value, NaN if there is one, and the lowest id that has it."""
+    has_nan = tl.max((values != values).to(tl.int32), axis=0) > 0
+    best = tl.max(values, axis=0)
+    at = tl.where(has_nan, values != values, values == best)
+    chosen = tl.min(tl.where(at, ids, _NO_TOKEN), axis=0)
+    return tl.where(has_nan, float("nan"), best), chosen
+
+
+@triton.jit
+def _best_kernel(logits, values, ids, stride, vocab_size, shares, BLOCK: tl.constexpr):
+    row, share = tl.program_id(0), tl.program_id(1)
+    columns = share * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row.to(tl.int64) * stride + columns, mask=columns < vocab_size, other=float("-inf"))
+    best, at = _lowest_of_the_best(x.to(tl.float32), columns)
+    tl.store(values + row * shares + share, best)
+    tl.store(ids + row * shares + share, at)
+
+
+@triton.jit
+def _noise(word):
+    """As noise.gumbel_from_words, rounding for rounding."""
+    u = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, _LARGEST_U)
+    if _INTERPRETED:  # the interpreter has no device library: the same function by way of float64
+        wide = u.to(tl.float64)
+        inner = tl.where(wide < 1e-5, wide + wide * wide * 0.5, -tl.log(1.0 - wide)).to(tl.float32)
+        return -tl.log(inner.to(tl.float64)).to(tl.float32)
+    return -libdevice.log(-libdevice.log1p(-u))
+
+
+@triton.jit
+def _scores_kernel(
+    logits,
+    temperature,
+    seeds,
+    positions,
+    values,
+    ids,
+    stride,
+    vocab_size,
+    shares,
+    num_rows,
+    SHARES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, share = tl.program_id(0), tl.program_id(1)
+    t = tl.load(temperature + row)
+    if t > 0:
+        all_shares = tl.arange(0, SHARES)
+        bests = tl.load(values + row * shares + all_shares, mask=all_shares < shares, other=float("-inf"))
+        best = tl.max(bests, axis=0)
+        t = tl.maximum(t, _SMALLEST_TEMPERATURE)
+        at = (num_rows + row) * shares + share
+        columns = share * BLOCK + tl.arange(0, BLOCK)
+        mine = tl.load(values + row * shares + share)
+        if tl.div_rn(mine - best, t) >= -_SPAN:
+            x = tl.load(logits + row.to(tl.int64) * stride + columns, mask=columns < vocab_size, other=float("-inf"))
+            distance = tl.div_rn(x.to(tl.float32) - best, tl.full([BLOCK], t, tl.float32))
+            seed, position = tl.load(seeds + row), tl.load(positions + row)
+            counter = (share * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+            nothing = tl.zeros([BLOCK // 4], tl.uint32)
+            low = nothing + (position & 0xFFFFFFFF).to(tl.uint32)
+            high = nothing + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+            w0, w1, w2, w3 = tl.philox(seed, counter, low, high, nothing)
+            words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+            score, chosen = _lowest_of_the_best(distance + _noise(words), columns)
+            tl.store(values + at, score)
+            tl.store(ids + at, chosen)
+        else:
+            tl.store(values + at, float("-inf"))
+            tl.store(ids + at, share * BLOCK)
+
+
+@triton.jit
+def _pick_kernel(temperature, values, ids, drawn, shares, num_rows, vocab_size, SHARES: tl.constexpr):
+    row = tl.program_id(0)
+    columns = tl.arange(0, SHARES)
+    inside = columns < shares
+    x = tl.load(values + row * shares + columns, mask=inside, other=float("-inf"))
+    at = tl.load(ids + row * shares + columns, mask=inside, other=_NO_TOKEN)
+    top, chosen = _lowest_of_the_best(x, at)
+    tl.store(drawn + num_rows + row, top.to(tl.int32, bitcast=True).to(tl.int64))
+    if tl.load(temperature + row) > 0:
+        scores = tl.load(values + (num_rows + row) * shares + columns, mask=inside, other=float("-inf"))
+        at = tl.load(ids + (num_rows + row) * shares + columns, mask=inside, other=_NO_TOKEN)
+        _, chosen = _lowest_of_the_best(scores, at)
+    tl.store(drawn + row, tl.minimum(chosen, vocab_size - 1).to(tl.int64))
