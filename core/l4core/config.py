@@ -149,6 +149,11 @@ class EngineConfig:
         unit="sequences",
         minimum=1,
     )
+    disable_overlap_schedule: bool = _opt(
+        False,
+        "wait for a step's tokens before the next step is scheduled; on an accelerator the host otherwise works a step ahead",
+        SCHEDULING,
+    )
     max_running_requests: int = _opt(256, "sequences in one step", SCHEDULING, aliases=("max_num_seqs",), minimum=1)
     chunked_prefill_size: int = _opt(
         8192,

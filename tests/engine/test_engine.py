@@ -29,6 +29,9 @@ class Runner:
             raise RequestError("unknown sampler 'nobody'", param="sampler")
         return params.seed
 
+    def looks_back(self, params: SamplingParams, parsed: object) -> bool:
+        return False
+
     def build(self, batch: Any) -> None: ...
 
     def execute(self, forward: None) -> None: ...

@@ -14,6 +14,9 @@ import msgspec
 from l4core.engine.step_costs import StepCosts
 from l4core.request import Request, TokenLogprobs
 
+PENDING = -1
+"""In place of a token id: the token that the sequence drew last, which the host may not know yet and the device does."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewPages:
@@ -28,8 +31,9 @@ class ScheduledSequence(msgspec.Struct, frozen=True, kw_only=True):
 
     row: the request's row in the persistent block tables, its own from admission to end or preemption.  new_pages: KV group name → entries
     that changed since the request was last scheduled.  draws: the last token's logits give a new token (False while the prompt is unfinished).
+    token_ids: [PENDING] for a decode after a batch that is still in flight.
     num_drafts: how many of token_ids, the last ones, are guesses to verify.  parents: of each guess, as in `Draft`; empty = a chain.
-    output_token_ids: all drawn so far, as a view of the scheduler's own list: read it before `commit`, which appends to it.
+    output_token_ids: all known so far, as a view of the scheduler's own list: read it before `commit`, which appends to it.
     """
 
     request: Request

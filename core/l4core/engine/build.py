@@ -34,7 +34,7 @@ from l4core.model.kv_scales import read_kv_scales
 from l4core.model.llama4 import Llama4
 from l4core.model.repository import resolve_model
 from l4core.model.weights import fill_dummy, load_weights
-from l4core.platform import Platform, detect
+from l4core.platform import Platform, copies_ahead, detect
 from l4core.plugin_api import AttentionRequirements, ExpertKernel, ExpertRequirements, Sampler
 from l4core.plugin_manager import Plugins, create_object, load_plugins
 from l4core.sampling.pipeline import SamplingPipeline
@@ -100,6 +100,7 @@ def build_engine(
         scales,
         speculation,
         captured,
+        _overlap(config, device, speculation),
         time.perf_counter() - began,
     )
     return BuiltEngine(
@@ -365,7 +366,16 @@ def _wire(
     drafter = None
     if speculation is not None:
         drafter = create_speculation(speculation, config, vocab_size=model_config.vocab_size, device=str(device))
-    return Engine(Scheduler(limits, kv), runner, drafter)
+    return Engine(Scheduler(limits, kv), runner, drafter, overlap=_overlap(config, device, speculation) == "overlapped")
+
+
+def _overlap(config: EngineConfig, device: torch.device, speculation: SpeculationPlan | None) -> str:
+    """Which loop steps the engine, and why it is not the overlapped one."""
+    if config.disable_overlap_schedule:
+        return "simple (--disable-overlap-schedule)"
+    if not copies_ahead(device.type):
+        return f"simple (on device {device.type} nothing runs beside the host)"
+    return "overlapped" if speculation is None else "simple (guesses follow from the last tokens)"
 
 
 def _scales_text(kv_dtype: torch.dtype, scales: Mapping[int, tuple[float, float]]) -> str:
@@ -396,6 +406,7 @@ def _report(
     scales: Mapping[int, tuple[float, float]],
     speculation: SpeculationPlan | None,
     graphs: str,
+    loop: str,
     seconds: float,
 ) -> tuple[str, ...]:
     """The start-up block, one fact a line: label padded to 16, then the value."""
@@ -424,6 +435,7 @@ def _report(
         ("speculation", "off" if speculation is None else speculation.describe()),
         ("prefix cache", "off (--disable-radix-cache)" if config.disable_radix_cache else "on"),
         ("graphs", graphs),
+        ("loop", loop),
         ("loaded in", f"{seconds:.1f} s"),
     ]
     if config.disable_hybrid_swa_memory:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from l4core.engine.batch import Draft, Inbox, ScheduledBatch, StepTokens
 from l4core.engine.drafter import Speculation
+from l4core.engine.draws import PendingDraws
 from l4core.engine.runner import Runner
 from l4core.engine.scheduler import NO_DRAFTS, Scheduler
 from l4core.errors import RequestError
@@ -17,11 +19,18 @@ EMPTY = Inbox()
 class Engine:
     """Generates token ids from token ids. Knows nothing of text, HTTP or time; two engines may live in one process."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, speculation: Speculation | None = None) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, speculation: Speculation | None = None, *, overlap: bool = False
+    ) -> None:
+        """overlap: schedule and queue a batch while the device computes the one before, where the requests allow it."""
         self.scheduler = scheduler
         self.runner = runner
         self.speculation = speculation
+        self.overlap = overlap
         self._parsed: dict[str, object] = {}
+        self._looking_back: set[str] = set()
+        self._in_flight: PendingDraws | None = None
+        scheduler.max_in_flight = 2 if overlap else 1
 
     @property
     def has_work(self) -> bool:
@@ -29,13 +38,25 @@ class Engine:
         return self.scheduler.has_work
 
     def step(self, inbox: Inbox = EMPTY) -> StepOutput:
-        """Take in what came, compute one batch, hand out what it brought. One call is one forward pass (or none, when idle)."""
+        """Take in what came, compute one batch, hand out what one brought. One call is one forward pass (or none, when idle)."""
         refused = self._drain(inbox)
-        batch = self.scheduler.schedule(self._propose())
-        if batch is None:
-            return self._deliver(self.scheduler.commit(StepTokens()), refused)
-        tokens = self._run(batch)
-        return self._deliver(self.scheduler.commit(tokens), refused)
+        output = self._overlapped_step() if self._may_overlap() else self._simple_step()
+        return self._deliver(output, refused)
+
+    def _simple_step(self) -> StepOutput:
+        """The tokens of a batch are known before the next one is chosen. What the overlapped loop left in flight is taken in first."""
+        if self._in_flight is None:
+            self._in_flight = self._launch(self.scheduler.schedule(self._propose()))
+        tokens = self._wait_for(self._in_flight)
+        self._in_flight = None
+        return self.scheduler.commit(tokens)
+
+    def _overlapped_step(self) -> StepOutput:
+        """The same calls, but while the device computes a batch the host chooses and queues the next. So the end of a sequence is seen one batch
+        late, and the token that was computed behind it is dropped."""
+        earlier = self._in_flight
+        self._in_flight = self._launch(self.scheduler.schedule())
+        return self.scheduler.commit(self._wait_for(earlier))
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forget requests without computing anything; unknown ids are no error. Their ABORT updates come with the next step."""
@@ -58,15 +79,34 @@ class Engine:
     def _forget(self, request_id: str) -> None:
         if request_id in self._parsed:
             del self._parsed[request_id]
+            self._looking_back.discard(request_id)
             if self.speculation is not None:
                 self.speculation.forget((request_id,))
 
-    def _run(self, batch: ScheduledBatch) -> StepTokens:
-        try:
+    def _may_overlap(self) -> bool:
+        """Whether the next batch can be built without the tokens of the last: not for a drafter, nor for a sampler that looks back at them."""
+        return self.overlap and self.speculation is None and not self._looking_back
+
+    def _launch(self, batch: ScheduledBatch | None) -> PendingDraws | None:
+        """Queue a batch on the device, without waiting for it."""
+        if batch is None:
+            return None
+        with self._abandoning():
             forward = self.runner.build(batch)
             computed = self.runner.execute(forward)
-            return self.runner.draw(batch, forward, computed, self._parsed).wait()
-        except BaseException:  # Ctrl-C too: the engine stays usable, its requests are still there and can be aborted
+            return self.runner.draw(batch, forward, computed, self._parsed)
+
+    def _wait_for(self, pending: PendingDraws | None) -> StepTokens | None:
+        with self._abandoning():
+            return None if pending is None else pending.wait()
+
+    @contextmanager
+    def _abandoning(self) -> Iterator[None]:
+        """Whatever interrupts (Ctrl-C too), the engine stays usable: its requests are still there, start over, and can be aborted."""
+        try:
+            yield
+        except BaseException:
+            self._in_flight = None
             self.scheduler.abandon()
             raise
 
@@ -89,6 +129,8 @@ class Engine:
                 continue
             self.scheduler.add(request)
             self._parsed[request.request_id] = parsed
+            if self.runner.pipeline.looks_back(request.params, parsed):
+                self._looking_back.add(request.request_id)
         self.abort(inbox.aborts)
         return refused
 

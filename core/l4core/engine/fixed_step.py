@@ -19,9 +19,6 @@ from l4core.engine.forward import ForwardPlanner, Phase
 from l4core.model.llama4 import Llama4
 from l4core.platform import copies_ahead
 
-PENDING = -1
-"""In place of a token id: the token that the row's sequence drew last, wherever it is by now."""
-
 
 class StepShape(NamedTuple):
     """num_seqs: sequences, padding among them.  num_tokens: new tokens of each."""

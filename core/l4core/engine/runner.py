@@ -16,10 +16,10 @@ import numpy.typing as npt
 import torch
 
 from l4core.attention.step_tables import StepRows
-from l4core.engine.batch import DraftRequest, ScheduledBatch, ScheduledSequence
+from l4core.engine.batch import PENDING, DraftRequest, ScheduledBatch, ScheduledSequence
 from l4core.engine.block_tables import BlockTables
 from l4core.engine.draws import PendingDraws, RowParams
-from l4core.engine.fixed_step import PENDING, Computed, FixedStep, StepOutputs, StepRequests, StepShape
+from l4core.engine.fixed_step import Computed, FixedStep, StepOutputs, StepRequests, StepShape
 from l4core.engine.forward import ForwardPlanner, Phase
 from l4core.engine.graphs import Graphs
 from l4core.engine.verify_rows import Verified

@@ -7,12 +7,16 @@ those; then it moves, ends, and leaves its place to the second: every admitted r
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
+from typing import TypeAlias
 
 from l4core.engine.admission import SchedulerLimits, refusal, victims_for
 from l4core.engine.batch import (
     NO_DRAFT,
+    PENDING,
     Draft,
     DraftRequest,
     DrawnTokens,
@@ -31,13 +35,23 @@ from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput, St
 __all__ = ["Scheduler", "SchedulerLimits"]
 
 NO_PAGES: Mapping[str, NewPages] = MappingProxyType({})
+LAST_TOKEN_PENDING = (PENDING,)
 NO_DRAFTS: Mapping[str, Draft] = MappingProxyType({})
 
 
-class Scheduler:
-    """add/abort as messages come, then schedule → (execute) → commit, once a step. `commit` also ends a step that had nothing to execute."""
+Flight: TypeAlias = Sequence[tuple[SequenceState, ScheduledSequence]]
+"""A scheduled batch that is not committed yet."""
 
-    def __init__(self, limits: SchedulerLimits, kv: KVManager) -> None:
+
+class Scheduler:
+    """add/abort as messages come, then schedule → (execute) → commit, once a step. `commit` also ends a step that had nothing to execute.
+
+    With max_in_flight 2 a batch may be scheduled before the one before it is committed. Its decodes then have tokens that the host does not know; a
+    sequence that turns out to have ended computes one token too many, which nobody sees: its pages may be another's by then, but only for a
+    batch that the device computes later.
+    """
+
+    def __init__(self, limits: SchedulerLimits, kv: KVManager, *, max_in_flight: int = 1) -> None:
         if limits.chunk_size != kv.chunk_size:
             raise ValueError(f"the limits say chunks of {limits.chunk_size} tokens, the KV groups {kv.chunk_size}")
         self.limits = limits
@@ -46,7 +60,8 @@ class Scheduler:
         self._waiting, self._running = RankedQueue(), RankedQueue()
         self._live: dict[str, SequenceState] = {}
         self._rows = list(range(limits.max_running - 1, -1, -1))
-        self._in_flight: list[SequenceState] = []
+        self.max_in_flight = max_in_flight
+        self._flights: deque[Flight] = deque()
         self._updates: list[SequenceUpdate] = []
         self._evicted: list[SequenceState] = []
         self._num_arrived = self._step = self._num_drafted = self._num_accepted = 0
@@ -55,7 +70,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would compute or report anything."""
-        return bool(self._live or self._updates or self._in_flight)
+        return bool(self._live or self._updates or self._flights)
 
     def add(self, request: Request) -> None:
         """Queue a request; one that could never finish is answered by an ERROR update at the next commit. RequestError: its id is in use."""
@@ -114,33 +129,38 @@ class Scheduler:
 
     def schedule(self, drafts: Mapping[str, Draft] = NO_DRAFTS) -> ScheduledBatch | None:
         """The next step's work with its KV slots reserved, or None when there is none. drafts: request id → what to verify of a sequence that
-        `draftable` named since the last commit. Raises RuntimeError before the last step is committed."""
-        if self._in_flight:
+        `draftable` named since the last commit. Raises RuntimeError while max_in_flight batches wait for their commit."""
+        if len(self._flights) >= self.max_in_flight:
             raise RuntimeError("schedule() was called before the batch in flight was committed")
+        for seq, _ in self._flights[-1] if self._flights else ():
+            seq.entry = None
         decodes, prefills = self._split()
         chosen, budget = self._schedule_decodes(decodes, drafts)
         self._schedule_prefills(prefills, chosen, budget)
-        self._in_flight = [seq for seq in chosen if seq.entry is not None] if self._evicted else chosen
-        if not self._in_flight:
+        flight = [(seq, seq.entry) for seq in chosen if seq.entry is not None]
+        if not flight:
             return None
+        for seq, entry in flight:
+            seq.advance(entry)
+        self._flights.append(flight)
         self._step += 1
-        return ScheduledBatch(
-            step=self._step, sequences=[seq.entry for seq in self._in_flight if seq.entry is not None]
-        )
+        return ScheduledBatch(step=self._step, sequences=[entry for _, entry in flight])
 
-    def commit(self, tokens: StepTokens) -> StepOutput:
-        """Take in what the batch in flight drew (nothing, if there was none) → updates of all requests it changed, and the gauges.
+    def commit(self, tokens: StepTokens | None) -> StepOutput:
+        """Take in what the oldest batch in flight drew → updates of all requests it changed, and the gauges. None: no batch has been waited for.
 
-        Raises ValueError when `tokens` are not those of the batch in flight.
+        Raises ValueError when `tokens` are not those of that batch.
         """
-        if len(tokens.drawn) != len(self._in_flight):
-            raise ValueError(f"{len(tokens.drawn)} draws came for {len(self._in_flight)} scheduled sequences")
+        flight = () if tokens is None else self._flights[0] if self._flights else ()
+        tokens = tokens or StepTokens()
+        if len(tokens.drawn) != len(flight):
+            raise ValueError(f"{len(tokens.drawn)} draws came for {len(flight)} scheduled sequences")
         updates, self._updates = self._updates, []
         num_prefill = num_decode = 0
         scores = 0.0
-        for seq, drawn in zip(self._in_flight, tokens.drawn, strict=True):
-            entry, seq.entry = seq.entry, None
-            assert entry is not None
+        for (seq, entry), drawn in zip(flight, tokens.drawn, strict=True):
+            if seq.entry is entry:
+                seq.entry = None
             if entry.is_decode:
                 num_decode += 1
             else:
@@ -148,7 +168,8 @@ class Scheduler:
                 scores += piece_scores(entry.start, len(entry.token_ids))
             if not seq.finished and (update := self._take_in(seq, entry, drawn)) is not None:
                 updates.append(update)
-        self._in_flight = []
+        if flight:
+            self._flights.popleft()
         return StepOutput(updates=updates, stats=self._stats(num_prefill, num_decode, scores))
 
     @property
@@ -170,24 +191,29 @@ class Scheduler:
             raise RuntimeError("the queues and the list of live requests differ")
 
     def abandon(self) -> None:
-        """The batch in flight will never be committed (its execution failed or was interrupted): its sequences start over from the queue.
+        """What is in flight will never be committed (its execution failed or was interrupted): its sequences start over from the queue.
 
         Their pages are given back, since the tables written for them may be incomplete and the KV half written.
         """
-        in_flight, self._in_flight = self._in_flight, []
-        for seq in in_flight:
-            seq.entry = None
-            if not seq.finished and seq.row != NO_ROW:
-                self._preempt(seq)
+        while self._flights:
+            for seq, entry in self._flights.pop():
+                seq.entry = None
+                seq.settle(entry)
+                if not seq.finished and seq.row != NO_ROW:
+                    self._preempt(seq)
 
     # --- one step's choice -------------------------------------------------------------------------------------------------------------
 
     def _split(self) -> tuple[list[SequenceState], list[SequenceState]]:
-        """Running sequences that have only their last token left to compute, and the others; each best first."""
+        """Running sequences that have only their last token left to compute, and the others; each best first. One whose last token is in flight is
+        in neither."""
         decodes: list[SequenceState] = []
         prefills: list[SequenceState] = []
         for seq in self._running:
-            (decodes if seq.is_decode else prefills).append(seq)
+            if not seq.is_decode:
+                prefills.append(seq)
+            elif seq.may_go_on:
+                decodes.append(seq)
         return decodes, prefills
 
     def _schedule_decodes(
@@ -210,11 +236,12 @@ class Scheduler:
             draft = drafts.get(seq.request.request_id, NO_DRAFT) if drafts else NO_DRAFT
             most = min(spare, min(seq.tables.capacity, seq.last_slot) - seq.num_tokens)
             guesses = draft.token_ids[:most] if most > 0 else ()
+            last = LAST_TOKEN_PENDING if seq.num_pending else seq.output_token_ids[-1:]
             seq.entry = ScheduledSequence(
                 request=seq.request,
                 row=seq.row,
                 start=seq.num_computed,
-                token_ids=(*seq.output_token_ids[-1:], *guesses) if guesses else seq.output_token_ids[-1:],
+                token_ids=(*last, *guesses) if guesses else last,
                 new_pages=new_pages,
                 draws=True,
                 is_decode=True,
@@ -252,15 +279,16 @@ class Scheduler:
         seq.num_computed = length
 
     def _is_computed_now(self, seq: SequenceState, chosen: Sequence[SequenceState]) -> bool:
-        """Whether the first page that `seq` would compute is in this step's batch already: then it waits a step and finds it."""
+        """Whether the first page that `seq` would compute is in this step's batch already, or in flight: then it waits a step and finds it."""
         index, page_size = seq.num_computed // self.kv.page_size, self.kv.page_size
         if not self.kv.prefix_cache or seq.wants_prompt_logprobs or (index + 1) * page_size > seq.num_tokens - 1:
             return False
+        now = [(other, entry) for other in chosen if (entry := other.entry) is not None]
         return any(
             entry.start // page_size <= index < (entry.start + len(entry.token_ids)) // page_size
             and other.hashes[index] == seq.hashes[index]
-            for other in chosen
-            if (entry := other.entry) is not None and not entry.is_decode
+            for other, entry in chain(now, *self._flights)
+            if not entry.is_decode and not other.finished
         )
 
     def _drop_pages(self, seq: SequenceState) -> None:
@@ -374,11 +402,15 @@ class Scheduler:
         if drawn.error and not drawn.token_ids:
             self._end(seq)
             return SequenceUpdate(request_id=request_id, finish_reason=FinishReason.ERROR, error=drawn.error)
-        is_first = seq.num_tokens == seq.prompt_len
+        is_first = not seq.output_token_ids
+        seq.settle(entry)
         token_ids, reason = seq.extend(drawn.token_ids)
-        seq.num_computed = length = entry.start + (len(token_ids) if entry.is_decode else len(entry.token_ids))
-        if length >= seq.tables.next_commit:
-            self.kv.commit(seq.tables, length, seq.hashes)
+        length = entry.start + (len(token_ids) if entry.is_decode else len(entry.token_ids))
+        if seq.row != NO_ROW:  # not evicted meanwhile
+            if entry.num_drafts:
+                seq.num_computed = length
+            if length >= seq.tables.next_commit:
+                self.kv.commit(seq.tables, length, seq.hashes)
         prompt_logprobs = seq.new_prompt_logprobs(entry.start, drawn.prompt_logprobs) if drawn.prompt_logprobs else ()
         if not token_ids:
             return SequenceUpdate(request_id=request_id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None

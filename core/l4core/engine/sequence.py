@@ -21,8 +21,9 @@ _rank = attrgetter("rank")
 class SequenceState:
     """Owned by the scheduler, from `add` to the end. Token i of the sequence is prompt[i], then output_token_ids[i − prompt_len].
 
-    rank: (−priority, arrival number), smaller is served first.  num_tokens: prompt + output.  num_computed: tokens whose KV is in the pages.
-    row: block-table row, NO_ROW while waiting.  is_decode: only the token drawn last is left to compute.  entry: its part of the batch in flight.
+    rank: (−priority, arrival number), smaller is served first.  num_tokens: prompt + output, with num_pending tokens that batches in flight draw and
+    that output_token_ids lacks.  num_computed: tokens whose KV is in the pages once those batches are done.  row: block-table row, NO_ROW while
+    waiting.  is_decode: only the token drawn last is left to compute.  entry: its part of the batch scheduled last, until that is committed.
     hashes: of its full pages.  num_cached: prompt tokens found computed when it first started, None before.
     num_prompt_logprobs: prompt positions whose logprobs were handed out.
     """
@@ -33,6 +34,7 @@ class SequenceState:
     tables: PageTables
     prompt_len: int
     num_tokens: int
+    num_pending: int = 0
     num_computed: int = 0
     row: int = NO_ROW
     is_decode: bool = False
@@ -65,6 +67,26 @@ class SequenceState:
         outputs = self.output_token_ids[max(0, begin - split) : end - split]
         return outputs if begin >= split else [*prompt[begin:], *outputs]
 
+    @property
+    def may_go_on(self) -> bool:
+        """Whether a token may follow those drawn, known or not: the last one that is allowed is seen coming, an end by its id is not."""
+        return self.num_tokens - self.prompt_len < self.stops.max_output
+
+    def advance(self, entry: ScheduledSequence) -> None:
+        """The entry is in a batch that will be computed: from now on its tokens count as computed, and a token it draws as drawn. Of a draft only
+        the token before it is sure."""
+        self.num_computed = entry.start + len(entry.token_ids) - entry.num_drafts
+        if entry.draws:
+            self.num_tokens += 1
+            self.num_pending += 1
+            self.is_decode = True
+
+    def settle(self, entry: ScheduledSequence) -> None:
+        """The other way: what the entry drew is about to be taken in, or never will be."""
+        if entry.draws:
+            self.num_tokens -= 1
+            self.num_pending -= 1
+
     def extend(self, token_ids: Sequence[int]) -> tuple[Sequence[int], FinishReason | None]:
         """Take in tokens up to the one that ends the sequence → those taken in, and why it ends."""
         for count, token_id in enumerate(token_ids, start=1):
@@ -77,8 +99,7 @@ class SequenceState:
         """Take in the drawn token → why the sequence ends with it, None = it goes on."""
         self.output_token_ids.append(token_id)
         self.num_tokens += 1
-        self.is_decode = True
-        stops, num_output = self.stops, self.num_tokens - self.prompt_len
+        stops, num_output = self.stops, len(self.output_token_ids)
         if token_id in stops.end_ids and num_output > stops.min_output:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_output >= stops.max_output else None

@@ -23,7 +23,8 @@ class Verified:
 
 def draw_rows(seq: ScheduledSequence, parsed: object) -> list[DrawRow]:
     """One row, or one more than drafts: each sees the outputs before it and the guesses on its own path. parsed: what its sampler parsed."""
-    position, num_output = seq.start + len(seq.token_ids) - seq.num_drafts, len(seq.output_token_ids)
+    position = seq.start + len(seq.token_ids) - seq.num_drafts
+    num_output = position - len(seq.request.prompt_token_ids)  # the newest may be in flight, and not in the list yet
     looks_back = parsed is not UNCHANGED
     return [
         DrawRow(

@@ -56,7 +56,7 @@ _SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 def changes_logits(params: SamplingParams) -> bool:
     """Whether `default_transform` does anything for this request. Masks never remove the best token, so they do nothing to a greedy one."""
     masks = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-    return _has_penalty(params) or bool(params.logit_bias) or (masks and params.temperature > 0)
+    return has_penalty(params) or bool(params.logit_bias) or (masks and params.temperature > 0)
 
 
 def default_transform(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
@@ -76,7 +76,7 @@ def apply_penalties(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.T
     repeated, spent = [], []
     for i, row in enumerate(rows):
         params = row.params
-        output = _ids(row.output_token_ids if _has_penalty(params) else ())
+        output = _ids(row.output_token_ids if has_penalty(params) else ())
         if params.repetition_penalty != 1.0:
             seen = np.concatenate((_ids(row.prompt_token_ids), output))
             repeated.append((i, seen, np.full(len(seen), params.repetition_penalty)))
@@ -159,7 +159,7 @@ def coins(rows: Sequence[SamplerRow], stream: str, device: torch.device | str) -
 # ---------------------------------------------------------------- one step, for the rows that want it
 
 
-def _has_penalty(params: SamplingParams) -> bool:
+def has_penalty(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
 
 

@@ -17,7 +17,7 @@ import torch
 
 from l4core.errors import RequestError
 from l4core.plugin_api import Sampler, SamplerRow, SamplingParams
-from l4core.plugin_ops.sampling import UNCHANGED
+from l4core.plugin_ops.sampling import UNCHANGED, has_penalty
 from l4core.plugin_ops.upload import upload
 from l4core.sampling.blocks import Outbox, blocks, rows_per_block
 from l4core.sampling.draw import argmax_lowest, draw
@@ -101,6 +101,10 @@ class SamplingPipeline:
             raise
         except ValueError as error:
             raise RequestError(str(error), param="sampler_args") from error
+
+    def looks_back(self, params: SamplingParams, parsed: object) -> bool:
+        """Whether what a row may draw depends on the tokens drawn before it. A plugin's sampler is given them, so it may."""
+        return parsed is not UNCHANGED and (params.sampler != "default" or has_penalty(params))
 
     def sample(self, logits: torch.Tensor, rows: Sequence[DrawRow]) -> list[Draw]:
         """logits: float32 [len(rows), vocab_size], left as they are. One Draw a row, in order. One transfer to the host (samplers apart)."""

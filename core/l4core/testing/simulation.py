@@ -6,11 +6,14 @@ in the local group. Freed pages are poisoned, and every read is compared with th
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from l4core.engine.batch import Draft, DraftRequest, DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
+import msgspec
+
+from l4core.engine.batch import PENDING, Draft, DraftRequest, DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.engine.stops import forbidden_token_ids
 from l4core.kv.blocks import NULL_PAGE, KVGroup
@@ -170,9 +173,11 @@ class SimulatedEngine:
         prefix_cache: bool = True,
         num_drafts: int = 0,
         max_local: int | None = None,
+        overlapped: bool = False,
     ) -> None:
         """num_superpages: the null one among them.  failing: ids of requests whose first draw fails.
-        num_drafts: guesses a step, most of them right.  max_local: superpages of local pages at most."""
+        num_drafts: guesses a step, most of them right.  max_local: superpages of local pages at most.
+        overlapped: each step is scheduled before the tokens of the one before are known; without drafts."""
         chunk_size = next((g.chunk_size for g in groups if g.chunk_size is not None), None)
         limits = SchedulerLimits(
             max_running=max_running,
@@ -189,14 +194,25 @@ class SimulatedEngine:
             max_local=max_local,
             on_empty=self.memory.poison,
         )
-        self.scheduler = Scheduler(limits, kv)
+        self.scheduler = Scheduler(limits, kv, max_in_flight=2 if overlapped else 1)
+        self.overlapped, self._executed = overlapped, deque[StepTokens]()
         self.groups, self.vocab_size, self.failing = groups, vocab_size, failing
         self.num_drafts = num_drafts
+        self._last_tokens: dict[int, int] = {}
 
     def step(self) -> StepOutput:
-        """Propose, schedule, execute, commit."""
+        """Propose, schedule, execute, commit; overlapped, the commit is that of the step before."""
         batch = self.scheduler.schedule(self.propose())
-        return self.scheduler.commit(StepTokens() if batch is None else self.execute(batch))
+        return self.scheduler.commit(self.turn(None if batch is None else self.execute(batch)))
+
+    def turn(self, executed: StepTokens | None) -> StepTokens | None:
+        """What to commit after this was executed."""
+        if not self.overlapped:
+            return executed
+        due = self._executed.popleft() if self._executed else None
+        if executed is not None:
+            self._executed.append(executed)
+        return due
 
     def propose(self) -> dict[str, Draft]:
         """A chain for every sequence that can take one. Guess i of a sequence of n tokens is wrong when n + i is a multiple of 4."""
@@ -211,12 +227,23 @@ class SimulatedEngine:
         return drafts
 
     def execute(self, batch: ScheduledBatch) -> StepTokens:
-        """What the device would do: all writes, then all reads."""
+        """What the device would do: all writes, then all reads. It knows the token a row drew last, which the host may not."""
         for seq in batch.sequences:
             self.memory.enter(seq)
-        for seq in batch.sequences:
+        sequences = [self._with_last_token(seq) for seq in batch.sequences]
+        for seq in sequences:
             self.memory.write(seq)
-        return StepTokens(drawn=[self._draw(seq) for seq in batch.sequences])
+        drawn = [self._draw(seq) for seq in sequences]
+        self._last_tokens |= {
+            seq.row: one.token_ids[-1] for seq, one in zip(sequences, drawn, strict=True) if one.token_ids
+        }
+        return StepTokens(drawn=drawn)
+
+    def _with_last_token(self, seq: ScheduledSequence) -> ScheduledSequence:
+        if seq.token_ids[0] != PENDING:
+            return seq
+        last = self._last_tokens[seq.row]
+        return msgspec.structs.replace(seq, token_ids=[last], output_token_ids=[*seq.output_token_ids, last])
 
     def _draw(self, seq: ScheduledSequence) -> DrawnTokens:
         request_id, end = seq.request.request_id, seq.start + len(seq.token_ids)
