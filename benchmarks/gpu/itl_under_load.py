@@ -9,6 +9,7 @@ waits for its next token. Target 0 = none: prompts take the whole --chunked-pref
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import time
@@ -54,6 +55,8 @@ class Case:
             mem_fraction_static=args.mem_fraction_static,
         )
         self.built = build_engine(config, progress=False, model_config=scout(args.layers))
+        gc.collect()
+        gc.freeze()  # as the engine's own process does
         self.engine: Engine = self.built.engine
         self.args = args
         self._random, self._names = random.Random(0), iter(range(1 << 30))
@@ -82,6 +85,7 @@ class Case:
             "prefill_tokens_a_step": summary(tokens),
             "itl_ms": summary(times),
             "itl_alone_ms": summary(quiet),
+            "trace": [(count, round(ms, 2)) for count, ms in zip(tokens, times, strict=True)],
             "late": sum(ms > target_ms for ms in times) / len(times) if target_ms else None,
         }
 
@@ -147,10 +151,10 @@ def main() -> None:
             + ("" if row["finished"] else "  (given up)"),
             flush=True,
         )
-    if args.out:
-        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        head = {"card": card, "torch": torch.__version__, "layers": args.layers, "decodes": args.decodes}
-        args.out.write_text(json.dumps({**head, "prompt": args.prompt, "rows": rows}, indent=1) + "\n")
+        if args.out:
+            card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+            head = {"card": card, "torch": torch.__version__, "layers": args.layers, "decodes": args.decodes}
+            args.out.write_text(json.dumps({**head, "prompt": args.prompt, "rows": rows}) + "\n")
 
 
 if __name__ == "__main__":

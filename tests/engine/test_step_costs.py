@@ -192,11 +192,18 @@ def drive(
     noise: float = 0.02,
     stalls: dict[int, float] | None = None,
     seed: int = 0,
+    alone: int = 8,
+    light: float = 1.0,
 ) -> list[tuple[int, float]]:
-    """Eight requests decode while a long prompt comes in → (prompt tokens, ms) of each step until its last token. stalls: step → extra ms."""
+    """Eight requests decode while a long prompt comes in → (prompt tokens, ms) of each step until its last token. stalls: step → extra
+    ms.  alone: steps of decodes before it.  light: what they take, of a step's own cost with prompts in it."""
     clock, draw = Clock(), random.Random(seed)
     pace, steps = Pace(target_ms, clock), list[tuple[int, float]]()
     start, done = 0, 0
+    for _ in range(alone):
+        pace.stamp(EMPTY)
+        clock.seconds += light * (machine.base + 8 * machine.decode) * (1 + noise * draw.uniform(-1, 1)) / 1e3
+        pace.observe(StepStats(num_decode_tokens=8), busy=True)
     while done < prompt_len:
         inbox = pace.stamp(EMPTY)
         assert inbox.step_costs is not None
@@ -252,6 +259,20 @@ def test_compiling_and_stalls_do_not_starve_the_prompt() -> None:
     assert min(length for length, _ in steps[42:60]) > 800, "two stalls in a row changed what is known"
 
 
+def test_a_restless_machine_gives_prompts_half_of_the_room_at_least() -> None:
+    """Every fifth step takes twice its time, whatever is in it."""
+    steps = drive(SCOUT, 20.0, prompt_len=65_536, stalls=dict.fromkeys(range(3, 2000, 5), 10.0))
+    assert len(steps) < 4 * len(drive(SCOUT, 20.0, prompt_len=65_536))
+
+
+def test_prompts_may_hit_experts_that_decodes_do_not() -> None:
+    """A step of few decodes reads a fraction of the weights; with a prompt in it, all of them."""
+    plain = drive(SCOUT, 20.0, prompt_len=131_072)
+    steps = drive(SCOUT, 20.0, prompt_len=131_072, light=0.3)
+    assert sum(ms > 20 for _, ms in steps) <= 0.01 * len(steps)
+    assert len(steps) < 1.3 * len(plain)
+
+
 def test_nothing_known_means_a_careful_start() -> None:
     pace = Pace(30.0, Clock())
     assert pace.costs().max_prefill_tokens == FIRST_PREFILL_TOKENS
@@ -271,9 +292,9 @@ def test_idle_time_is_no_step() -> None:
     assert costs.base_ms + costs.decode_ms + 100 * costs.token_ms + 5000 * costs.score_ms == pytest.approx(10.0)
 
 
-@given(st.lists(st.tuples(st.integers(1, 8192), st.integers(0, 10**6), st.integers(0, 256)), min_size=1, max_size=40))
-def test_fitted_costs_are_never_negative(steps: list[tuple[int, int, int]]) -> None:
-    fit, draw = Fit(), random.Random(0)
-    for tokens, start, decodes in steps:
-        fit.add((1, tokens, piece_scores(start, tokens), decodes), draw.uniform(0.1, 100))
+@given(st.lists(st.tuples(st.integers(1, 8192), st.integers(0, 10**6)), min_size=1, max_size=40))
+def test_fitted_costs_are_never_negative(steps: list[tuple[int, int]]) -> None:
+    fit, draw = Fit((1024.0, 1024.0 * 8192)), random.Random(0)
+    for tokens, start in steps:
+        fit.add((tokens, piece_scores(start, tokens)), draw.uniform(0.1, 100), beside=5.0)
         assert all(value >= 0 for value in fit.coefficients)

@@ -12,11 +12,13 @@ from l4core.engine.step_costs import MIN_PREFILL_TOKENS, StepCosts
 from l4core.request import StepOutput, StepStats
 
 FIRST_PREFILL_TOKENS = 256
-"""Where nothing is known yet; the limit doubles with every step that computed that many."""
+"""Where nothing is known yet. A step has at most twice the prompt tokens of the one before."""
 MEMORY = 0.97
 """Weight of a step after one more: half of what is known comes from the last 23."""
-UNITS = (1.0, 1024.0, 1024.0 * 8192.0, 64.0)
-"""Steps, prompt tokens, scores and decodes that cost one unknown each: all four then lie between 0.1 and 100 ms."""
+OWN_UNITS = (1.0, 64.0)
+"""Steps and decodes …"""
+PIECE_UNITS = (1024.0, 1024.0 * 8192.0)
+"""… and prompt tokens and scores that cost one unknown each: all of them then lie between 0.1 and 100 ms."""
 SWEEPS = 8
 
 
@@ -43,17 +45,19 @@ def paced(engine: Stepped, target_ms: float | None) -> Callable[[Inbox], StepOut
 
 
 class Pace:
-    """`stamp` what goes into a step and `observe` what came out; in between, costs are fitted to the steps that had prompts in them.
+    """`stamp` what goes into a step and `observe` what came out; in between, costs are fitted to what steps took.
 
-    Steps of decodes alone do not count: they read fewer experts.
+    Steps without a prompt tell what decodes cost. What a step with one takes beyond that is put down to its prompt tokens, all of it: a step may
+    have a cost of its own besides (prompts hit experts that decodes do not), but a length is chosen that gave the target, whatever it is made of.
     """
 
     def __init__(self, target_ms: float, clock: Callable[[], float] = time.perf_counter) -> None:
         """target_ms: wanted between two tokens of a request.  clock: seconds."""
         self._target_ms, self._clock = target_ms, clock
         self._since: float | None = None
-        self._fit = Fit()
-        self._error_ms = 0.0
+        self._own, self._pieces = Fit(OWN_UNITS), Fit(PIECE_UNITS)
+        self._num_decodes = 0
+        self._most = FIRST_PREFILL_TOKENS
 
     def stamp(self, inbox: Inbox) -> Inbox:
         """The same inbox with what is known of costs. Call it just before the step."""
@@ -65,74 +69,77 @@ class Pace:
         """Call it just after the step. busy: there is a next one at once, so the time until its end belongs to it."""
         now = self._clock()
         began, self._since = self._since, now if busy else None
-        if began is None or not stats.num_prefill_tokens:
+        if began is None:
             return
-        features = (1, stats.num_prefill_tokens, stats.num_prefill_scores, stats.num_decode_tokens)
-        error_ms = self._fit.add(features, (now - began) * 1e3)
-        if error_ms is not None:
-            self._error_ms = 0.9 * self._error_ms + 0.1 * error_ms
+        ms, tokens, decodes = (now - began) * 1e3, stats.num_prefill_tokens, stats.num_decode_tokens
+        own = (1, decodes)
+        if not tokens:
+            if decodes:
+                self._own.add(own, ms)
+        elif self._pieces.add((tokens, stats.num_prefill_scores), ms, beside=self._own.expected(own)):
+            self._most = max(MIN_PREFILL_TOKENS, int(0.8 * self._most), 2 * tokens)
+            self._num_decodes = decodes
 
     def costs(self) -> StepCosts:
-        """What is known now. The target is lowered by three times the usual error of the prediction, by a half at most."""
-        base_ms, token_ms, score_ms, decode_ms = self._fit.coefficients
+        """What is known now. The target is lowered by three times the usual error of the prediction; by half of what is left for prompts at most,
+        since most of a restless machine's errors come whatever prompts do."""
+        (base_ms, decode_ms), (token_ms, score_ms) = self._own.coefficients, self._pieces.coefficients
+        room_ms = max(0.0, self._target_ms - base_ms - decode_ms * self._num_decodes)
         return StepCosts(
-            target_ms=max(self._target_ms - 3 * self._error_ms, self._target_ms / 2),
+            target_ms=self._target_ms - min(3 * self._pieces.error_ms, room_ms / 2),
             base_ms=base_ms,
             decode_ms=decode_ms,
             token_ms=token_ms,
             score_ms=score_ms,
-            max_prefill_tokens=max(MIN_PREFILL_TOKENS, 2 * self._fit.largest)
-            if self._fit.largest
-            else FIRST_PREFILL_TOKENS,
+            max_prefill_tokens=self._most,
         )
 
 
 class Fit:
     """Least squares with coefficients ≥ 0 over steps whose weight fades: the normal equations, and a few sweeps of coordinate descent from the
-    last solution. What recent steps cannot tell apart keeps the split it had. Whatever could be the step's own cost is taken for that first, so
-    pieces grow until tokens are seen to cost something. largest: most prompt tokens in a step that is remembered.
+    last solution. What recent steps cannot tell apart keeps the split it had. error_ms: usual error of a prediction.
     """
 
-    def __init__(self) -> None:
-        self._known = False
-        self._strange = self.largest = 0
-        self._solution, self._right = [0.0] * len(UNITS), [0.0] * len(UNITS)
-        self._matrix = [[0.0] * len(UNITS) for _ in UNITS]
+    def __init__(self, units: Sequence[float]) -> None:
+        self._units = units
+        self._solution, self._right = [0.0] * len(units), [0.0] * len(units)
+        self._matrix = [[0.0] * len(units) for _ in units]
+        self._known, self._strange, self.error_ms = False, 0, 0.0
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        """ms for one step, one prompt token, one score and one decode."""
-        return tuple(value / unit for value, unit in zip(self._solution, UNITS, strict=True))
+        """ms for one of each feature."""
+        return tuple(value / unit for value, unit in zip(self._solution, self._units, strict=True))
 
-    def add(self, features: Sequence[float], ms: float) -> float | None:
-        """Learn from one step → how far off the prediction was, in ms; None when there was none to judge.
+    def expected(self, features: Sequence[float]) -> float:
+        """ms."""
+        return sum(a * b for a, b in zip(self.coefficients, features, strict=True))
+
+    def add(self, features: Sequence[float], ms: float, *, beside: float = 0.0) -> bool:
+        """Learn from one step → whether it counted. beside: ms of it that are known to be for something else.
 
         One that took over four times what was expected (a kernel being compiled, a stalled machine) is let go, and so is a second: a third in a
         row, or one that took less than a quarter, says that what was known is no longer so.
         """
-        x = [value / unit for value, unit in zip(features, UNITS, strict=True)]
-        expected = sum(a * b for a, b in zip(self._solution, x, strict=True))
-        known = self._known
-        if known and ms > 4 * expected and self._strange < 2:
+        expected = beside + self.expected(features)
+        if self._known and ms > 4 * expected and self._strange < 2:
             self._strange += 1
-            return None
-        if known and not expected / 4 <= ms <= 4 * expected:
-            self._forget()
-            known = False
+            return False
+        if self._known and not expected / 4 <= ms <= 4 * expected:
+            fresh = Fit(self._units)
+            self._solution, self._right, self._matrix = fresh._solution, fresh._right, fresh._matrix
+            self.error_ms = 0.0
+        elif self._known:
+            self.error_ms += 0.1 * (abs(ms - expected) - self.error_ms)
         self._strange, self._known = 0, True
-        self.largest = max(self.largest, int(features[1]))
+        self._learn([value / unit for value, unit in zip(features, self._units, strict=True)], max(0.0, ms - beside))
+        return True
+
+    def _learn(self, x: Sequence[float], ms: float) -> None:
         for i, row in enumerate(self._matrix):
             self._right[i] = MEMORY * self._right[i] + x[i] * ms
-            for j in range(len(UNITS)):
+            for j in range(len(x)):
                 row[j] = MEMORY * row[j] + x[i] * x[j]
-        self._solve()
-        return abs(ms - expected) if known else None
-
-    def _forget(self) -> None:
-        fresh = Fit()
-        self.largest, self._solution, self._right, self._matrix = 0, fresh._solution, fresh._right, fresh._matrix
-
-    def _solve(self) -> None:
         solution = self._solution
         for _ in range(SWEEPS):
             for i, row in enumerate(self._matrix):
