@@ -49,7 +49,12 @@ def run(name: str, command: Sequence[str], env: dict[str, str], log: Path) -> tu
     with (
         log.open("w") as file,
         subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            env={**env, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         ) as process,
     ):
         timer = threading.Timer(LIMIT_SECONDS[name], process.kill)
