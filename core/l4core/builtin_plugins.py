@@ -24,6 +24,7 @@ from l4core.plugin_api import (
 OLDEST_TRITON = Version("3.6")
 FLOATS = ("float32", "bfloat16", "float16")
 FP8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
+QUANTISED = ("fp8_channel", "int4_g128")
 
 
 @hookimpl
@@ -44,6 +45,15 @@ def l4_expert_kernels() -> list[ExpertKernelEntry]:
         ),
         ExpertKernelEntry(
             name="triton", api=PLUGIN_API, probe=probe_triton_experts, create="l4core.experts.fused:create"
+        ),
+        ExpertKernelEntry(
+            name="torch_quantised",
+            api=PLUGIN_API,
+            probe=probe_torch_quantised,
+            create="l4core.experts.quantised:create",
+        ),
+        ExpertKernelEntry(
+            name="triton_int4", api=PLUGIN_API, probe=probe_triton_int4, create="l4core.experts.int4_triton:create"
         ),
     ]
 
@@ -110,6 +120,22 @@ def probe_torch_experts(platform: Platform, requirements: ExpertRequirements) ->
 
 def probe_triton_experts(platform: Platform, requirements: ExpertRequirements) -> ExpertsUsable | Unusable:
     """NVIDIA's and AMD's devices where triton is installed; plain weights."""
+    return _triton_experts(platform, requirements, "plain")
+
+
+def probe_triton_int4(platform: Platform, requirements: ExpertRequirements) -> ExpertsUsable | Unusable:
+    """The same for 4-bit weights."""
+    return _triton_experts(platform, requirements, "int4_g128")
+
+
+def probe_torch_quantised(platform: Platform, requirements: ExpertRequirements) -> ExpertsUsable | Unusable:
+    """Any device torch knows, weights in fewer bits."""
+    if requirements.weight_format not in QUANTISED:
+        return Unusable(reason=f"weights are {requirements.weight_format}; wanted {' or '.join(QUANTISED)}")
+    return ExpertsUsable(tier=Tier.PORTABLE, graph=True, provider=f"torch {platform.torch_version}")
+
+
+def _triton_experts(platform: Platform, requirements: ExpertRequirements, kept: str) -> ExpertsUsable | Unusable:
     found = platform.library("triton")
     if found is None:
         return Unusable(reason="triton is not installed", fix=f"pip install 'triton>={OLDEST_TRITON}'")
@@ -123,9 +149,9 @@ def probe_triton_experts(platform: Platform, requirements: ExpertRequirements) -
         )
     if requirements.dtype not in FLOATS:
         return Unusable(reason=f"dtype is {requirements.dtype}; wanted one of {', '.join(FLOATS)}")
-    formats = {requirements.weight_format, requirements.shared_format} - {"plain", None}
+    formats = {requirements.weight_format, requirements.shared_format} - {kept, None}
     if formats:
-        return Unusable(reason=f"weights are {', '.join(map(str, formats))}; these kernels take plain ones")
+        return Unusable(reason=f"weights are {', '.join(map(str, formats))}; these kernels take {kept} ones")
     rows = requirements.max_num_tokens
     itemsize = 4 if requirements.dtype == "float32" else 2
     return ExpertsUsable(

@@ -76,7 +76,12 @@ class EngineConfig:
         MODEL,
         choices=("auto", "safetensors", "dummy"),
     )
-    quantization: str | None = _opt(None, "weight quantisation", MODEL, not_built=f"--quantization {LATER}")
+    quantization: str | None = _opt(
+        None,
+        "quantise plain weights while loading: fp8 all matrices of the layers, int4 the experts (default: as the checkpoint is)",
+        MODEL,
+        choices=("fp8", "int4"),
+    )
     trust_remote_code: bool = _opt(False, "accepted for compatibility; code from a checkpoint is never executed", MODEL)
     enable_multimodal: bool = _opt(False, "image input", MODEL, not_built=f"--enable-multimodal {LATER} (text works)")
     context_length: int | None = _opt(

@@ -291,10 +291,10 @@ class ExpertWeights:
 
     format       gate_up, down                                        gate_up_scale, down_scale
     plain        [E, 2I, H], [E, H, I] of the compute dtype           None
-    fp8_channel  the same, float8_e4m3fn                              float32 [E, 2I], [E, H]: of an output row
-    int4_g128    int32 [E, 2I, H/8], [E, H, I/8]: eight values of     compute dtype [E, 2I, H/128], [E, H, I/128]: of 128 inputs
-                 the input side, the first in the lowest four bits,
-                 each stored as value + 8
+    fp8_channel  the same, float8_e4m3fn                              float32 [E, 2I, 1], [E, H, 1]: of an output row
+    int4_g128    int16 [E, ⌈H/128⌉, 2I, 32], [E, ⌈I/128⌉, H, 32]:     bfloat16 [E, ⌈H/128⌉, 2I], [E, ⌈I/128⌉, H]: of 128 inputs
+                 nibble q of word j of group g is the value + 8 of
+                 input 128·g + 32·q + j
 
     shared_*: the shared expert's, the same without E; all None when the layer adds it by itself.
     """

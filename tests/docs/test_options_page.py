@@ -28,4 +28,3 @@ def test_units_ranges_and_choices_are_shown() -> None:
     assert "| `port` |  | N, 0 to 65535 | `30000` |" in page
     assert "| `drain_seconds` |  | seconds, 0 to 86400 | `30.0` |" in page
     assert "`auto` `safetensors` `dummy`" in page
-    assert "*Refused for now:* --quantization is not built yet" in page

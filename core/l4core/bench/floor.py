@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from l4core.engine.capacity import EXPERTS, element_bytes
+from l4core.engine.capacity import element_bytes
 from l4core.model.config import ModelConfig
 from l4core.model.layout import parameters
 
-ROUTED = EXPERTS[0]
+ROUTED = ".moe.experts."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ def weights_of(sizes: Iterable[tuple[str, float]], *, tied: bool) -> Weights:
 
 
 def weights_by_config(config: ModelConfig, weights: str = "bfloat16") -> Weights:
-    """weights: a key of engine.capacity.WEIGHTS."""
+    """weights: one of engine.capacity.WEIGHTS."""
     sizes = ((p.name, math.prod(p.shape) * element_bytes(p, weights)) for p in parameters(config, ()))
     return weights_of(sizes, tied=config.tie_word_embeddings)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -22,6 +23,7 @@ from l4core.engine.runner import Runner
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.engine.speculation import SpeculationPlan, create_speculation, plan_speculation
 from l4core.engine.step_memory import needs_of
+from l4core.engine.weight_formats import weight_formats
 from l4core.errors import ConfigError
 from l4core.experts.select import SelectedExperts, select_experts
 from l4core.kv.blocks import KVGroup
@@ -31,12 +33,14 @@ from l4core.kv.memory import KVMemory
 from l4core.kv.planner import KVPlan, plan_kv, ratio_cost
 from l4core.model.config import ModelConfig
 from l4core.model.kv_scales import read_kv_scales
-from l4core.model.llama4 import Llama4
+from l4core.model.llama4 import Layer, Llama4
+from l4core.model.quantised import Formats, exchange_layers, expert_formats
 from l4core.model.repository import resolve_model
 from l4core.model.weights import fill_dummy, load_weights
 from l4core.platform import Platform, copies_ahead, detect
-from l4core.plugin_api import AttentionRequirements, ExpertKernel, ExpertRequirements, Sampler
+from l4core.plugin_api import AttentionRequirements, ExpertRequirements, Sampler
 from l4core.plugin_manager import Plugins, create_object, load_plugins
+from l4core.quant.formats import PLAIN
 from l4core.sampling.pipeline import SamplingPipeline
 
 logger = logging.getLogger(__name__)
@@ -76,14 +80,16 @@ def build_engine(
     chunk_size = model_config.attention_chunk_size if any(model_config.chunked_layers) else None
     speculation = plan_speculation(config, plugins, chunk_size)
     selected = _select(config, model_config, platform, plugins, dtype, kv_dtype, speculation)
-    experts = _select_experts(config, model_config, platform, plugins, dtype)
-    weight_bytes = sum(p.numel() for p in _meta_model(model_config, 1).parameters()) * dtype.itemsize
+    formats = weight_formats(config, model_config, folder)
+    kernels = _select_experts(config, model_config, platform, plugins, dtype, formats)
+    experts = next(iter(kernels.values()), None)
+    weight_bytes = sum(p.nbytes for p in _meta_model(model_config, 1, dtype, formats).parameters())
     graphs = _graph_sizes(config, platform, selected)
     needs = _needs(config, model_config, platform, selected, experts, dtype, weight_bytes, graphs)
     budget = device_budget(platform, needs, config.mem_fraction_static)
     plan = _plan(config, model_config, budget, selected, kv_dtype)
     budget = replace(budget, kv=plan.bytes_total)
-    model = _load_model(config, model_config, folder, device, dtype, plan.max_context, progress, experts)
+    model = _load_model(config, model_config, folder, device, dtype, plan.max_context, progress, formats, kernels)
     scales = _kv_scales(config, model_config, folder, kv_dtype)
     engine = _wire(config, model_config, model, plan, selected, plugins, device, kv_dtype, scales, speculation)
     captured = _capture(engine.runner, graphs, plan.max_running, progress=progress and sys.stderr.isatty())
@@ -180,31 +186,43 @@ def _select(
     )
 
 
-def expert_requirements(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> ExpertRequirements:
-    """What this model under these flags asks of an expert kernel, on one rank."""
+def expert_requirements(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, routed: str = PLAIN, shared: str = PLAIN
+) -> ExpertRequirements:
+    """What this model under these flags asks of an expert kernel, on one rank. routed, shared: formats of the weights."""
     return ExpertRequirements(
         num_experts=model.num_experts,
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
         dtype=dtype_name(dtype),
+        weight_format=routed,
+        shared_format=shared if shared == routed else None,
         max_num_tokens=max(config.chunked_prefill_size, config.max_running_requests),
     )
 
 
 def _select_experts(
-    config: EngineConfig, model: ModelConfig, platform: Platform, plugins: Plugins, dtype: torch.dtype
-) -> SelectedExperts | None:
-    """None for a model without experts."""
-    if not any(model.moe_layers):
-        return None
+    config: EngineConfig,
+    model: ModelConfig,
+    platform: Platform,
+    plugins: Plugins,
+    dtype: torch.dtype,
+    formats: Formats,
+) -> Mapping[tuple[str, str], SelectedExperts]:
+    """(format of the routed experts, of the shared one) → kernel; one in all checkpoints but those that quantise some layers only."""
     device = platform.device_type if config.device == "auto" else config.device
-    req = expert_requirements(config, model, dtype)
-    return select_experts(plugins, platform, req, named=config.expert_kernel, device=device)
+    found: dict[tuple[str, str], SelectedExperts] = {}
+    for layer, sparse in enumerate(model.moe_layers):
+        pair = expert_formats(formats, layer)
+        if sparse and pair not in found:
+            req = expert_requirements(config, model, dtype, *pair)
+            found[pair] = select_experts(plugins, platform, req, named=config.expert_kernel, device=device)
+    return found
 
 
-def _meta_model(config: ModelConfig, max_positions: int, experts: ExpertKernel | None = None) -> Llama4:
+def _meta_model(config: ModelConfig, max_positions: int, dtype: torch.dtype, formats: Formats) -> Llama4:
     with torch.device("meta"):
-        return Llama4(config, max_positions=max_positions, experts=experts)
+        return exchange_layers(Llama4(config, max_positions=max_positions).to(dtype), formats)
 
 
 def _load_model(
@@ -215,18 +233,21 @@ def _load_model(
     dtype: torch.dtype,
     max_positions: int,
     progress: bool,
-    experts: SelectedExperts | None,
+    formats: Formats,
+    kernels: Mapping[tuple[str, str], SelectedExperts],
 ) -> Llama4:
     """The model with its weights on the device; they are written straight into place, so there is never a second copy."""
-    kernel = None if experts is None else experts.kernel
     model = (
-        _meta_model(model_config, max_positions, kernel).to(dtype).to_empty(device=device).requires_grad_(False).eval()
+        _meta_model(model_config, max_positions, dtype, formats).to_empty(device=device).requires_grad_(False).eval()
     )
+    for layer, block in enumerate(model.layers):
+        if model_config.moe_layers[layer]:
+            cast(Layer, block).moe.kernel = kernels[expert_formats(formats, layer)].kernel
     parameters = dict(model.named_parameters())
     if config.load_format == "dummy":
         fill_dummy(parameters, config.random_seed)
     else:
-        load_weights(parameters, folder, model_config, progress=progress and sys.stderr.isatty())
+        load_weights(parameters, folder, model_config, progress=progress and sys.stderr.isatty(), formats=formats)
     del parameters  # packing lets plain weights go
     model.pack()
     return model

@@ -17,6 +17,7 @@ from l4core.model.config import ModelConfig
 from l4core.model.draft_size import draft_weight_bytes
 from l4core.model.layout import Parameter, parameters
 from l4core.model.slicing import check_world, rank_config, rank_shape
+from l4core.quant.formats import ONLINE, stored_bytes
 
 GIB = 1 << 30
 
@@ -41,11 +42,7 @@ DEVICES: Mapping[str, Device] = {
 }
 """GiB of H100, H200 and B200 as they were seen, of the others what is sold, less up to two. `--memory` takes any number."""
 PRESETS = ("scout", "maverick")
-WEIGHTS: Mapping[str, float] = {"bfloat16": 2.0, "fp8": 1.0, "int4": 0.5 + 2 / 128}
-"""Bytes an element of a linear layer, scales included where they count: int4 has one bfloat16 scale for 128 elements, on experts only."""
-EXPERTS = (".moe.experts.", ".moe.shared.")
-LINEAR = (*EXPERTS, ".attn.qkv.", ".attn.o.", ".mlp.")
-"""Parts of the names of quantised parameters."""
+WEIGHTS = ("bfloat16", *ONLINE)
 LENGTHS = (1_000, 8_000, 32_000, 128_000, 1_000_000)
 RATIOS = (1.0, 0.8, 0.1, 0.01)
 """Of local to global tokens, as pools that are split at start-up need one; 0.8 is SGLang's default."""
@@ -53,7 +50,7 @@ RATIOS = (1.0, 0.8, 0.1, 0.01)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is asked. memory_bytes: of one device.  weights: a key of WEIGHTS.  kv_bytes: of one stored element.  fraction: None = the default.
+    """What is asked. memory_bytes: of one device.  weights: one of WEIGHTS.  kv_bytes: of one stored element.  fraction: None = the default.
     local_ratio: cap on local KV (kv.planner.local_cap).  hybrid: local pages of finished chunks are dropped.
     workspace: of the attention backend, bytes.  num_tokens: computed in one step at most.  graphs: batches of captured decode steps.
     draft: of a draft model, its config.json, None = no speculation.  lengths: of which requests are counted, tokens."""
@@ -174,15 +171,15 @@ def capacity(config: ModelConfig, setup: Setup) -> Capacity:
 
 
 def rank_weight_bytes(config: ModelConfig, tp: int, weights: str) -> int:
-    """Bytes of the largest rank's share. Embedding, head, router and norms stay in bfloat16; int4 is for experts, routed and shared."""
+    """Bytes of the largest rank's share. weights: one of WEIGHTS; what each takes says quant.formats."""
     check_world(config, tp)
+    kept = None if weights == "bfloat16" else weights
     return max(
-        sum(int(math.prod(rank_shape(p, rank, tp)) * element_bytes(p, weights)) for p in parameters(config, ()))
-        for rank in range(tp)
+        sum(stored_bytes(p.name, rank_shape(p, rank, tp), kept) for p in parameters(config, ())) for rank in range(tp)
     )
 
 
 def element_bytes(parameter: Parameter, weights: str) -> float:
-    """Bytes of one element, 0.5 and its scale for int4. weights: a key of WEIGHTS."""
-    quantised = EXPERTS if weights == "int4" else LINEAR
-    return WEIGHTS[weights if any(part in parameter.name for part in quantised) else "bfloat16"]
+    """Bytes of one element, its share of the scales included. weights: one of WEIGHTS."""
+    kept = None if weights == "bfloat16" else weights
+    return stored_bytes(parameter.name, parameter.shape, kept) / math.prod(parameter.shape)

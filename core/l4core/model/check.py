@@ -118,7 +118,6 @@ def _small_files(folder: Path) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def _weights(index: FolderIndex, plan: WeightPlan, problems: list[Problem]) -> dict[str, Any]:
-    not_built = f"running {plan.scheme} weights is not built yet in this version of L4" if plan.scheme else None
     return {
         "quantisation": plan.scheme,
         "shards": len(index.shards),
@@ -128,7 +127,6 @@ def _weights(index: FolderIndex, plan: WeightPlan, problems: list[Problem]) -> d
         "tied": len(plan.tied),
         "bytes_per_rank": plan.num_bytes,
         "problems": (*problems, *index.problems, *plan.problems),
-        "not_built": not_built,
     }
 
 

@@ -21,6 +21,8 @@ def parameter(*shape: int, transposed: bool = False) -> nn.Parameter:
 class Linear(nn.Module):
     """y = x · weightᵀ, weight [out, in], no bias."""
 
+    format = "plain"
+
     def __init__(self, num_out: int, num_in: int) -> None:
         super().__init__()
         self.weight = parameter(num_out, num_in)
@@ -33,6 +35,10 @@ class Linear(nn.Module):
         """Puts the weight, loaded before, in the order a CPU reads fastest; elsewhere, and for a small one, nothing happens."""
         if can_pack(self.weight):
             self.weight = nn.Parameter(pack(self.weight), requires_grad=False)
+
+    def scale(self) -> torch.Tensor | None:
+        """The weight's scale in a format that has one."""
+        return None
 
 
 class RMSNorm(nn.Module):

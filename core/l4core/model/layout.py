@@ -109,7 +109,8 @@ def _moe(config: ModelConfig, layer: int, stored: Container[str]) -> Iterator[Pa
     experts, hidden, inter = config.num_experts, config.hidden_size, config.intermediate_size
     yield _whole(ours + "router.weight", theirs + "router.weight", (experts, hidden))
     yield from _mlp(ours + "shared.", theirs + "shared_expert.", hidden, inter)
-    one_each = f"{theirs}experts.0.gate_proj.weight" in stored and theirs + FUSED_EXPERTS not in stored
+    first = f"{theirs}experts.0.gate_proj.weight"
+    one_each = (first in stored or f"{first}_packed" in stored) and theirs + FUSED_EXPERTS not in stored
     make = _experts_one_each if one_each else _experts_fused
     gate_up, down = make(theirs + "experts.", experts, hidden, inter)
     yield Parameter(name=ours + "experts.gate_up", shape=(experts, hidden, 2 * inter), parts=tuple(gate_up), stack=2)

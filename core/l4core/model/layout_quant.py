@@ -1,9 +1,11 @@
 """Quantised checkpoints: which schemes are mapped, and the scale parameters that go with the weights of layout.py. Torch-free.
 
-Mapped are compressed-tensors FP8 (Meta's Maverick FP8: one tensor an expert, a scale per output channel) and ModelOpt FP8 (NVIDIA's: fused
-experts, one scale and one input scale a tensor). Which modules are quantised is read off the scales present, not off the config's
-ignore list: a scale without FP8 weights, FP8 weights without a scale, or a scale of another shape is a named problem.
-Scale parameters are called like their weight with the checkpoint's ending: `…attn.qkv.weight_scale`, `…experts.gate_up_input_scale`.
+Mapped are compressed-tensors FP8 (Meta's Maverick FP8: one tensor an expert, a scale per output channel), ModelOpt FP8 (NVIDIA's: fused
+experts, one scale and one input scale a tensor) and compressed-tensors' pack-quantized INT4 (symmetric, a scale for 128 inputs, eight values an
+int32). Which modules are quantised is read off the scales present, not off the config's ignore list: a scale without FP8 weights, FP8 weights
+without a scale, or a scale of another shape is a named problem. Scales lie beside the rows they belong to, and q and k rows keep the checkpoint's
+order here, so nothing has to be permuted. Scale parameters are called like their weight with the checkpoint's ending: `…attn.qkv.weight_scale`,
+`…experts.gate_up_input_scale`, packed weights `…attn.qkv.weight_packed`.
 """
 
 from __future__ import annotations
@@ -18,11 +20,16 @@ from l4core.errors import CheckpointError, NotBuiltError
 from l4core.model.config import ModelConfig
 from l4core.model.layout import Parameter, Part
 from l4core.model.safetensors_index import StoredTensor
+from l4core.quant.formats import GROUP
 
 WEIGHT_SCALE, INPUT_SCALE = "weight_scale", "input_scale"
 KV_SCALES = ("k_scale", "v_scale")
 KV_ONLY = ("quant_algo", "kv_cache_quant_algo", "kv_cache_scheme")
 """Keys of a quantization_config without quantised weights: the first is null."""
+MODELOPT_FP8, COMPRESSED_FP8, COMPRESSED_INT4 = "ModelOpt FP8", "compressed-tensors FP8", "compressed-tensors INT4"
+PACKED = "_packed"
+PER_WORD = 8
+"""Values in an int32 of a packed weight."""
 
 
 def scheme_of(quantization: Mapping[str, Any] | None) -> str | None:
@@ -37,11 +44,13 @@ def scheme_of(quantization: Mapping[str, Any] | None) -> str | None:
     if not (quantization.get("config_groups") or inner.get("quant_algo")) and any(key in inner for key in KV_ONLY):
         return None  # only the KV cache is quantised, or nothing
     if method == "modelopt" and inner.get("quant_algo") == "FP8":
-        return "ModelOpt FP8"
+        return MODELOPT_FP8
     groups = list((quantization.get("config_groups") or {}).values())
     weights = [group.get("weights") or {} for group in groups]
     if method == "compressed-tensors" and weights and all(_is_fp8(w) for w in weights):
-        return "compressed-tensors FP8"
+        return COMPRESSED_FP8
+    if method == "compressed-tensors" and weights and all(_is_int4(w) for w in weights):
+        return COMPRESSED_INT4
     details = [inner.get("quant_algo"), quantization.get("format"), quantization.get("bits")]
     details += [f"{w.get('num_bits')}-bit {w.get('type')}, {w.get('strategy')}" for w in weights]
     shown = "; ".join(str(detail) for detail in details if detail)
@@ -82,6 +91,47 @@ def _is_fp8(weights: Mapping[str, Any]) -> bool:
         weights.get("num_bits") == 8
         and weights.get("type") == "float"
         and weights.get("strategy") in ("channel", "tensor")
+    )
+
+
+def _is_int4(weights: Mapping[str, Any]) -> bool:
+    return (
+        weights.get("num_bits") == 4
+        and weights.get("type") == "int"
+        and weights.get("strategy") == "group"
+        and weights.get("group_size") == GROUP
+        and weights.get("symmetric") is True
+        and weights.get("actorder") in (None, "weight", "static")
+    )
+
+
+def packed(parameter: Parameter, stored: Mapping[str, StoredTensor]) -> tuple[Parameter, Parameter] | None:
+    """(packed weight, scale) of a weight of a pack-quantized checkpoint, out by in: [rows, K/8] and [rows, K/128], or with experts in front.
+    None where no part of it is packed."""
+    if not any(part.source + PACKED in stored for part in parameter.parts):
+        return None
+    return _per_input(parameter, PACKED, PER_WORD), _per_input(parameter, "_scale", GROUP)
+
+
+def _per_input(parameter: Parameter, ending: str, inputs: int) -> Parameter:
+    """One number for `inputs` inputs of an output."""
+    parts = tuple(_fewer_inputs(part, ending, inputs) for part in parameter.parts)
+    rows = sum(part.shape[0] for part in parts if part.expert == parts[0].expert)
+    lead = () if parts[0].expert is None else (parameter.shape[0],)
+    stack = len(lead) + (1 if parameter.parts[0].split == 1 else 0)
+    name = f"{parameter.name.removesuffix('.weight')}{'.weight' if parameter.name.endswith('.weight') else '_weight'}{ending}"
+    return Parameter(name=name, shape=(*lead, rows, parts[0].shape[1]), parts=parts, stack=stack)
+
+
+def _fewer_inputs(part: Part, ending: str, inputs: int) -> Part:
+    cut = part.split == 1
+    return dataclasses.replace(
+        part,
+        source=part.source + ending,
+        shape=(part.shape[0], -(-part.shape[1] // inputs)),
+        size=-(-part.size // inputs) if cut else part.size,
+        unit=max(1, part.unit // inputs) if cut else part.unit,
+        transpose=False,
     )
 
 

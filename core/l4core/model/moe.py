@@ -18,11 +18,17 @@ class Experts(nn.Module):
     """The routed experts. Shapes are the checkpoint's, in by out; in memory each expert lies out by in, the order in which a product of few
     rows, and any product in bfloat16 on a CPU, reads a weight fastest."""
 
+    format = "plain"
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         num_experts, hidden, inter = config.num_experts, config.hidden_size, config.intermediate_size
         self.gate_up = parameter(num_experts, hidden, 2 * inter, transposed=True)  # gate columns first
         self.down = parameter(num_experts, inter, hidden, transposed=True)
+
+    def matrices(self) -> tuple[tuple[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]:
+        """(gate_up, its scale), (down, its scale) as kernels read them."""
+        return (self.gate_up.transpose(1, 2), None), (self.down.transpose(1, 2), None)
 
 
 class MoE(nn.Module):
@@ -44,7 +50,13 @@ class MoE(nn.Module):
         expert_ids, score = route(x, self.router.weight)
         if self.packed is not None:
             return self.packed(x, expert_ids, score)
-        return self.kernel.forward(x, expert_ids, score, self.weights())
+        out = self.kernel.forward(x, expert_ids, score, self.weights())
+        return out if self.shared_in_kernel else out.add_(self.shared(x))
+
+    @property
+    def shared_in_kernel(self) -> bool:
+        """True iff the kernel computes the shared expert too, which it does for one kept in the format of the routed ones."""
+        return self.shared.gate_up.format == self.experts.format
 
     def pack(self) -> None:
         """Torch's experts on a CPU, loaded before: their weights go into the order a CPU reads fastest, and the plain ones are let go."""
@@ -56,9 +68,15 @@ class MoE(nn.Module):
 
     def weights(self) -> ExpertWeights:
         """This layer's weights as kernels read them; made at each call because a parameter may be moved."""
+        (gate_up, gate_up_scale), (down, down_scale) = self.experts.matrices()
+        shared = self.shared if self.shared_in_kernel else None
         return ExpertWeights(
-            gate_up=self.experts.gate_up.transpose(1, 2),
-            down=self.experts.down.transpose(1, 2),
-            shared_gate_up=self.shared.gate_up.weight,
-            shared_down=self.shared.down.weight,
+            gate_up=gate_up,
+            down=down,
+            gate_up_scale=gate_up_scale,
+            down_scale=down_scale,
+            shared_gate_up=None if shared is None else shared.gate_up.weight,
+            shared_down=None if shared is None else shared.down.weight,
+            shared_gate_up_scale=None if shared is None else shared.gate_up.scale(),
+            shared_down_scale=None if shared is None else shared.down.scale(),
         )

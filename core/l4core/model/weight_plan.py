@@ -14,17 +14,18 @@ from l4core.errors import CheckpointError
 from l4core.model.boxes import Shape
 from l4core.model.config import ModelConfig
 from l4core.model.layout import Parameter, parameters
-from l4core.model.layout_quant import kv_scales, scale_name, scales, scheme_of
+from l4core.model.layout_quant import COMPRESSED_INT4, kv_scales, packed, scale_name, scales, scheme_of
 from l4core.model.safetensors_index import ITEM_SIZES, Problem, StoredTensor
 from l4core.model.slicing import Region, check_world, rank_shape, regions
+from l4core.quant import formats
 
 VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
 TEXT_PREFIXES = ("language_model.model.", "model.")
 HEAD_NAMES = {"language_model.lm_head.": "lm_head.", "lm_head.": "lm_head."}
 
-PLAIN, FP8, SCALE = ("BF16", "F16", "F32"), ("F8_E4M3",), ("F32", "BF16", "F16")
+PLAIN, FP8, SCALE, WORDS = ("BF16", "F16", "F32"), ("F8_E4M3",), ("F32", "BF16", "F16"), ("I32",)
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3"}
+STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3", "int32": "I32"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +44,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightPlan:
-    """scheme: quantisation, None = plain.  used, vision, tied: full checkpoint names.  kv_scales: of the used ones, those that are no weight's but
-    the KV cache's (model.kv_scales reads them).  problems: empty iff every tensor has its place."""
+    """scheme: quantisation, None = plain.  formats: weights that are not plain → their format (quant.formats).  used, vision, tied: full checkpoint
+    names.  kv_scales: of the used ones, those that are no weight's but the KV cache's (model.kv_scales reads them).  problems: empty iff every
+    tensor has its place."""
 
     rank: int
     world: int
     scheme: str | None
+    formats: Mapping[str, str]
     targets: tuple[Target, ...]
     used: frozenset[str]
     vision: tuple[str, ...]
@@ -75,7 +78,7 @@ def plan_weights(
         raise CheckpointError(f"config.json: dtype is {config.dtype!r}; wanted {' or '.join(COMPUTE_DTYPES)}")
     scheme = scheme_of(config.quantization_config)
     names = _Names(stored)
-    planner = _Planner(config, names, rank, world, quantised=scheme is not None)
+    planner = _Planner(config, names, rank, world, scheme)
     for parameter in parameters(config, names.text):
         planner.add_weight(parameter)
     scales_of_kv = list(kv_scales(config, names.text)) if config.quantization_config else []
@@ -90,6 +93,7 @@ def plan_weights(
         rank=rank,
         world=world,
         scheme=scheme,
+        formats=planner.formats,
         targets=tuple(planner.targets),
         used=frozenset(planner.used),
         vision=tuple(names.vision),
@@ -139,25 +143,44 @@ def short_name(name: str) -> str | None:
 class _Planner:
     """Collects targets and problems of one rank."""
 
-    def __init__(self, config: ModelConfig, names: _Names, rank: int, world: int, *, quantised: bool) -> None:
-        self.config, self.stored, self.rank, self.world, self.quantised = config, names.text, rank, world, quantised
+    def __init__(self, config: ModelConfig, names: _Names, rank: int, world: int, scheme: str | None) -> None:
+        self.config, self.stored, self.rank, self.world, self.scheme = config, names.text, rank, world, scheme
         self.names = {short: tensor.name for short, tensor in names.text.items()}
         self.prefixes = _prefixes_in_use(names.text)
         self.targets: list[Target] = []
         self.used: set[str] = set()
         self.problems: list[Problem] = []
-        self.num_scaled = 0
+        self.formats: dict[str, str] = {}
 
     def add_weight(self, parameter: Parameter) -> None:
-        extra = scales(parameter, self.stored) if self.quantised else []
-        is_fp8 = self.quantised and any(self._dtype(part.source) in FP8 for part in parameter.parts)
+        if self.scheme == COMPRESSED_INT4:
+            self._add_packed(parameter)
+        else:
+            self._add_scaled(parameter)
+
+    def _add_packed(self, parameter: Parameter) -> None:
+        found = packed(parameter, self.stored)
+        if found is None:
+            self.add(parameter, self.config.dtype, PLAIN)
+            return
+        self.formats[parameter.name] = formats.INT4
+        words, scale = found
+        self.add(words, "int32", WORDS)
+        self.add(scale, "float32", SCALE)
+        for part in parameter.parts:  # two numbers that say what the config says already
+            shape = self.stored.get(f"{part.source}_shape")
+            if shape is not None:
+                self.used.add(shape.name)
+
+    def _add_scaled(self, parameter: Parameter) -> None:
+        extra = scales(parameter, self.stored) if self.scheme else []
+        is_fp8 = self.scheme is not None and any(self._dtype(part.source) in FP8 for part in parameter.parts)
         if is_fp8 and not any(scale.name.endswith("weight_scale") for scale in extra):
             weight = parameter.parts[0].source
             name = self._full(scale_name(weight, "weight_scale"))
             self._fail("missing", name, f"{name} is missing: {self._full(weight)} is FP8 and has no scale")
-        if extra:
-            self.num_scaled += 1
         if extra or is_fp8:
+            self.formats[parameter.name] = formats.FP8
             self.add(parameter, "float8_e4m3fn", FP8)
         else:
             self.add(parameter, self.config.dtype, PLAIN)
@@ -176,7 +199,7 @@ class _Planner:
         self.targets.append(Target(name=parameter.name, shape=shape, dtype=dtype, regions=here))
 
     def require_scales(self, scheme: str) -> None:
-        if not self.num_scaled and not self.problems:
+        if not self.formats and not self.problems:
             self._fail(
                 "quantisation", "config.json", f"config.json says {scheme}, but no tensor of the checkpoint has a scale"
             )

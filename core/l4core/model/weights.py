@@ -17,22 +17,29 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from tqdm import tqdm
 
-from l4core.errors import CheckpointError, NotBuiltError
+from l4core.errors import CheckpointError
 from l4core.model.boxes import Box, extent, pieces, span, strides, tiles, volume, whole
 from l4core.model.config import ModelConfig
-from l4core.model.layout_quant import scheme_of, with_folder_scheme
+from l4core.model.layout_quant import WEIGHT_SCALE, scale_name, with_folder_scheme
 from l4core.model.safetensors_index import ITEM_SIZES, FolderIndex, Problem, StoredTensor, read_folder
 from l4core.model.slicing import Region
-from l4core.model.weight_plan import WeightPlan, plan_weights
+from l4core.model.weight_plan import Target, WeightPlan, plan_weights
+from l4core.model.weights_quant import changes, split_plan
+from l4core.quant.formats import PLAIN
 
 PIECE_BYTES = 32 << 20
 NUM_WORKERS = min(4, os.cpu_count() or 1)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32}
 DUMMY_STD = 0.02
+DUMMY_FP8_SCALE = 2.0**-10
+INT4_STD = 85**0.5 / 2
+"""Standard deviation of the whole numbers −8 … 7."""
 DUMMY_PERIOD = (1 << 22) - 3
 """Prime, so that rows and experts differ; a 100B model is filled in seconds."""
 
@@ -62,23 +69,23 @@ def load_weights(
     rank: int = 0,
     world: int = 1,
     progress: bool = True,
+    formats: Mapping[str, str] = MappingProxyType({}),
 ) -> LoadReport:
     """Fills every parameter of the model from the shards in `folder`. progress: a bar in bytes on stderr.
 
     model_params: by our names, this rank's shapes, any device and any of float64, float32, bfloat16, float16 (values are converted).
-    Raises CheckpointError naming the tensor or shard at fault, NotBuiltError for quantised weights; then no parameter was written.
+    formats: weights of the model that are kept in fewer bits → format; their scales are called like them, with `weight_scale`. Weights that are
+    plain in the checkpoint are quantised one matrix at a time, those that are not must have the format already.
+    Raises CheckpointError naming the tensor or shard at fault; then no parameter was written.
     """
-    scheme = scheme_of(with_folder_scheme(config, folder).quantization_config)
-    if scheme is not None:
-        raise NotBuiltError(
-            f"{folder} holds {scheme} weights: running quantised weights is not built yet in this version of L4",
-            fix="serve the bfloat16 checkpoint of this model",
-        )
+    config = with_folder_scheme(config, folder)
     index = read_folder(folder)
     plan = plan_weights(index.tensors, config, rank=rank, world=world)
     raise_problems(folder, [*index.problems, *plan.problems])
-    _check_params(plan, model_params)
-    bytes_read = _copy_all(plan, index, model_params, progress=progress)
+    straight, rest = split_plan(plan, model_params)
+    _check_formats(plan, formats)
+    _check_params(plan, straight, rest, formats, model_params)
+    bytes_read = _copy_all(straight, rest, index, model_params, formats, config, progress=progress)
     return LoadReport(
         num_tensors=len(plan.used), bytes_read=bytes_read, num_vision=len(plan.vision), num_tied=len(plan.tied)
     )
@@ -94,30 +101,59 @@ def raise_problems(folder: Path, problems: Sequence[Problem]) -> None:
         )
 
 
-def _check_params(plan: WeightPlan, model_params: Mapping[str, torch.Tensor]) -> None:
+def _check_formats(plan: WeightPlan, formats: Mapping[str, str]) -> None:
+    for name, kept in plan.formats.items():
+        if formats.get(name) != kept:
+            raise CheckpointError(
+                f"parameter {name} is {kept} in the checkpoint ({plan.scheme}) and {formats.get(name, PLAIN)} in the model"
+            )
+
+
+def _check_params(
+    plan: WeightPlan,
+    straight: WeightPlan,
+    rest: Sequence[Target],
+    formats: Mapping[str, str],
+    model_params: Mapping[str, torch.Tensor],
+) -> None:
     """The plan and the model agree, and the plan writes every element of every parameter exactly once."""
-    planned = {target.name: target for target in plan.targets}
-    for name in sorted(planned.keys() ^ model_params.keys()):
-        side = "the checkpoint layout" if name in planned else "the model"
+    planned = {target.name: target for target in straight.targets}
+    changed = {n for name in formats for n in (name, scale_name(name, WEIGHT_SCALE)) if n not in planned}
+    if not formats:
+        planned |= {target.name: target for target in rest}
+    for name in sorted((planned.keys() | changed) ^ model_params.keys()):
+        side = "the model" if name in model_params else "the checkpoint layout"
         raise CheckpointError(f"parameter {name} is known to {side} only")
     for name, param in model_params.items():
-        target = planned[name]
-        if tuple(param.shape) != target.shape:
-            raise CheckpointError(
-                f"parameter {name} is {list(param.shape)}; rank {plan.rank} wants {list(target.shape)}"
-            )
-        if param.is_meta or param.dtype not in (*DTYPES.values(), torch.float64):
+        if param.is_meta or param.dtype not in (*DTYPES.values(), torch.float64, torch.float8_e4m3fn, torch.int16):
             raise CheckpointError(
                 f"parameter {name} is {param.dtype} on {param.device}; wanted real memory in a float type"
             )
+        if name in planned and tuple(param.shape) != planned[name].shape:
+            raise CheckpointError(
+                f"parameter {name} is {list(param.shape)}; rank {plan.rank} wants {list(planned[name].shape)}"
+            )
+    for target in (*straight.targets, *rest):
         if not tiles((region.target_box for region in target.regions), target.shape):
-            raise CheckpointError(f"parameter {name}: its regions do not cover {list(target.shape)} exactly once")
+            raise CheckpointError(
+                f"parameter {target.name}: its regions do not cover {list(target.shape)} exactly once"
+            )
 
 
-def _copy_all(plan: WeightPlan, index: FolderIndex, model_params: Mapping[str, torch.Tensor], *, progress: bool) -> int:
-    jobs = [(target.name, region) for target in plan.targets for region in target.regions]
+def _copy_all(
+    straight: WeightPlan,
+    rest: Sequence[Target],
+    index: FolderIndex,
+    model_params: Mapping[str, torch.Tensor],
+    formats: Mapping[str, str],
+    config: ModelConfig,
+    *,
+    progress: bool,
+) -> int:
+    jobs = [(target.name, region) for target in straight.targets for region in target.regions]
     jobs.sort(key=lambda job: (index.tensors[job[1].source].shard, index.tensors[job[1].source].start))
-    total = sum(volume(region.source_box) * ITEM_SIZES[index.tensors[region.source].dtype] for _, region in jobs)
+    regions = [region for _, region in jobs] + [region for target in rest for region in target.regions]
+    total = sum(volume(region.source_box) * ITEM_SIZES[index.tensors[region.source].dtype] for region in regions)
     with ExitStack() as stack:
         files = {shard: stack.enter_context(FileIO(index.folder / shard)) for shard in index.shards}
         bar = stack.enter_context(
@@ -129,6 +165,15 @@ def _copy_all(plan: WeightPlan, index: FolderIndex, model_params: Mapping[str, t
             for call in _pieces(model_params[name], region, index.tensors[region.source], files)
         )
         copied = _run(calls, bar.update)
+        for change in changes(rest, formats, model_params, config):
+            calls = (
+                call
+                for place, its_regions in change.sources
+                for region in its_regions
+                for call in _pieces(place, region, index.tensors[region.source], files)
+            )
+            copied += _run(calls, bar.update)
+            change.finish()
     if copied != total:
         raise CheckpointError(f"{copied} bytes of {total} were copied from {index.folder}")
     return total
@@ -140,7 +185,7 @@ def _pieces(
     """Copies of at most PIECE_BYTES each; a call returns the bytes it read."""
     place = place_of(param.detach(), region)
     item = ITEM_SIZES[tensor.dtype]
-    for box in pieces(region.source_box, tensor.shape, PIECE_BYTES // item):
+    for box in pieces(region.source_box, tensor.shape or (1,), PIECE_BYTES // item):
         here = tuple(
             slice(start - low, stop - low) for (start, stop), (low, _) in zip(box, region.source_box, strict=True)
         )
@@ -165,12 +210,13 @@ def place_of(param: torch.Tensor, region: Region) -> torch.Tensor:
 def _map(file: FileIO, tensor: StoredTensor, box: Box) -> torch.Tensor:
     """The box as a view of file pages; they are unmapped when the view dies. Copy-on-write only because torch wants writable buffers."""
     item = ITEM_SIZES[tensor.dtype]
-    first, last = span(box, tensor.shape)
+    shape = tensor.shape or (1,)
+    first, last = span(box, shape)
     begin, end = tensor.start + first * item, tensor.start + last * item
     base = begin - begin % mmap.ALLOCATIONGRANULARITY
     memory = mmap.mmap(file.fileno(), end - base, access=mmap.ACCESS_COPY, offset=base)
-    flat = torch.frombuffer(memory, dtype=DTYPES[tensor.dtype], count=last - first, offset=begin - base)
-    return flat.as_strided(extent(box), strides(tensor.shape))
+    flat = torch.frombuffer(memory, dtype=STORED[tensor.dtype], count=last - first, offset=begin - base)
+    return flat.as_strided(extent(box), strides(shape))
 
 
 def _run(calls: Iterable[Callable[[], int]], advance: Callable[[int], object]) -> int:
@@ -187,8 +233,9 @@ def _run(calls: Iterable[Callable[[], int]], advance: Callable[[int], object]) -
 
 
 def fill_dummy(model_params: Mapping[str, torch.Tensor], seed: int) -> None:
-    """Random weights of standard deviation 0.02, norms = 1. A tensor's values follow from the seed and its name alone: they are drawn in
-    float32 on the CPU, so every device and, up to rounding, every dtype gets the same model. Beyond DUMMY_PERIOD elements they repeat."""
+    """Random weights of standard deviation 0.02, norms = 1. A tensor's values follow from the seed and its name alone: they are drawn in float32 on
+    the CPU, so every device and, up to rounding, every dtype gets the same model. Beyond DUMMY_PERIOD elements they repeat. Weights in fewer bits
+    are drawn as they are kept, with one scale for all."""
     _run((_dummy_call(name, param.detach(), seed) for name, param in model_params.items()), lambda _: None)
 
 
@@ -197,10 +244,12 @@ def _dummy_call(name: str, param: torch.Tensor, seed: int) -> Callable[[], int]:
         if name.endswith("norm.weight"):
             param.fill_(1.0)
             return param.numel()
+        if name.endswith("weight_scale"):
+            param.fill_(DUMMY_STD / INT4_STD if param.dtype == torch.bfloat16 else DUMMY_FP8_SCALE)
+            return param.numel()
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        drawn = torch.empty(min(param.numel(), DUMMY_PERIOD), dtype=torch.float32, device="cpu")
-        drawn = drawn.normal_(std=DUMMY_STD, generator=generator).to(param.device)
+        drawn = _draw(min(param.numel(), DUMMY_PERIOD), param.dtype, generator).to(param.device)
         twice = torch.cat((drawn, drawn))  # a piece that begins anywhere in the period
         first = 0
         for box in pieces(whole(tuple(param.shape)), tuple(param.shape), DUMMY_PERIOD):
@@ -211,3 +260,10 @@ def _dummy_call(name: str, param: torch.Tensor, seed: int) -> Callable[[], int]:
         return param.numel()
 
     return call
+
+
+def _draw(count: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    if dtype == torch.int16:  # four 4-bit weights
+        return torch.randint(-(1 << 15), 1 << 15, (count,), dtype=dtype, generator=generator)
+    drawn = torch.empty(count, dtype=torch.float32, device="cpu").normal_(std=DUMMY_STD, generator=generator)
+    return (drawn / DUMMY_FP8_SCALE).to(dtype) if dtype == torch.float8_e4m3fn else drawn

@@ -1,0 +1,47 @@
+"""The kernels for quantised weights: equal to the definition on the dequantised weights, relative errors stated in kernels_script.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from l4core.experts.quantised import TorchQuantisedExperts
+from l4core.quant.formats import FP8, INT4
+from quant.expert_problem import make
+
+SCRIPT = Path(__file__).with_name("kernels_script.py")
+
+
+def run(device: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), device],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+def test_the_kernels_compute_the_definition() -> None:
+    assert run("cpu", TRITON_INTERPRET="1") == "ok"
+
+
+@pytest.mark.gpu
+def test_the_kernels_compute_the_definition_on_a_device() -> None:
+    assert run("cuda") == "ok"
+
+
+@pytest.mark.parametrize("kept", [FP8, INT4])
+@pytest.mark.parametrize("shared", [False, True])
+def test_torch_computes_the_definition(kept: str, shared: bool) -> None:
+    problem = make(kept, [2, 0, 2, 1, 2], 4, hidden=192, shared=shared)
+    assert problem.error(TorchQuantisedExperts(kept)) < 1e-6
+    problem = make(kept, [2, 0, 2, 1, 2], 4, hidden=192, shared=shared, dtype=torch.bfloat16)
+    assert problem.error(TorchQuantisedExperts(kept)) < 6e-3
