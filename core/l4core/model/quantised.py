@@ -56,9 +56,9 @@ class QuantisedExperts(Experts):
 
     def matrices(self) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
         """(gate_up, its scale), (down, its scale) as kernels read them."""
-        gate_up, down = self.gate_up, self.down
-        if self.format == FP8:
-            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        in_by_out = self.format == FP8
+        gate_up = self.gate_up.transpose(1, 2) if in_by_out else self.gate_up
+        down = self.down.transpose(1, 2) if in_by_out else self.down
         return (gate_up, self.get_parameter("gate_up_weight_scale")), (down, self.get_parameter("down_weight_scale"))
 
 
