@@ -108,7 +108,7 @@ def kernels_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['floor_us']:.1f}",
             f"{row['us'] / row['floor_us']:.2f}",
             f"{row['gb_per_s']:,.1f}",
-            f"{row['tflop_per_s']:.2f}",
+            f"{row['tflop_per_s']:.3g}",
         ]
         for row in rows
     ]

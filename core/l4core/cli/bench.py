@@ -48,23 +48,19 @@ def bench() -> None:
     """
 
 
-def lengths(input_len: int, output_len: int) -> Callable[[F], F]:
-    """Options of made-up prompts."""
+def lengths(input_len: int, output_len: int, *, spread: bool = True) -> Callable[[F], F]:
+    """Options of made-up prompts. spread: whether they may differ."""
 
     def decorate(function: F) -> F:
-        for option in reversed(
-            (
-                click.option("--input-len", type=POSITIVE, default=input_len, show_default=True, help="tokens"),
-                click.option("--output-len", type=POSITIVE, default=output_len, show_default=True, help="tokens"),
-                click.option(
-                    "--spread",
-                    type=click.FloatRange(0, 1),
-                    default=0.0,
-                    show_default=True,
-                    help="lengths are drawn from n·(1±X)",
-                ),
-            )
-        ):
+        made = [
+            click.option("--input-len", type=POSITIVE, default=input_len, show_default=True, help="tokens"),
+            click.option("--output-len", type=POSITIVE, default=output_len, show_default=True, help="tokens"),
+        ]
+        if spread:
+            share = click.FloatRange(0, 1)
+            text = "lengths are drawn from n·(1±X)"
+            made.append(click.option("--spread", type=share, default=0.0, show_default=True, help=text))
+        for option in reversed(made):
             function = option(function)
         return function
 
@@ -190,7 +186,7 @@ def serve(
 @bench.command(cls=L4Command, short_help="Times of decode steps and prefills, in this process.")
 @table_options(server=("log_level",))
 @click.option("--batch", default="1,8,32", show_default=True, metavar="N,N,…", help="requests at once")
-@lengths(1024, 64)
+@lengths(1024, 64, spread=False)
 @click.option("--prefill", default="1x1024", show_default=True, metavar="NxLEN,…", help='prompts at once; "" = none')
 @click.option("--repeats", type=POSITIVE, default=3, show_default=True, help="of each prefill; the best counts")
 @output_options
@@ -201,7 +197,6 @@ def latency(
     batch: str,
     input_len: int,
     output_len: int,
-    spread: float,
     prefill: str,
     repeats: int,
     **options: Any,
@@ -210,8 +205,6 @@ def latency(
     at the copy rate of this device, measured now."""
     from l4core.bench.report import steps_charts, steps_table
 
-    if spread:
-        raise ConfigError("a step of mixed lengths has no floor to compare with", fix="leave --spread out")
     batches, prefills = _whole_numbers("--batch", batch), _shapes(prefill)
     made, head = _bench(ctx)
     rows = [made.decode(size, input_len, output_len) for size in batches]
