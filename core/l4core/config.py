@@ -178,13 +178,13 @@ class EngineConfig:
     tp: int = _opt(1, "tensor-parallel ranks", PARALLEL, aliases=("tp_size", "tensor_parallel_size"), minimum=1)
     speculative_algorithm: str | None = _opt(
         None,
-        "guess tokens and verify them, which changes no token: NGRAM, or the name of an installed drafter (default: off)",
+        "guess tokens and verify them, which changes no token: EAGLE3, NGRAM, or the name of an installed drafter (default: off)",
         SPECULATION,
         metavar="NAME",
-        later=("EAGLE3", "EAGLE", "NEXTN", "STANDALONE"),
+        later=("EAGLE", "NEXTN", "STANDALONE"),
     )
     speculative_draft_model_path: str | None = _opt(
-        None, "draft checkpoint", SPECULATION, not_built=f"--speculative-draft-model-path {LATER}"
+        None, "EAGLE3 draft: folder or hub id", SPECULATION, aliases=("speculative_draft_model",), metavar="DIR|ID"
     )
     speculative_num_steps: int | None = _opt(
         None,

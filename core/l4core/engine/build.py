@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -45,6 +45,9 @@ from l4core.sampling.pipeline import SamplingPipeline
 
 logger = logging.getLogger(__name__)
 
+LARGEST_VERIFIED = 32
+"""Sequences of a verify step that gets a graph; in larger batches its rows touch every expert anyway, and launches are small beside it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltEngine:
@@ -77,22 +80,28 @@ def build_engine(
     dtype = choose_dtype(config.dtype, model_config.dtype, platform)
     kv_dtype = _torch_dtype(kv_dtype_name(config.kv_cache_dtype, dtype_name(dtype), platform.arch))
     plugins = load_plugins()
-    chunk_size = model_config.attention_chunk_size if any(model_config.chunked_layers) else None
-    speculation = plan_speculation(config, plugins, chunk_size)
+    speculation = plan_speculation(config, plugins, model_config)
     selected = _select(config, model_config, platform, plugins, dtype, kv_dtype, speculation)
     formats = weight_formats(config, model_config, folder)
     kernels = _select_experts(config, model_config, platform, plugins, dtype, formats)
     experts = next(iter(kernels.values()), None)
     weight_bytes = sum(p.nbytes for p in _meta_model(model_config, 1, dtype, formats).parameters())
+    draft = None if speculation is None else speculation.draft
+    if draft is not None:
+        weight_bytes += draft.num_parameters * dtype.itemsize
     graphs = _graph_sizes(config, platform, selected)
-    needs = _needs(config, model_config, platform, selected, experts, dtype, weight_bytes, graphs)
+    needs = _needs(config, model_config, platform, selected, experts, dtype, weight_bytes, graphs, speculation)
     budget = device_budget(platform, needs, config.mem_fraction_static)
-    plan = _plan(config, model_config, budget, selected, kv_dtype)
+    groups = kv_groups(config, model_config, num_draft_layers=int(draft is not None))
+    plan = _plan(config, model_config, groups, budget, selected, kv_dtype)
     budget = replace(budget, kv=plan.bytes_total)
-    model = _load_model(config, model_config, folder, device, dtype, plan.max_context, progress, formats, kernels)
+    aux_layers = () if draft is None else draft.config.aux_layers
+    model = _load_model(
+        config, model_config, folder, device, dtype, plan.max_context, progress, formats, kernels, aux_layers
+    )
     scales = _kv_scales(config, model_config, folder, kv_dtype)
-    engine = _wire(config, model_config, model, plan, selected, plugins, device, kv_dtype, scales, speculation)
-    captured = _capture(engine.runner, graphs, plan.max_running, progress=progress and sys.stderr.isatty())
+    engine = _wire(config, model_config, groups, model, plan, selected, plugins, device, kv_dtype, scales, speculation)
+    captured = _capture(engine.runner, graphs, speculation, plan.max_running, progress=progress and sys.stderr.isatty())
     report = _report(
         config,
         model_config,
@@ -235,11 +244,13 @@ def _load_model(
     progress: bool,
     formats: Formats,
     kernels: Mapping[tuple[str, str], SelectedExperts],
+    aux_layers: tuple[int, ...],
 ) -> Llama4:
     """The model with its weights on the device; they are written straight into place, so there is never a second copy."""
     model = (
         _meta_model(model_config, max_positions, dtype, formats).to_empty(device=device).requires_grad_(False).eval()
     )
+    model.aux_layers = aux_layers
     for layer, block in enumerate(model.layers):
         if model_config.moe_layers[layer]:
             cast(Layer, block).moe.kernel = kernels[expert_formats(formats, layer)].kernel
@@ -262,18 +273,24 @@ def _needs(
     dtype: torch.dtype,
     weight_bytes: int,
     graphs: GraphSizes,
+    speculation: SpeculationPlan | None,
 ) -> Needs:
+    num_tokens = max(config.chunked_prefill_size, config.max_running_requests)
+    workspace = selected.verdict.workspace_bytes + (experts.verdict.workspace_bytes if experts else 0)
+    if speculation is not None and speculation.draft is not None:
+        workspace += num_tokens * speculation.draft.elements_a_token * dtype.itemsize
     return needs_of(
         model,
         weights=weight_bytes,
-        workspace=selected.verdict.workspace_bytes + (experts.verdict.workspace_bytes if experts else 0),
-        num_tokens=max(config.chunked_prefill_size, config.max_running_requests),
+        workspace=workspace,
+        num_tokens=num_tokens,
         max_running=config.max_running_requests,
         context_length=config.context_length,
         page_size=selected.page_size,
         itemsize=dtype.itemsize,
         device_bytes=platform.memory_bytes,
-        graph_batches=graphs.sizes,
+        graph_batches=[shape.num_seqs * shape.num_tokens for shape in _shapes(graphs, speculation)],
+        num_drafts=0 if speculation is None else speculation.num_drafts,
     )
 
 
@@ -289,9 +306,13 @@ def _graph_sizes(config: EngineConfig, platform: Platform, selected: Selected) -
 
 
 def _plan(
-    config: EngineConfig, model: ModelConfig, budget: Budget, selected: Selected, kv_dtype: torch.dtype
+    config: EngineConfig,
+    model: ModelConfig,
+    groups: Sequence[KVGroup],
+    budget: Budget,
+    selected: Selected,
+    kv_dtype: torch.dtype,
 ) -> KVPlan:
-    groups = kv_groups(config, model)
     plan = plan_kv(
         groups,
         page_size=selected.page_size,
@@ -321,14 +342,15 @@ def _kv_scales(
     return {layer: (stored_scale(k, name), stored_scale(v, name)) for layer, (k, v) in found.items()}
 
 
-def kv_groups(config: EngineConfig, model: ModelConfig) -> tuple[KVGroup, ...]:
+def kv_groups(config: EngineConfig, model: ModelConfig, *, num_draft_layers: int = 0) -> tuple[KVGroup, ...]:
     """The groups that planner, memory, scheduler and runner share."""
-    return model.kv_groups(hybrid=not config.disable_hybrid_swa_memory)
+    return model.kv_groups(hybrid=not config.disable_hybrid_swa_memory, num_draft_layers=num_draft_layers)
 
 
 def _wire(
     config: EngineConfig,
     model_config: ModelConfig,
+    groups: Sequence[KVGroup],
     model: Llama4,
     plan: KVPlan,
     selected: Selected,
@@ -338,7 +360,6 @@ def _wire(
     scales: Mapping[int, tuple[float, float]],
     speculation: SpeculationPlan | None,
 ) -> Engine:
-    groups = kv_groups(config, model_config)
     memory = KVMemory(
         groups,
         plan,
@@ -386,7 +407,7 @@ def _wire(
     )
     drafter = None
     if speculation is not None:
-        drafter = create_speculation(speculation, config, vocab_size=model_config.vocab_size, device=str(device))
+        drafter = create_speculation(speculation, config, runner, max_context=plan.max_context, device=str(device))
     return Engine(Scheduler(limits, kv), runner, drafter, overlap=_overlap(config, device, speculation) == "overlapped")
 
 
@@ -405,13 +426,25 @@ def _scales_text(kv_dtype: torch.dtype, scales: Mapping[int, tuple[float, float]
     return f", scales of {len(scales)} layers from the checkpoint" if scales else ", scale 1 (the checkpoint has none)"
 
 
-def _capture(runner: Runner, graphs: GraphSizes, max_running: int, *, progress: bool) -> str:
+def _shapes(graphs: GraphSizes, speculation: SpeculationPlan | None) -> list[StepShape]:
+    """Decodes of every size, and drafts of full length where they may pay: of batches of up to LARGEST_VERIFIED."""
+    shapes = [StepShape(size, 1) for size in graphs.sizes]
+    if speculation is not None:
+        shapes += [StepShape(size, speculation.num_drafts + 1) for size in graphs.sizes if size <= LARGEST_VERIFIED]
+    return shapes
+
+
+def _capture(
+    runner: Runner, graphs: GraphSizes, speculation: SpeculationPlan | None, max_running: int, *, progress: bool
+) -> str:
     """Captures what there is to capture → the line of the report."""
-    sizes = sorted({min(size, max_running) for size in graphs.sizes})
-    if not sizes:
+    shapes = sorted({StepShape(min(s.num_seqs, max_running), s.num_tokens) for s in _shapes(graphs, speculation)})
+    if not shapes:
         return f"off ({graphs.off})"
-    made = runner.capture([StepShape(size, 1) for size in sizes], progress=progress)
-    return f"{len(sizes)} batches of up to {sizes[-1]} decodes · {made.num_bytes / 1e9:.2f} GB · {made.seconds:.1f} s"
+    made = runner.capture(shapes, progress=progress)
+    verifies = [s.num_seqs for s in shapes if s.num_tokens > 1]
+    drafts = f" and {len(verifies)} of up to {verifies[-1]} drafts" if verifies else ""
+    return f"{len(shapes) - len(verifies)} batches of up to {shapes[-1].num_seqs} decodes{drafts} · {made.num_bytes / 1e9:.2f} GB · {made.seconds:.1f} s"
 
 
 def _report(

@@ -6,11 +6,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from l4core.engine.batch import NO_DRAFT, Draft, DraftRequest
+from l4core.engine.batch import NO_DRAFT, Draft, DraftRequest, ScheduledBatch, StepTokens
 from l4core.plugin_api import Drafter, DraftRow
 
 if TYPE_CHECKING:
     import torch
+
+    from l4core.engine.draws import PendingDraws
+    from l4core.engine.verify_rows import Verified
 
 logger = logging.getLogger(__name__)
 
@@ -19,16 +22,35 @@ class Speculation(Protocol):
     """What `Engine.step` calls. num_drafts: guesses wanted for each sequence in the next step, 0 = none now."""
 
     num_drafts: int
+    reads_target: bool
 
     def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
         """Request id → its draft, for those that get one."""
+
+    def observe(self, batch: ScheduledBatch, aux: torch.Tensor, verified: Sequence[Verified]) -> None:
+        """Called after every step when `reads_target`. aux: outputs of the model's `aux_layers`, side by side, for the batch's rows."""
 
     def forget(self, request_ids: Sequence[str]) -> None:
         """These requests have ended."""
 
 
+class ObservedDraws:
+    """Draws under way of a batch that a drafter reads: when they have arrived it is shown what the target computed and drew."""
+
+    def __init__(self, draws: PendingDraws, speculation: Speculation, batch: ScheduledBatch, aux: torch.Tensor) -> None:
+        self._draws, self._speculation, self._batch, self._aux = draws, speculation, batch, aux
+
+    def wait(self) -> StepTokens:
+        """What the batch brought."""
+        verified = self._draws.verified()
+        self._speculation.observe(self._batch, self._aux, verified)
+        return StepTokens(drawn=[one.tokens for one in verified])
+
+
 class PluginSpeculation:
     """Asks a plugin's drafter. One that raises, or answers nonsense, is logged and not asked again."""
+
+    reads_target = False
 
     def __init__(self, name: str, drafter: Drafter, *, num_drafts: int, vocab_size: int) -> None:
         self.num_drafts = num_drafts
@@ -54,6 +76,9 @@ class PluginSpeculation:
             self.num_drafts = 0
             return {}
         return {row.request_id: draft for row, draft in zip(rows, drafts, strict=True) if draft.token_ids}
+
+    def observe(self, batch: ScheduledBatch, aux: torch.Tensor, verified: Sequence[Verified]) -> None:
+        raise AssertionError("a plugin's drafter sees tokens only")
 
     def forget(self, request_ids: Sequence[str]) -> None:
         try:

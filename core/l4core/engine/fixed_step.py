@@ -30,9 +30,11 @@ class StepShape(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
     """What a forward pass left on the device; that of a fixed step is overwritten by the next one. hidden: [T, H], after the last norm.
-    logits: [R, V] in the compute dtype, of the rows that draw, or None.  drawn: int64 [2, R] as draw_triton.draw_rows gives it, or None."""
+    aux: [T, n · H], outputs of the model's aux layers, or None.  logits: [R, V] in the compute dtype, of the rows that draw, or None.
+    drawn: int64 [2, R] as draw_triton.draw_rows gives it, or None."""
 
     hidden: torch.Tensor
+    aux: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     drawn: torch.Tensor | None = None
 
@@ -57,6 +59,7 @@ class StepOutputs:
         dtype = model.embed.weight.dtype
         self.hidden = torch.empty(num_rows, model.config.hidden_size, dtype=dtype, device=device)
         self.logits = torch.empty(num_rows, model.config.vocab_size, dtype=dtype, device=device)
+        self.aux = model.new_aux(num_rows)
         self._drawn = torch.empty(2 * num_rows, dtype=torch.int64, device=device)
 
     def drawn(self, num_rows: int) -> torch.Tensor:
@@ -132,7 +135,8 @@ class FixedStep:
         )
         forward = self._planner.plan(token_ids, step, [phase], self._every_row, longest=None)
         num_rows, outputs = len(owner), self._outputs
-        hidden = outputs.hidden[:num_rows].copy_(self._model(forward, self._planner.memory, self._planner.backend))
+        aux = None if outputs.aux is None else outputs.aux[:num_rows]
+        hidden = outputs.hidden[:num_rows].copy_(self._model(forward, self._planner.memory, self._planner.backend, aux))
         logits = self._model.head(hidden, out=outputs.logits[:num_rows])
         drawn = draw_rows(
             logits,
@@ -143,4 +147,4 @@ class FixedStep:
         )
         if num_tokens == 1:
             self._last_tokens.index_copy_(0, rows, drawn[0])
-        return Computed(hidden=hidden, logits=logits, drawn=drawn)
+        return Computed(hidden=hidden, aux=aux, logits=logits, drawn=drawn)

@@ -57,6 +57,18 @@ class ForwardPlanner:
         self._page_size = page_size
         self._native_chunk, self._empty_rows = native_chunk, empty_rows
 
+    def of_groups(self, groups: Sequence[KVGroup]) -> ForwardPlanner:
+        """The same for some groups only."""
+        return ForwardPlanner(
+            self.tables,
+            self.backend,
+            self.memory,
+            groups=groups,
+            page_size=self._page_size,
+            native_chunk=self._native_chunk,
+            empty_rows=self._empty_rows,
+        )
+
     def plan(
         self,
         token_ids: torch.Tensor,

@@ -83,12 +83,14 @@ class Runner:
         self.backend = backend
         self.pipeline = pipeline
         self.graphs: Graphs | None = None
+        self._groups = groups
         self._device = device
         self._max_context = max_context
         self._has_kernels = has_triton(device.type)
         self._tables = BlockTables(
             groups, page_size=page_size, max_running=max_running, max_context=max_context, device=device
         )
+        self.max_running = max_running
         self._planner = ForwardPlanner(
             self._tables,
             backend,
@@ -112,6 +114,10 @@ class Runner:
         """A step of this shape on this runner's tables and memory."""
         outputs = outputs or StepOutputs(shape.num_seqs * shape.num_tokens, self.model, self._device)
         return FixedStep(shape, self.model, self._planner, outputs, self._last_tokens, self._max_context)
+
+    def planner_of(self, group: str) -> ForwardPlanner:
+        """Plans attention of one group only, on this runner's tables and memory: for a draft."""
+        return self._planner.of_groups([g for g in self._groups if g.name == group])
 
     def enter(self, requests: Sequence[DraftRequest]) -> None:
         """Block-table entries of slots taken for drafts."""
@@ -142,7 +148,8 @@ class Runner:
         if isinstance(forward, FixedStep):
             assert self.graphs is not None
             return self.graphs.replay(forward)
-        return Computed(hidden=self.model(forward, self.memory, self.backend))
+        aux = self.model.new_aux(len(forward.token_ids))
+        return Computed(hidden=self.model(forward, self.memory, self.backend, aux), aux=aux)
 
     @torch.inference_mode()
     def draw(
@@ -178,11 +185,12 @@ class Runner:
     # --- build -------------------------------------------------------------------------------------------------------------------------
 
     def _find_graph(self, batch: ScheduledBatch, layout: _Layout) -> FixedStep | None:
-        """A captured step for a batch of decodes."""
-        num = len(batch.sequences)
-        if self.graphs is None or layout.borders[1] != num:
+        """A captured step for a batch of decodes, or of drafts that are equally long."""
+        num, length = len(batch.sequences), int(layout.lengths[0])
+        is_fixed = layout.borders[1] == num or (layout.borders[1] == 0 and layout.borders[2] == num)
+        if self.graphs is None or not is_fixed or (layout.lengths != length).any():
             return None
-        return self.graphs.find(num, 1)
+        return self.graphs.find(num, length)
 
     def _plan(self, batch: ScheduledBatch, layout: _Layout) -> ForwardBatch:
         lengths, starts, cu = layout.lengths, layout.starts, layout.cu

@@ -1,17 +1,28 @@
-"""Which drafter, and how far it guesses: the `--speculative-…` flags made one record, and the drafter they name."""
+"""Which drafter, and how far it guesses: the `--speculative-…` flags made one record, and what they name made ready."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from l4core.config import EngineConfig
-from l4core.engine.drafter import PluginSpeculation
+from l4core.engine.drafter import PluginSpeculation, Speculation
 from l4core.engine.key_values import parse_key_values
 from l4core.errors import ConfigError, NotBuiltError
+from l4core.model.config import ModelConfig
+from l4core.model.eagle3_config import OPTIONS, DraftConfig, Target
+from l4core.model.eagle3_weights import DraftPlan, plan_draft, stored_shapes
+from l4core.model.repository import resolve_model
 from l4core.plugin_api import DraftContext, Drafter, DrafterEntry
 from l4core.plugin_entries import Plugins, Provided, create_object, quote_failures
 
+if TYPE_CHECKING:
+    from l4core.engine.runner import Runner
+
+EAGLE3 = "EAGLE3"
 DEFAULT_STEPS = 3
 """What published EAGLE3 drafts of Llama 4 are served with."""
 
@@ -19,50 +30,110 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DraftModel:
+    """An EAGLE3 draft as its folder describes it, checked against the target."""
+
+    folder: Path
+    config: DraftConfig
+    plan: DraftPlan
+
+    @property
+    def num_parameters(self) -> int:
+        """Its own: the target's embedding and head are not counted."""
+        c = self.config
+        attention = 2 * c.hidden_size * (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
+        attention += c.num_q_heads * c.head_dim * c.hidden_size
+        mlp = 3 * c.hidden_size * c.intermediate_size
+        fc = len(c.aux_layers) * c.target_hidden_size * c.hidden_size
+        ends = self.plan.own_embed * c.vocab_size + self.plan.own_head * c.draft_vocab_size
+        return attention + mlp + fc + ends * c.hidden_size
+
+    @property
+    def elements_a_token(self) -> int:
+        """Held for each token of a step: aux outputs, and what the draft's layer makes of them."""
+        c = self.config
+        attention = (2 * c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
+        return len(c.aux_layers) * c.target_hidden_size + 4 * c.hidden_size + attention + 3 * c.intermediate_size
+
+    def describe(self) -> str:
+        """For the start-up report: the layers it reads are the commonest thing to be wrong."""
+        c = self.config
+        layers = ", ".join(map(str, c.aux_layers))
+        vocab = f"{c.draft_vocab_size:,} of {c.vocab_size:,} tokens"
+        return f"{self.folder.name} ({c.format} format) · {self.num_parameters / 1e6:.1f} M parameters · {vocab} · reads outputs of layers {layers}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationPlan:
-    """num_drafts: guesses verified per sequence and step."""
+    """num_drafts: guesses verified per sequence and step.  drafter: a plugin's, or None for EAGLE3, whose model is `draft`."""
 
     algorithm: str
     num_drafts: int
-    drafter: Provided[DrafterEntry]
+    drafter: Provided[DrafterEntry] | None = None
+    draft: DraftModel | None = None
 
     def describe(self) -> str:
         """For the start-up report."""
-        return f"{self.algorithm} ({self.drafter.source}) · {self.num_drafts} guesses a step, verified by the target's own draws"
+        source = f" ({self.drafter.source})" if self.drafter is not None else ""
+        line = f"{self.algorithm}{source} · {self.num_drafts} guesses a step, verified by the target's own draws"
+        return line if self.draft is None else f"{line} · {self.draft.describe()}"
 
 
-def plan_speculation(config: EngineConfig, plugins: Plugins, chunk_size: int | None) -> SpeculationPlan | None:
-    """None without `--speculative-algorithm`. ConfigError for flags that contradict each other, or a drafter nobody offers."""
+def plan_speculation(config: EngineConfig, plugins: Plugins, model: ModelConfig) -> SpeculationPlan | None:
+    """None without `--speculative-algorithm`. ConfigError for flags that contradict each other or a drafter nobody offers, CheckpointError for a
+    draft that does not fit the target."""
     if config.speculative_algorithm is None:
         _refuse_orphans(config)
         return None
     num_drafts = _num_drafts(config)
+    chunk_size = model.attention_chunk_size if any(model.chunked_layers) else None
     if chunk_size is not None and num_drafts >= chunk_size:
         raise ConfigError(
             f"{num_drafts} guesses a step do not fit the model's attention chunk of {chunk_size} tokens",
             fix=f"--speculative-num-steps {chunk_size - 1}",
         )
-    return SpeculationPlan(
-        algorithm=config.speculative_algorithm,
-        num_drafts=num_drafts,
-        drafter=_find(config.speculative_algorithm, plugins),
-    )
+    if config.speculative_algorithm == EAGLE3:
+        return SpeculationPlan(algorithm=EAGLE3, num_drafts=num_drafts, draft=_read_draft(config, model))
+    if config.speculative_draft_model_path is not None:
+        raise ConfigError(
+            f"--speculative-draft-model-path is for EAGLE3; --speculative-algorithm is {config.speculative_algorithm}",
+            fix="drop one of the two",
+        )
+    drafter = _find(config.speculative_algorithm, plugins)
+    return SpeculationPlan(algorithm=config.speculative_algorithm, num_drafts=num_drafts, drafter=drafter)
 
 
 def create_speculation(
-    plan: SpeculationPlan, config: EngineConfig, *, vocab_size: int, device: str
-) -> PluginSpeculation:
-    """The drafter, made and wrapped. ConfigError for an option it does not have; PluginError when it cannot be made."""
-    options = parse_key_values("--speculative-option", config.speculative_option)
-    unknown = sorted(options.keys() - plan.drafter.entry.options.keys())
-    if unknown:
-        known = ", ".join(sorted(plan.drafter.entry.options)) or "none"
-        raise ConfigError(f"--speculative-option {unknown[0]!r} is unknown to {plan.algorithm}; its options: {known}")
+    plan: SpeculationPlan, config: EngineConfig, runner: Runner, *, max_context: int, device: str
+) -> Speculation:
+    """The drafter, made ready. ConfigError for an option it does not have; PluginError when it cannot be made."""
+    options = _options(config, plan)
+    if plan.draft is not None:
+        from l4core.engine.drafter_eagle3 import create_eagle3
+
+        return create_eagle3(
+            plan.draft, runner, num_drafts=plan.num_drafts, max_positions=max_context, dummy_seed=_dummy_seed(config)
+        )
+    assert plan.drafter is not None
+    vocab_size = runner.model.config.vocab_size
     context = DraftContext(
         vocab_size=vocab_size, num_draft_tokens=plan.num_drafts, device=device, options=options, logger=logger
     )
     drafter = create_object(plan.drafter, Drafter, context)  # type: ignore[type-abstract]
     return PluginSpeculation(plan.algorithm, drafter, num_drafts=plan.num_drafts, vocab_size=vocab_size)
+
+
+def _dummy_seed(config: EngineConfig) -> int | None:
+    return config.random_seed if config.load_format == "dummy" else None
+
+
+def _options(config: EngineConfig, plan: SpeculationPlan) -> Mapping[str, str]:
+    options = parse_key_values("--speculative-option", config.speculative_option)
+    known = OPTIONS if plan.drafter is None else plan.drafter.entry.options
+    for name in sorted(options.keys() - known.keys()):
+        names = ", ".join(sorted(known)) or "none"
+        raise ConfigError(f"--speculative-option {name!r} is unknown to {plan.algorithm}; its options: {names}")
+    return options
 
 
 def _refuse_orphans(config: EngineConfig) -> None:
@@ -71,7 +142,7 @@ def _refuse_orphans(config: EngineConfig) -> None:
             flag = f"--speculative-{name.replace('_', '-')}"
             raise ConfigError(
                 f"{flag} is given without --speculative-algorithm, so there is no speculation to set up",
-                fix=f"add --speculative-algorithm NGRAM, or drop {flag}",
+                fix=f"add --speculative-algorithm EAGLE3 or NGRAM, or drop {flag}",
             )
 
 
@@ -93,11 +164,36 @@ def _num_drafts(config: EngineConfig) -> int:
     return steps
 
 
+def _read_draft(config: EngineConfig, model: ModelConfig) -> DraftModel:
+    path = config.speculative_draft_model_path
+    if path is None:
+        raise ConfigError(
+            "--speculative-algorithm EAGLE3 needs a draft",
+            fix="--speculative-draft-model-path DIR, or --speculative-algorithm NGRAM, which needs none",
+        )
+    folder = resolve_model(replace(config, model=path, revision=None))
+    target = Target(num_layers=model.num_layers, hidden_size=model.hidden_size, vocab_size=model.vocab_size)
+    options = parse_key_values("--speculative-option", config.speculative_option)
+    draft = DraftConfig.from_folder(folder, target=target, options=options)
+    mine, theirs = ((c.num_q_heads, c.num_kv_heads, c.head_dim) for c in (draft, model))
+    if mine != theirs:
+        raise NotBuiltError(
+            f"the draft has {mine[0]} query and {mine[1]} KV heads of {mine[2]}, the target {theirs[0]} and {theirs[1]} of {theirs[2]}: "
+            "drafts with heads of their own are not built yet in this version of L4",
+            fix="a draft with the target's heads, as all published ones of Llama 4 have",
+        )
+    if config.load_format == "dummy":
+        plan = DraftPlan(pieces=(), own_embed=False, own_head=draft.draft_vocab_size != model.vocab_size)
+    else:
+        plan = plan_draft(draft, target, stored_shapes(folder))
+    return DraftModel(folder=folder, config=draft, plan=plan)
+
+
 def _find(name: str, plugins: Plugins) -> Provided[DrafterEntry]:
     for provided in plugins.drafters:
         if provided.entry.name == name:
             return provided
-    known = ", ".join(provided.entry.name for provided in plugins.drafters)
+    known = ", ".join((EAGLE3, *(provided.entry.name for provided in plugins.drafters)))
     raise ConfigError(
         f"--speculative-algorithm {name!r} is unknown; there are {known}{quote_failures(plugins.failures)}",
         fix="l4 plugins",

@@ -32,15 +32,16 @@ def needs_of(
     itemsize: int,
     device_bytes: int,
     graph_batches: Sequence[int] = (),
+    num_drafts: int = 0,
 ) -> Needs:
-    """All of one rank. config: of the rank.  num_tokens: computed in one step at most.  context_length: None = not known yet, so tables are those of
-    the largest context that a device of `device_bytes` could hold."""
+    """All of one rank. config: of the rank.  num_tokens: computed in one step at most.  num_drafts: verified per sequence.
+    context_length: None = not known yet, so tables are those of the largest context that a device of `device_bytes` could hold."""
     rows = 2 * config.num_kv_heads * config.head_dim * itemsize
     longest = context_length or min(config.max_position_embeddings, device_bytes // (rows * _num_global(config)))
     return Needs(
         weights=weights,
         workspace=workspace,
-        step=step_bytes(config, num_tokens=num_tokens, num_rows=max_running, itemsize=itemsize),
+        step=step_bytes(config, num_tokens=num_tokens, num_rows=max_running * (num_drafts + 1), itemsize=itemsize),
         tables=table_bytes(config, max_running=max_running, max_context=longest, page_size=page_size),
         graphs=graph_bytes(config, graph_batches, max_context=longest, page_size=page_size, itemsize=itemsize),
     )

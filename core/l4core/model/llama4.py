@@ -154,6 +154,15 @@ class Llama4(nn.Module):
                 self._hand_out(stream, layer_id, outputs)
         return normed
 
+    def new_aux(self, num_rows: int) -> torch.Tensor | None:
+        """Memory for `forward` to hand out the outputs of `aux_layers`, [num_rows, len(aux_layers) · H]; None where there are none."""
+        if not self.aux_layers:
+            return None
+        weight = self.embed.weight
+        return torch.empty(
+            num_rows, len(self.aux_layers) * self.config.hidden_size, dtype=weight.dtype, device=weight.device
+        )
+
     def head(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden [R, H] → logits [R, V] in the compute dtype; written to `out` where given, else they may be a transposed view."""
         weight = self.embed.weight if self.config.tie_word_embeddings else self.lm_head.weight

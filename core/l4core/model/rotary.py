@@ -29,7 +29,14 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 
 def rope_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
     """cos and sin of positions 0 … num_positions−1: [num_positions, head_dim / 2, 2], computed in float64, stored in `dtype`."""
-    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    return rope_rows(config.head_dim, config.rope_theta, config.rope_scaling, num_positions, dtype)
+
+
+def rope_rows(
+    head_dim: int, theta: float, scaling: RopeScaling | None, num_positions: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """`rope_table` from its parts."""
+    frequencies = inverse_frequencies(head_dim, theta, scaling)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float64, device="cpu"), frequencies)
     return torch.stack((angles.cos(), angles.sin()), dim=-1).to(dtype)
 

@@ -1,0 +1,211 @@
+"""EAGLE3 in the engine: tokens are those without it, and every guess is the one that the draft's definition gives for the tokens known then.
+
+The target's hidden states come from transformers. Guesses are mixed with the true answers, so that drafts are accepted, cut and refused at every
+depth while the draft's keys and values must stay right: across chunk borders, in pieces, after prefix hits and preemption.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.eagle3_definition import Definition
+from helpers.profile import FULL
+from l4core import LLM, SamplingParams
+from l4core.engine.batch import Draft, DraftRequest
+from l4core.errors import CheckpointError, ConfigError, NotBuiltError
+from l4core.request import RequestOutput
+from l4core.testing.drafts_eagle3 import make_tiny_draft
+
+SHAPE = {"layers": 6, "hidden": 64, "heads": 4, "head_dim": 16, "inter": 128, "chunk": 32, "floor_scale": 32}
+OPTIONS: Mapping[str, Any] = {"dtype": "float32", "device": "cpu", "progress": False, "page_size": 16}
+COUNT, TOKENS, STEPS = (60, 100, 3) if FULL else (8, 50, 3)
+DRAFTS: Sequence[Mapping[str, Any]] = (
+    {"layout": "eagle", "draft_vocab": 200},
+    {"layout": "speculators", "norm_before_residual": True, "norm_before_fc": True, "norm_output": True},
+    {
+        "layout": "speculators",
+        "norm_before_residual": False,
+        "fc_norm": True,
+        "own_embed": True,
+        "aux_layers": [1, 3, 5],
+    },
+    {"layout": "eagle", "norm_before_residual": True, "draft_vocab": 100},
+)
+LAYERS = ((1, 2, 4), (0, 2, 4), (0, 2, 4), (0, 4))
+"""Whose outputs these drafts read, as they are counted inside."""
+
+
+@pytest.fixture(scope="module")
+def folder(make_tiny) -> Path:
+    made: Path = make_tiny(**SHAPE)
+    return made
+
+
+def target_of(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return loaded
+
+
+def prompts() -> list[list[int]]:
+    """Around the borders of the first chunks; some begin alike."""
+    return [[(7 * i + i // 9) % 250 for i in range(4 + 13 * n % 80)] + [n % 250] for n in range(COUNT)]
+
+
+def open_llm(folder: Path, draft: Path | None = None, **options: Any) -> LLM:
+    flags = (
+        {} if draft is None else {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": draft.as_posix()}
+    )
+    llm = LLM(folder.as_posix(), **{**OPTIONS, **flags, **options})
+    engine = llm._built.engine
+    engine.scheduler.kv._on_empty = engine.runner.memory.poison
+    return llm
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> list[RequestOutput]:
+    return open_llm(folder).generate(prompts(), greedy(), use_tqdm=False)
+
+
+def greedy() -> SamplingParams:
+    return SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+
+
+class Recorder:
+    """Notes what the draft guessed for which tokens, and sends the true continuation instead of every guess that a coin picks."""
+
+    def __init__(self, llm: LLM, plain: Sequence[RequestOutput], acceptance: float) -> None:
+        self.guesses: list[tuple[tuple[int, ...], list[int]]] = []
+        self._answers = {tuple(o.prompt_token_ids): o.outputs[0].token_ids for o in plain}
+        self._acceptance = acceptance
+        speculation: Any = llm._built.engine.speculation
+        self._propose = speculation.propose
+        speculation.propose = self.propose
+
+    def propose(self, requests: Sequence[DraftRequest]) -> dict[str, Draft]:
+        drafts = self._propose(requests)
+        mixed = {}
+        for wanted in requests:
+            name, known = wanted.request.request_id, (*wanted.request.prompt_token_ids, *wanted.output_token_ids)
+            if name not in drafts:
+                continue
+            self.guesses.append((known, list(drafts[name].token_ids)))
+            true = self._answers[tuple(wanted.request.prompt_token_ids)][len(wanted.output_token_ids) :]
+            sent = [
+                token if hash((known[-1], len(known), i)) % 100 < 100 * self._acceptance else guess
+                for i, (guess, token) in enumerate(zip(drafts[name].token_ids, true, strict=False))
+            ]
+            mixed[name] = Draft(token_ids=sent)
+        return mixed
+
+
+def check_guesses(recorder: Recorder, folder: Path, draft: Path, aux_layers: Sequence[int], plain: Any) -> int:
+    """→ how many were compared."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    definition = Definition(draft, model.get_input_embeddings().weight.detach())
+    aux: dict[tuple[int, ...], torch.Tensor] = {}
+    for output in plain:
+        ids = (*output.prompt_token_ids, *output.outputs[0].token_ids)
+        with torch.no_grad():
+            states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        aux[ids] = torch.cat([_layer_output(states, layer) for layer in aux_layers], -1)
+    wrong = 0
+    for known, guesses in recorder.guesses:
+        whole = next(ids for ids in aux if ids[: len(known)] == known)
+        wrong += definition.chain(known, aux[whole], len(guesses)) != guesses
+    assert wrong <= len(recorder.guesses) // 200, f"{wrong} of {len(recorder.guesses)} drafts are not the definition's"
+    return len(recorder.guesses)
+
+
+def _layer_output(states: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
+    """transformers' last hidden state comes after the final norm, so the last layer cannot be read from it."""
+    assert layer + 1 < len(states) - 1
+    return states[layer + 1][0]
+
+
+@pytest.mark.parametrize("number", range(len(DRAFTS)))
+def test_guesses_are_the_definitions_and_tokens_are_the_targets(
+    folder: Path, plain: list[RequestOutput], tmp_path: Path, number: int
+) -> None:
+    """Two requests at a time, in pieces of at most 20 tokens, with prefix hits; in every format and with every flag."""
+    options = dict(DRAFTS[number])
+    layers = LAYERS[number]
+    options["aux_layers"] = [i + 1 for i in layers] if options["layout"] == "speculators" else list(layers)
+    draft = make_tiny_draft(tmp_path / "draft", target_of(folder), **options)
+    llm = open_llm(folder, draft, max_running_requests=2, chunked_prefill_size=20)
+    recorder = Recorder(llm, plain, acceptance=(0.0, 0.8, 0.5, 1.0)[number])
+    for mine, theirs in zip(llm.generate(prompts(), greedy(), use_tqdm=False), plain, strict=True):
+        assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
+    assert check_guesses(recorder, folder, draft, layers, plain) > 50
+
+
+def test_preempted_and_evicted(folder: Path, plain: list[RequestOutput], tmp_path: Path) -> None:
+    """Memory for two requests at best: the draft's entries are computed again with the target's."""
+    draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4])
+    options = {"max_total_tokens": 260, "context_length": 140, "max_running_requests": 4}
+    llm = open_llm(folder, draft, **options)
+    recorder = Recorder(llm, plain, acceptance=0.6)
+    for mine, theirs in zip(llm.generate(prompts(), greedy(), use_tqdm=False), plain, strict=True):
+        assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
+    assert check_guesses(recorder, folder, draft, (1, 2, 4), plain) > 30
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_sampled_tokens_are_those_without_a_draft(folder: Path, tmp_path: Path, temperature: float) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4], draft_vocab=200)
+    params = [
+        SamplingParams(max_tokens=TOKENS, temperature=temperature, top_p=0.9, presence_penalty=0.4, seed=n, logprobs=1)
+        for n in range(COUNT)
+    ]
+    wanted = open_llm(folder).generate(prompts(), params, use_tqdm=False)
+    for mine, theirs in zip(open_llm(folder, draft).generate(prompts(), params, use_tqdm=False), wanted, strict=True):
+        assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
+        assert mine.outputs[0].finish_reason == theirs.outputs[0].finish_reason
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_flags_that_contradict_each_other_are_refused(folder: Path, tmp_path: Path) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4])
+    for error, options, words in (
+        (ConfigError, {"speculative_num_steps": 3, "speculative_num_draft_tokens": 5}, "verifies steps \\+ 1"),
+        (ConfigError, {"speculative_num_steps": 40}, "attention chunk of 32"),
+        (NotBuiltError, {"speculative_eagle_topk": 4}, "trees are not built"),
+        (ConfigError, {"speculative_option": ("layers=1",)}, "unknown to EAGLE3; its options: aux_layers"),
+        (CheckpointError, {"speculative_option": ("aux_layers=1,2,6",)}, "the target has layers 0 to 5"),
+        (CheckpointError, {"speculative_option": ("aux_layers=1,2",)}, "fc.weight is"),
+    ):
+        with pytest.raises(error, match=words):
+            open_llm(folder, draft, **options)
+    for options, words in (
+        ({"speculative_algorithm": "EAGLE3"}, "needs a draft"),
+        ({"speculative_num_steps": 3}, "without --speculative-algorithm"),
+        ({"speculative_algorithm": "NGRAM", "speculative_draft_model_path": draft.as_posix()}, "is for EAGLE3"),
+        ({"speculative_algorithm": "MEDUSA"}, "there are EAGLE3, NGRAM"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            LLM(folder.as_posix(), **OPTIONS, **options)  # type: ignore[arg-type]
+
+
+def test_topk_one_means_steps_plus_one(folder: Path, tmp_path: Path) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4])
+    for options in (
+        {},
+        {"speculative_num_steps": 3},
+        {"speculative_num_draft_tokens": 4},
+        {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4},
+    ):
+        llm = open_llm(folder, draft, **options)
+        assert llm._built.engine.speculation is not None
+        assert llm._built.engine.speculation.num_drafts == 3
+        (line,) = [line for line in llm.report if line.startswith("speculation")]
+        assert "3 guesses a step" in line
+        assert "reads outputs of layers 1, 2, 4" in line
