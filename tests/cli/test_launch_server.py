@@ -22,7 +22,6 @@ FLAGS = """
 VLLM_FLAGS = "--model m --max-model-len 4096 --gpu-memory-utilization 0.8 --max-num-seqs 8 --max-num-batched-tokens 8192 --enforce-eager"
 NOT_BUILT = {
     "--enable-multimodal": "--enable-multimodal",
-    "--quantization fp8": "--quantization",
     "--tp-size 8": "--tp 8",
     "--speculative-algorithm STANDALONE": "--speculative-algorithm STANDALONE",
 }

@@ -444,7 +444,8 @@ def _capture(
     made = runner.capture(shapes, progress=progress)
     verifies = [s.num_seqs for s in shapes if s.num_tokens > 1]
     drafts = f" and {len(verifies)} of up to {verifies[-1]} drafts" if verifies else ""
-    return f"{len(shapes) - len(verifies)} batches of up to {shapes[-1].num_seqs} decodes{drafts} · {made.num_bytes / 1e9:.2f} GB · {made.seconds:.1f} s"
+    decodes = f"{len(shapes) - len(verifies)} batches of up to {shapes[-1].num_seqs} decodes"
+    return f"{decodes}{drafts} · {made.num_bytes / 1e9:.2f} GB · {made.seconds:.1f} s"
 
 
 def _report(

@@ -23,6 +23,7 @@ from l4core.engine.forward import ForwardPlanner, Phase
 from l4core.model.eagle3 import GROUP, Eagle3
 from l4core.model.eagle3_config import Target
 from l4core.model.eagle3_weights import load_draft
+from l4core.model.layers import Linear
 from l4core.model.weights import fill_dummy
 from l4core.plugin_ops.philox import seed_tensor
 from l4core.plugin_ops.upload import upload_many
@@ -49,7 +50,7 @@ class Eagle3Speculation:
         """planner: of the global group."""
         self.num_drafts = num_drafts
         self._draft, self._planner, self._device = draft, planner, device
-        weight = draft.fc.weight
+        weight = draft.norm.weight
         self._hidden = torch.zeros(max_running, draft.config.hidden_size, dtype=weight.dtype, device=device)
         self._ready: dict[str, tuple[int, int]] = {}
 
@@ -201,6 +202,9 @@ def create_eagle3(
         load_draft(model.folder, config, shapes, draft, model.plan)
     else:
         fill_dummy(dict(draft.named_parameters()), dummy_seed)
+    for module in list(draft.modules()):
+        if isinstance(module, Linear):
+            module.pack()
     return Eagle3Speculation(
         draft,
         runner.planner_of(GROUP),

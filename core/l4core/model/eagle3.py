@@ -113,7 +113,7 @@ class Eagle3(nn.Module):
 
     def _heads(self, batch: ForwardBatch, kv: KVMemory) -> TorchHeads:
         slots = batch.slot_mapping[GROUP]
-        wide = torch.promote_types(self.fc.weight.dtype, torch.float32)
+        wide = torch.promote_types(self.norm.weight.dtype, torch.float32)
         if self._rope is None:
             config = self.config
             table = rope_rows(config.head_dim, config.rope_theta, config.rope_scaling, self._max_positions, wide)
