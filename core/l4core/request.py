@@ -204,7 +204,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     top: Sequence[tuple[int, float]] = ()
 
 
-class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True):
+class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one step brought to one request: new tokens (with logprobs if asked), prompt logprobs as they are computed, the end if it came."""
 
     request_id: str

@@ -36,6 +36,7 @@ __all__ = ["Scheduler", "SchedulerLimits"]
 
 NO_PAGES: Mapping[str, NewPages] = MappingProxyType({})
 LAST_TOKEN_PENDING = (PENDING,)
+NO_GUESSES: Sequence[int] = ()
 NO_DRAFTS: Mapping[str, Draft] = MappingProxyType({})
 
 
@@ -233,10 +234,12 @@ class Scheduler:
             new_pages = NO_PAGES if seq.num_tokens <= seq.tables.capacity else self._make_room(seq, seq.num_tokens)
             if new_pages is None:
                 continue
-            draft = drafts.get(seq.request.request_id, NO_DRAFT) if drafts else NO_DRAFT
-            most = min(spare, min(seq.tables.capacity, seq.last_slot) - seq.num_tokens)
-            guesses = draft.token_ids[:most] if most > 0 else ()
             last = LAST_TOKEN_PENDING if seq.num_pending else seq.output_token_ids[-1:]
+            draft, guesses = NO_DRAFT, NO_GUESSES
+            if drafts:
+                draft = drafts.get(seq.request.request_id, NO_DRAFT)
+                most = min(spare, min(seq.tables.capacity, seq.last_slot) - seq.num_tokens)
+                guesses = draft.token_ids[: max(0, most)]
             seq.entry = ScheduledSequence(
                 request=seq.request,
                 row=seq.row,
@@ -398,7 +401,8 @@ class Scheduler:
 
     def _take_in(self, seq: SequenceState, entry: ScheduledSequence, drawn: DrawnTokens) -> SequenceUpdate | None:
         request_id = seq.request.request_id
-        self._check_draws(entry, drawn)
+        if drawn.request_id != request_id or len(drawn.token_ids) != entry.draws:
+            self._check_draws(entry, drawn)
         if drawn.error and not drawn.token_ids:
             self._end(seq)
             return SequenceUpdate(request_id=request_id, finish_reason=FinishReason.ERROR, error=drawn.error)
@@ -414,7 +418,9 @@ class Scheduler:
         prompt_logprobs = seq.new_prompt_logprobs(entry.start, drawn.prompt_logprobs) if drawn.prompt_logprobs else ()
         if not token_ids:
             return SequenceUpdate(request_id=request_id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
-        self._count_drafts(entry, len(token_ids))
+        if entry.num_drafts:
+            self._num_drafted += entry.num_drafts
+            self._num_accepted += min(len(token_ids) - 1, entry.num_drafts)
         if reason is None and drawn.error:
             reason = FinishReason.ERROR
         if reason is not None:
@@ -440,11 +446,6 @@ class Scheduler:
             )
         if count > entry.num_drafts + 1:
             raise ValueError(f"{request_id}: {count} tokens were drawn to verify {entry.num_drafts} drafts")
-
-    def _count_drafts(self, entry: ScheduledSequence, num_tokens: int) -> None:
-        """For the gauges."""
-        self._num_drafted += entry.num_drafts
-        self._num_accepted += min(num_tokens - 1, entry.num_drafts) if entry.num_drafts else 0
 
     def _report_end(self, request: Request, reason: FinishReason, error: str = "") -> None:
         self._updates.append(SequenceUpdate(request_id=request.request_id, finish_reason=reason, error=error))

@@ -89,6 +89,8 @@ class SequenceState:
 
     def extend(self, token_ids: Sequence[int]) -> tuple[Sequence[int], FinishReason | None]:
         """Take in tokens up to the one that ends the sequence → those taken in, and why it ends."""
+        if len(token_ids) == 1:
+            return token_ids, self.append(token_ids[0])
         for count, token_id in enumerate(token_ids, start=1):
             reason = self.append(token_id)
             if reason is not None:

@@ -1,0 +1,222 @@
+"""What the host does in a step: one layer, hidden 256, vocabulary 1,000, 256 running requests, so that the device has next to nothing to do.
+
+    python benchmarks/gpu/host_cost.py [--requests 256] [--json OUT] [--profile OUT.txt] [ENGINE OPTION=VALUE …]
+
+For the simple loop and the overlapped one: ms a step, and how much of it the host waited for the device. The bar is 1.0 ms in the simple loop. On a
+machine without an accelerator the same is measured with the forward pass and the draw left out: the host's share of a step and nothing else.
+--profile: where the host's time goes (cProfile, the simple loop), kept under benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import io
+import json
+import pstats
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from l4core.config import from_mapping
+from l4core.engine.batch import Inbox, StepTokens
+from l4core.engine.build import build_engine
+from l4core.engine.draws import PendingDraws
+from l4core.engine.engine import Engine
+from l4core.engine.fixed_step import Computed
+from l4core.request import Request, SamplingParams
+
+WARMUP, STEPS = 30, 300
+PROMPT = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("options", nargs="*")
+    args = parser.parse_args()
+    on_device = torch.accelerator.is_available()
+    engine = make_engine(dict(option.split("=", 1) for option in args.options), args.requests)
+    results: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator: device work left out",
+        "torch": torch.__version__,
+        "requests": args.requests,
+    }
+    if not on_device:
+        leave_the_device_out(engine)
+    for loop in ("simple", "overlapped") if on_device else ("simple",):
+        set_loop(engine, loop)
+        results[loop] = measure(engine, args.requests)
+        print(f"{loop:<12}" + "  ".join(f"{name} {value:.3f}" for name, value in results[loop].items()), flush=True)
+    if args.profile:
+        set_loop(engine, "simple")
+        args.profile.write_text(profile(engine, args.requests))
+        print(f"profile: {args.profile}")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def make_engine(options: dict[str, str], num_requests: int) -> Engine:
+    text = {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "torch_dtype": "bfloat16",
+        "attention_chunk_size": 8192,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "intermediate_size_mlp": 512,
+        "interleave_moe_layer_step": 1,
+        "moe_layers": [],
+        "max_position_embeddings": 8192,
+        "no_rope_layers": [1],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "num_experts_per_tok": 1,
+        "num_local_experts": 1,
+        "num_hidden_layers": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "use_qk_norm": True,
+        "vocab_size": 1000,
+        "eos_token_id": [1],
+    }
+    given: dict[str, Any] = {
+        "load_format": "dummy",
+        "max_running_requests": num_requests,
+        "max_total_tokens": num_requests * 1024,
+        "context_length": 4096,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(text))
+        built = build_engine(from_mapping({"model": folder, **given, **options})[0], progress=False)
+    print(*(line for line in built.report if line.startswith(("device", "attention", "graphs", "loop"))), sep="\n")
+    return built.engine
+
+
+def set_loop(engine: Engine, loop: str) -> None:
+    assert not engine.has_work
+    engine.overlap = loop == "overlapped"
+    engine.scheduler.max_in_flight = 2 if engine.overlap else 1
+
+
+class _Arrived:
+    """A draw that needs no device: token 7 for every row."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._rows = torch.from_numpy(np.full((2, num_rows), 7, dtype=np.int64))
+
+    def wait(self) -> torch.Tensor:
+        return self._rows
+
+
+def leave_the_device_out(engine: Engine) -> None:
+    """On a machine without an accelerator: the batch is built as for a graph, and everything after that costs nothing."""
+    from l4core.engine.fixed_step import StepShape
+
+    runner: Any = engine.runner
+    steps: dict[int, Any] = {}
+
+    class Always:
+        def find(self, num_seqs: int, num_tokens: int) -> Any:
+            if num_seqs not in steps:
+                steps[num_seqs] = runner.fixed_step(StepShape(num_seqs, 1))
+            return steps[num_seqs]
+
+    runner.graphs = Always()
+    runner.execute = lambda forward: Computed(hidden=torch.empty(0))
+
+    def draw(batch: Any, forward: Any, computed: Any, parsed: Any) -> PendingDraws:
+        rows = [s for s in batch.sequences if s.draws]
+        plain = runner._params.are_plain(
+            rows, np.array([s.row for s in rows]), np.array([s.start + len(s.token_ids) for s in rows]), parsed
+        )
+        arrived: Any = _Arrived(len(rows))
+        return PendingDraws(
+            batch.sequences, plain=plain, positions=plain, drawn=arrived, others=None, prompt_logprobs={}
+        )
+
+    runner.draw = draw
+
+
+def measure(engine: Engine, num_requests: int) -> dict[str, float]:
+    start(engine, num_requests)
+    waited = 0.0
+    wait = PendingDraws.wait
+
+    def timed(pending: PendingDraws) -> StepTokens:
+        nonlocal waited
+        event = getattr(pending._drawn, "_event", None)
+        began = time.perf_counter()
+        if event is not None:
+            event.synchronize()
+        waited += time.perf_counter() - began
+        return wait(pending)
+
+    PendingDraws.wait = timed  # type: ignore[method-assign]
+    times = []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        engine.step()
+        times.append((time.perf_counter() - began) * 1e3)
+    PendingDraws.wait = wait  # type: ignore[method-assign]
+    finish(engine)
+    return {
+        "ms a step": statistics.fmean(times),
+        "median": statistics.median(times),
+        "p99": sorted(times)[int(0.99 * len(times))],
+        "waited": waited / STEPS * 1e3,
+    }
+
+
+def profile(engine: Engine, num_requests: int) -> str:
+    start(engine, num_requests)
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(STEPS):
+        engine.step()
+    profiler.disable()
+    finish(engine)
+    out = io.StringIO()
+    out.write(f"{STEPS} steps of {num_requests} requests, simple loop; cProfile adds to every call\n")
+    pstats.Stats(profiler, stream=out).strip_dirs().sort_stats("tottime").print_stats(30)
+    return out.getvalue()
+
+
+def start(engine: Engine, num_requests: int) -> None:
+    """All requests decoding, and warm."""
+    requests = [
+        Request(
+            request_id=str(i),
+            prompt_token_ids=[(i * 7 + j) % 1000 for j in range(PROMPT)],
+            params=SamplingParams(temperature=i % 2 * 0.8, seed=i, max_tokens=2000, ignore_eos=True),
+            eos_token_ids=(),
+            max_total_tokens=4000,
+        )
+        for i in range(num_requests)
+    ]
+    engine.step(Inbox(requests=requests))
+    for _ in range(WARMUP):
+        engine.step()
+    assert all(seq.is_decode for seq in engine.scheduler.sequences)
+
+
+def finish(engine: Engine) -> None:
+    engine.abort([seq.request.request_id for seq in engine.scheduler.sequences])
+    while engine.has_work:
+        engine.step()
+
+
+if __name__ == "__main__":
+    main()
