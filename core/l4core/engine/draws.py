@@ -1,11 +1,12 @@
 """Draws under way: what was asked of the device for one batch, and what becomes tokens when it has arrived.
 
-A row whose request only has a temperature is drawn by the kernels of the law (inside a graph, where the step is one). The others (penalties, masks,
-bias, log-probabilities, a sampler of a plugin, tokens forbidden for now) go through the sampling pipeline, from the same logits.
+A row whose request has a temperature, top-p and min-p at most is drawn by the kernels of the law (inside a graph, where the step is one). The others
+(penalties, top-k, bias, log-probabilities, a sampler of a plugin, tokens forbidden for now) go through the sampling pipeline, from the same logits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
@@ -14,7 +15,8 @@ import numpy.typing as npt
 
 from l4core.engine.batch import DrawnTokens, ScheduledSequence, StepTokens
 from l4core.engine.verify_rows import Verified, verified
-from l4core.plugin_ops.sampling import UNCHANGED
+from l4core.plugin_ops.masks import share
+from l4core.plugin_ops.sampling import UNCHANGED, has_penalty
 from l4core.plugin_ops.upload import Download
 from l4core.request import Request, TokenLogprobs
 from l4core.sampling.pipeline import Draw, Drawing, model_fault
@@ -26,12 +28,14 @@ _NEVER = np.iinfo(np.int64).max
 class RowParams:
     """How the request of each block-table row draws, as arrays: noted once when the row gets its request, read by every step.
 
-    temperature: float64.  seed: int64, modulo 2^64.  Padding's row comes last and is greedy.
+    temperature, log_min_p: float64.  seed: int64, modulo 2^64.  top_p: int64, shares as in plugin_ops.masks.  Padding's row comes last, greedy.
     """
 
     def __init__(self, num_rows: int) -> None:
         self.temperature = np.zeros(num_rows, dtype=np.float64)
         self.seed = np.zeros(num_rows, dtype=np.int64)
+        self.top_p = np.full(num_rows, share(1.0), dtype=np.int64)
+        self.log_min_p = np.full(num_rows, -np.inf, dtype=np.float64)
         self._plain_from = np.full(num_rows, _UNKNOWN, dtype=np.int64)
         self._owners: list[Request | None] = [None] * num_rows
 
@@ -44,6 +48,9 @@ class RowParams:
                 owners[row] = seq.request
                 self.temperature[row] = params.temperature
                 self.seed[row] = ((params.seed or 0) + 2**63) % 2**64 - 2**63
+                is_default = params.sampler == "default"  # what another makes of these fields is its own affair
+                self.top_p[row] = share(params.top_p) if is_default else share(1.0)
+                self.log_min_p[row] = math.log(params.min_p) if is_default and params.min_p > 0 else -math.inf
                 self._plain_from[row] = _UNKNOWN
 
     def are_plain(
@@ -63,10 +70,11 @@ class RowParams:
 
 
 def _first_plain(request: Request, parsed: object) -> int:
-    """Position from which on nothing but the temperature changes what is drawn."""
+    """Position from which on the kernels can draw for the request."""
     params = request.params
     wants_more = params.logprobs is not None or (params.temperature > 0 and params.seed is None)
-    if parsed is not UNCHANGED or wants_more:
+    only_masks = params.sampler == "default" and params.top_k < 1 and not params.logit_bias and not has_penalty(params)
+    if wants_more or not (parsed is UNCHANGED or only_masks):
         return _NEVER
     return len(request.prompt_token_ids) + params.min_tokens if params.min_tokens else 0
 

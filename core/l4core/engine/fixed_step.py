@@ -42,13 +42,15 @@ class Computed:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRequests:
     """One step's sequences on the host, in the batch's order. rows: block-table row.  starts: position of the first new token.  token_ids: int64
-    [B, n], or PENDING.  temperature, seed: of their draws."""
+    [B, n], or PENDING.  The rest as in draws.RowParams."""
 
     rows: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
     token_ids: npt.NDArray[np.int64]
     temperature: npt.NDArray[np.float64]
+    log_min_p: npt.NDArray[np.float64]
     seed: npt.NDArray[np.int64]
+    top_p: npt.NDArray[np.int64]
 
 
 class StepOutputs:
@@ -68,7 +70,7 @@ class StepOutputs:
 
 
 class FixedStep:
-    """inputs: int64 [4 + n, B] on the device: rows, starts, seeds, bits of float64 temperatures, token ids."""
+    """inputs: int64 [6 + n, B] on the device: rows, starts, seeds, top-p, bits of float64 temperatures and log min-p, token ids."""
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class FixedStep:
         self._last_tokens = last_tokens
         self._max_context = max_context
         device, (num_seqs, num_tokens) = last_tokens.device, shape
-        self.inputs = torch.zeros(4 + num_tokens, num_seqs, dtype=torch.int64, device=device)
+        self.inputs = torch.zeros(6 + num_tokens, num_seqs, dtype=torch.int64, device=device)
         self._cu_seqlens = torch.arange(0, (num_seqs + 1) * num_tokens, num_tokens, dtype=torch.int32, device=device)
         self._owner = torch.arange(num_seqs, dtype=torch.int32, device=device).repeat_interleave(num_tokens)
         self._steps = torch.arange(num_tokens, device=device).repeat(num_seqs)
@@ -103,8 +105,10 @@ class FixedStep:
         array[0, :num] = requests.rows
         array[1, :num] = requests.starts
         array[2, :num] = requests.seed
-        array[3, :num] = requests.temperature.view(np.int64)
-        array[4:, :num] = requests.token_ids.T
+        array[3, :num] = requests.top_p
+        array[4, :num] = requests.temperature.view(np.int64)
+        array[5, :num] = requests.log_min_p.view(np.int64)
+        array[6:, :num] = requests.token_ids.T
         self.inputs.copy_(host, non_blocking=True)
 
     @torch.inference_mode()
@@ -114,7 +118,7 @@ class FixedStep:
 
         inputs, owner, num_tokens = self.inputs, self._owner, self.shape.num_tokens
         rows, starts = inputs[0], inputs[1]
-        known = inputs[4:].t().reshape(-1)
+        known = inputs[6:].t().reshape(-1)
         token_ids = torch.where(known < 0, self._last_tokens[rows][owner], known)
         step = StepRows(
             rows=rows.int(),
@@ -137,12 +141,15 @@ class FixedStep:
         num_rows, outputs = len(owner), self._outputs
         aux = None if outputs.aux is None else outputs.aux[:num_rows]
         hidden = outputs.hidden[:num_rows].copy_(self._model(forward, self._planner.memory, self._planner.backend, aux))
+        floats = inputs[4:6].view(torch.float64).float()[:, owner]
         logits = self._model.head(hidden, out=outputs.logits[:num_rows])
         drawn = draw_rows(
             logits,
-            inputs[3].view(torch.float64).float()[owner],
+            floats[0],
             inputs[2][owner],
             step.positions + 1,
+            inputs[3][owner],
+            floats[1],
             out=outputs.drawn(num_rows),
         )
         if num_tokens == 1:

@@ -137,7 +137,9 @@ class Runner:
                 starts=layout.starts,
                 token_ids=_token_ids(batch, layout).reshape(len(layout.rows), -1),
                 temperature=self._params.temperature[layout.rows],
+                log_min_p=self._params.log_min_p[layout.rows],
                 seed=self._params.seed[layout.rows],
+                top_p=self._params.top_p[layout.rows],
             )
         )
         return step
@@ -237,10 +239,11 @@ class Runner:
         from l4core.sampling.draw_triton import draw_rows
 
         assert isinstance(forward, ForwardBatch)
-        rows = np.repeat(drawing.rows, drawing.counts)
-        (seeds,) = upload_many([self._params.seed[rows]], torch.int64, self._device)
-        (temperature,) = upload_many([self._params.temperature[rows].astype(np.float32)], torch.float32, self._device)
-        drawn = draw_rows(logits, temperature, seeds, forward.positions[forward.logits_rows] + 1)
+        rows, params = np.repeat(drawing.rows, drawing.counts), self._params
+        seeds, top_p = upload_many([params.seed[rows], params.top_p[rows]], torch.int64, self._device)
+        floats = [params.temperature[rows], params.log_min_p[rows]]
+        temperature, log_min_p = upload_many([x.astype(np.float32) for x in floats], torch.float32, self._device)
+        drawn = draw_rows(logits, temperature, seeds, forward.positions[forward.logits_rows] + 1, top_p, log_min_p)
         self._remember(drawing, np.ones(len(drawing.rows), dtype=bool), drawn[0])
         return drawn
 

@@ -33,7 +33,8 @@ def upload_many(
 
 
 class Download:
-    """A tensor on its way to the host. The copy is queued behind what the device was asked before; `wait` returns when it has arrived."""
+    """A tensor on its way to the host. The copy is queued behind what the device was asked before, so the tensor may change afterwards; `wait`
+    returns when it has arrived."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._event: torch.Event | None = None
@@ -43,7 +44,7 @@ class Download:
             self._event = torch.Event(tensor.device)
             self._event.record()
         else:
-            self._host = tensor.cpu()
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
     def wait(self) -> torch.Tensor:
         """The tensor, on the host."""
