@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import torch
 
 from helpers.profile import FULL
 from helpers.recording import HiddenRecorder, greedy
+from helpers.smol import cut_nope, open_llm, token_stream, variant
 from l4core import LLM
-from l4core.demo.ask import long_text
 from l4core.demo.run import ready_checkpoint
 
 NUM_PROMPTS = 20 if FULL else 2
@@ -31,26 +30,6 @@ PARITY_TOKENS, PARITY_POSITIONS = (4000, 100) if FULL else (1100, 30)
 @pytest.fixture(scope="module")
 def smol() -> Path:
     return ready_checkpoint()
-
-
-def variant(base: Path, folder: Path, **changes: object) -> Path:
-    """The same weights under a changed config.json."""
-    folder.mkdir()
-    for file in base.iterdir():
-        (folder / file.name).symlink_to(file)
-    config = folder / "config.json"
-    raw = json.loads(config.read_text())
-    config.unlink()
-    config.write_text(json.dumps({**raw, **changes}))
-    return folder
-
-
-def open_llm(folder: Path) -> LLM:
-    return LLM(folder.as_posix(), dtype="float32", device="cpu", max_running_requests=4, progress=False)
-
-
-def token_stream(llm: LLM) -> list[int]:
-    return llm._frontend.tokenizer.encode_text(long_text() * 4, allow_special=False)
 
 
 def answers(llm: LLM) -> list[list[int]]:
@@ -76,11 +55,11 @@ def full_attention(smol: Path, folder: Path) -> LLM:
     return open_llm(variant(smol, folder, layer_types=["full_attention"] * 30))
 
 
-def cut_nope(smol: Path, folder: Path) -> LLM:
-    return open_llm(variant(smol, folder, layer_types=["chunked_attention"] * 30))
+def cut_layers(smol: Path, folder: Path) -> LLM:
+    return open_llm(cut_nope(smol, folder))
 
 
-@pytest.mark.parametrize("broken", [zero_experts, full_attention, cut_nope])
+@pytest.mark.parametrize("broken", [zero_experts, full_attention, cut_layers])
 def test_breaking_a_feature_changes_greedy_output(
     smol: Path, whole: list[list[int]], tmp_path: Path, broken: Callable[[Path, Path], LLM]
 ) -> None:
