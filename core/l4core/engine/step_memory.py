@@ -64,7 +64,7 @@ def _layer_bytes(config: ModelConfig, num_tokens: int, itemsize: int) -> int:
     hidden = config.hidden_size
     q, kv = config.num_q_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
     attention = 2 * q + kv + hidden
-    moe = max(hidden + 3 * config.intermediate_size, 3 * hidden) if any(config.moe_layers) else 0
+    moe = 4 * hidden + 3 * config.intermediate_size if any(config.moe_layers) else 0
     dense = 0 if all(config.moe_layers) else max(3 * config.intermediate_size_mlp, hidden)
     angles = 4 * config.head_dim * len({c for r, c in zip(config.rope_layers, config.chunked_layers, strict=True) if r})
     return num_tokens * ((2 * hidden + max(attention, moe, dense)) * itemsize + angles + INDEX_BYTES)
