@@ -44,7 +44,8 @@ class KVManager:
         self.chunk_size = chunks.pop() if chunks else None
         self.prefix_cache = prefix_cache
         self._on_empty = on_empty
-        self._pages_per = tuple(superpage_shape(groups).pages[group.name] for group in groups)
+        shape = superpage_shape(groups)
+        self._pages_per = tuple(shape.pages[group.name] for group in groups)
         most = [None if group.chunk_size is None else max_local for group in groups]
         self._pool = SuperpagePool(num_superpages, self._pages_per, self._empty, most)
         self._index = [PrefixIndex() for _ in groups]
