@@ -96,6 +96,9 @@ class MemoryMachine(RuleBasedStateMachine):
         holder = Holder(tokens, salt, PageHashes(salt, self.page, lambda a, b: tokens[a:b]), self.kv.new_tables())
         length = self.kv.find_prefix(holder.hashes, len(tokens) - 1)
         self.kv.take_prefix(holder.tables, holder.hashes, length)
+        if not self.kv.fits_alone(holder.tables, length, len(tokens)):  # too scattered, as the scheduler has it
+            self.kv.release(holder.tables)
+            length = 0
         holder.num_computed = length
         if length:
             event("a prefix was found")
