@@ -66,6 +66,7 @@ def test_what_flags_cost() -> None:
 
 def test_a_draft_takes_weights_and_lies_beside_the_global_layers(tmp_path: Path) -> None:
     config = {
+        "architectures": ["LlamaForCausalLMEagle3"],
         "hidden_size": 5120,
         "intermediate_size": 32768,
         "num_attention_heads": 40,

@@ -91,11 +91,13 @@ def plan(
     """
     from l4core.engine.capacity import LENGTHS, Setup, capacity, load_config
     from l4core.engine.graph_sizes import LARGEST, batch_sizes
-    from l4core.model.draft_size import read_draft
+    from l4core.engine.speculation import DEFAULT_STEPS
+    from l4core.model.eagle3_config import DraftConfig, Target
 
     config = load_config(model)
     kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else 2
     backend, verdict = backend_of(config, gpu, tp, kv_bytes, page_size, max_running_requests, chunked_prefill_size)
+    target = Target(num_layers=config.num_layers, hidden_size=config.hidden_size, vocab_size=config.vocab_size)
     setup = Setup(
         memory_bytes=memory_of(gpu, memory),
         tp=tp,
@@ -110,7 +112,8 @@ def plan(
         hybrid=not disable_hybrid_swa_memory,
         workspace=verdict.workspace_bytes if verdict else 0,
         graphs=batch_sizes(min(max_running_requests, LARGEST)) if verdict and verdict.graph else (),
-        draft=None if draft is None else read_draft(draft),
+        draft=None if draft is None else DraftConfig.from_folder(draft, target=target, options={}),
+        num_drafts=0 if draft is None else DEFAULT_STEPS,
         lengths=length or LENGTHS,
     )
     found = capacity(config, setup)

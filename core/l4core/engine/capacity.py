@@ -14,7 +14,8 @@ from l4core.engine.step_memory import needs_of
 from l4core.errors import ConfigError
 from l4core.kv.planner import Footprint, KVPlan, plan_kv
 from l4core.model.config import ModelConfig
-from l4core.model.draft_size import draft_weight_bytes
+from l4core.model.draft_size import check_draft_kv, draft_elements, draft_token_elements
+from l4core.model.eagle3_config import DraftConfig
 from l4core.model.layout import Parameter, parameters
 from l4core.model.slicing import check_world, rank_config, rank_shape
 from l4core.quant.formats import ONLINE, stored_bytes
@@ -41,6 +42,8 @@ DEVICES: Mapping[str, Device] = {
     "MI355X": Device(287.5, "gfx950"),
 }
 """GiB of H100, H200 and B200 as they were seen, of the others what is sold, less up to two. `--memory` takes any number."""
+ITEM_BYTES = 2
+"""Of an element that is computed with: bfloat16."""
 PRESETS = ("scout", "maverick")
 WEIGHTS = ("bfloat16", *ONLINE)
 LENGTHS = (1_000, 8_000, 32_000, 128_000, 1_000_000)
@@ -53,7 +56,7 @@ class Setup:
     """What is asked. memory_bytes: of one device.  weights: one of WEIGHTS.  kv_bytes: of one stored element.  fraction: None = the default.
     local_ratio: cap on local KV (kv.planner.local_cap).  hybrid: local pages of finished chunks are dropped.
     workspace: of the attention backend, bytes.  num_tokens: computed in one step at most.  graphs: batches of captured decode steps.
-    draft: of a draft model, its config.json, None = no speculation.  lengths: of which requests are counted, tokens."""
+    draft: an EAGLE3 draft, None = no speculation; num_drafts: tokens it guesses a step.  lengths: of which requests are counted, tokens."""
 
     memory_bytes: int
     tp: int = 1
@@ -68,7 +71,8 @@ class Setup:
     hybrid: bool = True
     workspace: int = 0
     graphs: Sequence[int] = ()
-    draft: Mapping[str, object] | None = None
+    draft: DraftConfig | None = None
+    num_drafts: int = 0
     lengths: Sequence[int] = LENGTHS
 
 
@@ -129,18 +133,25 @@ def load_config(model: str) -> ModelConfig:
 def capacity(config: ModelConfig, setup: Setup) -> Capacity:
     """Raises ConfigError for a tp or page size that does not divide, CapacityError when weights or context do not fit; it names what would."""
     rank = rank_config(config, setup.tp)
-    draft = 0 if setup.draft is None else draft_weight_bytes(setup.draft, config, setup.tp)
+    num_tokens = max(setup.num_tokens, setup.max_running)
+    draft, workspace = 0, setup.workspace
+    if setup.draft is not None:
+        check_draft_kv(setup.draft, config)
+        own_head = setup.draft.draft_vocab_size != config.vocab_size  # one of the whole vocabulary may be the model's
+        draft = ITEM_BYTES * draft_elements(setup.draft, own_embed=False, own_head=own_head, ranks=setup.tp)
+        workspace += ITEM_BYTES * num_tokens * draft_token_elements(setup.draft, ranks=setup.tp)
     needs = needs_of(
         rank,
         weights=rank_weight_bytes(config, setup.tp, setup.weights) + draft,
-        workspace=setup.workspace,
-        num_tokens=max(setup.num_tokens, setup.max_running),
+        workspace=workspace,
+        num_tokens=num_tokens,
         max_running=setup.max_running,
         context_length=setup.context_length,
         page_size=setup.page_size,
-        itemsize=2,
+        itemsize=ITEM_BYTES,
         device_bytes=setup.memory_bytes,
         graph_batches=setup.graphs,
+        num_drafts=setup.num_drafts,
     )
     budget = share_out(setup.memory_bytes, needs, setup.fraction)
     groups = rank.kv_groups(num_draft_layers=0 if setup.draft is None else 1, hybrid=setup.hybrid)

@@ -13,6 +13,7 @@ from l4core.engine.drafter import PluginSpeculation, Speculation
 from l4core.engine.key_values import parse_key_values
 from l4core.errors import ConfigError, NotBuiltError
 from l4core.model.config import ModelConfig
+from l4core.model.draft_size import draft_elements, draft_token_elements
 from l4core.model.eagle3_config import OPTIONS, DraftConfig, Target
 from l4core.model.eagle3_weights import DraftPlan, plan_draft, stored_shapes
 from l4core.model.repository import resolve_model
@@ -40,20 +41,12 @@ class DraftModel:
     @property
     def num_parameters(self) -> int:
         """Its own: the target's embedding and head are not counted."""
-        c = self.config
-        attention = 2 * c.hidden_size * (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
-        attention += c.num_q_heads * c.head_dim * c.hidden_size
-        mlp = 3 * c.hidden_size * c.intermediate_size
-        fc = len(c.aux_layers) * c.target_hidden_size * c.hidden_size
-        ends = self.plan.own_embed * c.vocab_size + self.plan.own_head * c.draft_vocab_size
-        return attention + mlp + fc + ends * c.hidden_size
+        return draft_elements(self.config, own_embed=self.plan.own_embed, own_head=self.plan.own_head)
 
     @property
     def elements_a_token(self) -> int:
         """Held for each token of a step: aux outputs, and what the draft's layer makes of them."""
-        c = self.config
-        attention = (2 * c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
-        return len(c.aux_layers) * c.target_hidden_size + 4 * c.hidden_size + attention + 3 * c.intermediate_size
+        return draft_token_elements(self.config)
 
     def describe(self) -> str:
         """For the start-up report: the layers it reads are the commonest thing to be wrong."""
