@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,18 @@ def test_a_draft_takes_weights_and_lies_beside_the_global_layers(tmp_path: Path)
 def test_wrong_flags_are_errors_with_the_way_out(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CliRunner().invoke(l4, ["plan", *arguments], catch_exceptions=False, standalone_mode=False)
+
+
+def test_the_chart_of_the_docs(tmp_path: Path) -> None:
+    """Two kinds of KV, plain and hybrid, and what the device has: hybrid lines end further right."""
+    out = tmp_path / "chart.svg"
+    run("--model", "scout", "--gpu", "H100-80GB", "--tp", "8", "--plot", str(out))
+    lines = re.findall(r'<polyline points="([^"]+)"', out.read_text())
+    ends = [tuple(map(float, line.split()[-1].split(","))) for line in lines]
+    assert len(lines) == 5
+    plain, hybrid = ends[0], ends[1]
+    assert hybrid[0] > plain[0] + 50  # four times the tokens on a logarithmic axis
+    assert hybrid[1] == pytest.approx(plain[1], abs=3)  # in the same memory
+    title = re.search("scout on 8 × H100-80GB[^<]*", out.read_text())
+    assert title is not None
+    assert title[0] in (Path(__file__).parents[2] / "docs/memory-scout.svg").read_text()

@@ -66,6 +66,12 @@ LIBRARIES = ("triton==3.6.0", "flash_attn_interface==3.0.0", "flashinfer==0.7.2"
     help="cap on local KV, by SGLang's arithmetic [none]",
 )
 @click.option("--disable-hybrid-swa-memory", is_flag=True, help="local KV of finished chunks is kept")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="also draw memory against length, SVG",
+)
 @click.option("--json", "as_json", is_flag=True, help="an object instead of text")
 def plan(
     model: str,
@@ -83,6 +89,7 @@ def plan(
     swa_full_tokens_ratio: float | None,
     disable_hybrid_swa_memory: bool,
     length: tuple[int, ...],
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """What a model holds on a device: weights, KV memory, the largest context, requests at once, and what each flag would change.
@@ -117,10 +124,15 @@ def plan(
         lengths=length or LENGTHS,
     )
     found = capacity(config, setup)
+    where = f"{model} on {tp} × {gpu or f'{memory:g} GiB'}"
+    if plot is not None:
+        from l4core.cli.plan_chart import memory_chart
+
+        plot.write_text(memory_chart(f"{where}: KV memory of one request", config, setup), encoding="utf-8")
     if as_json:
         click.echo(json.dumps({**found.json(), "attention_backend": backend}, indent=2))
         return
-    click.echo(f"{model} on {tp} × {gpu or f'{memory:g} GiB'}\n")
+    click.echo(f"{where}\n")
     click.echo(text_table(("each device", "", ""), list(_rows(found, backend))))
     click.echo("\n" + text_table(("requests of", "at once"), [(f"{n:,} tokens", f"{k:,}") for n, k in found.at_once]))
     click.echo("\n" + text_table(("with", "largest context", "and at once"), list(_changes(config, setup))))
