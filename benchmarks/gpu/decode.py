@@ -129,7 +129,7 @@ class Bench:
             self._run_prompts(self._requests(batch, length, 1))
             times.append((time.perf_counter() - began) * 1e3)
         if profile:
-            with _profiler(f"prefill {batch}x{length}"):
+            with _profiler(f"prefill {batch}x{length}", 1):
                 self._run_prompts(self._requests(batch, length, 1))
         return min(times), self._prefill_floor(batch, length, rates), float(self.config.num_experts or 0)
 
@@ -240,7 +240,7 @@ class Bench:
         return (linear + attention + seconds(head, batch)) * 1e3
 
     def _profile(self, name: str) -> None:
-        with _profiler(name):
+        with _profiler(name, 3):
             for _ in range(3):
                 self.engine.step()
 
@@ -250,14 +250,28 @@ def _pieces(length: int, size: int) -> list[int]:
 
 
 @contextmanager
-def _profiler(name: str) -> Iterator[None]:
+def _profiler(name: str, steps: int) -> Iterator[None]:
+    """Prints what each kernel takes of a step, the longest first, and how long the device was busy."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
         yield
         torch.cuda.synchronize()
-    print(f"--- {name}")
-    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=70))
+    kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    times: dict[str, list[float]] = {}
+    for event in kernels:
+        times.setdefault(event.name, []).append(event.device_time)
+    ranked = sorted(times.items(), key=lambda item: -sum(item[1]))
+    span = max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
+    busy = sum(map(sum, times.values()))
+    print(
+        f"--- {name}: busy {busy / steps / 1e3:.3f} ms of {span / steps / 1e3:.3f}, {len(kernels) / steps:.0f} kernels"
+    )
+    for kernel, each in ranked[:16]:
+        print(
+            f"    {sum(each) / steps:9.1f} µs {len(each) / steps:6.1f} × {statistics.median(each):8.2f}  {kernel[:90]}"
+        )
 
 
 def scout(layers: int) -> dict[str, Any]:

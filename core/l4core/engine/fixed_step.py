@@ -59,7 +59,6 @@ class StepOutputs:
     def __init__(self, num_rows: int, model: Llama4, device: torch.device) -> None:
         """num_rows: token rows of the largest shape."""
         dtype = model.embed.weight.dtype
-        self.hidden = torch.empty(num_rows, model.config.hidden_size, dtype=dtype, device=device)
         self.logits = torch.empty(num_rows, model.config.vocab_size, dtype=dtype, device=device)
         self.aux = model.new_aux(num_rows)
         self._drawn = torch.empty(2 * num_rows, dtype=torch.int64, device=device)
@@ -92,7 +91,6 @@ class FixedStep:
         self.inputs = torch.zeros(6 + num_tokens, num_seqs, dtype=torch.int64, device=device)
         self._cu_seqlens = torch.arange(0, (num_seqs + 1) * num_tokens, num_tokens, dtype=torch.int32, device=device)
         self._owner = torch.arange(num_seqs, dtype=torch.int32, device=device).repeat_interleave(num_tokens)
-        self._steps = torch.arange(num_tokens, device=device).repeat(num_seqs)
         self._every_row = torch.arange(num_seqs * num_tokens, device=device)
         self.inputs[0] = planner.tables.padding_row
 
@@ -113,45 +111,43 @@ class FixedStep:
 
     @torch.inference_mode()
     def run(self) -> Computed:
-        """Everything from the inputs to the drawn tokens; no host sync, no allocation that outlives it."""
+        """Everything from the inputs to the drawn tokens; no host sync, and no allocation that outlives it but the hidden states."""
+        from l4core.engine.fixed_step_triton import unpack
         from l4core.sampling.draw_triton import draw_rows
 
-        inputs, owner, num_tokens = self.inputs, self._owner, self.shape.num_tokens
-        rows, starts = inputs[0], inputs[1]
-        known = inputs[6:].t().reshape(-1)
-        token_ids = torch.where(known < 0, self._last_tokens[rows][owner], known)
+        num_seqs, num_tokens = self.shape
+        num_rows, outputs = num_seqs * num_tokens, self._outputs
+        given = unpack(self.inputs, self._last_tokens, num_tokens)
         step = StepRows(
-            rows=rows.int(),
-            starts=starts.int(),
-            seq_lens=(starts + num_tokens).int(),
-            positions=starts[owner] + self._steps,
-            owner=owner,
+            rows=given.rows,
+            starts=given.starts,
+            seq_lens=given.seq_lens,
+            positions=given.positions,
+            owner=self._owner,
         )
         phase = Phase(
             name="decode" if num_tokens == 1 else "verify",
             first=0,
-            last=self.shape.num_seqs,
+            last=num_seqs,
             begin=0,
-            end=len(owner),
+            end=num_rows,
             cu_seqlens_q=self._cu_seqlens,
             max_seqlen_q=num_tokens,
             max_seqlen_k=self._max_context,
         )
-        forward = self._planner.plan(token_ids, step, [phase], self._every_row, longest=None)
-        num_rows, outputs = len(owner), self._outputs
+        forward = self._planner.plan(given.token_ids, step, [phase], self._every_row, longest=None)
         aux = None if outputs.aux is None else outputs.aux[:num_rows]
-        hidden = outputs.hidden[:num_rows].copy_(self._model(forward, self._planner.memory, self._planner.backend, aux))
-        floats = inputs[4:6].view(torch.float64).float()[:, owner]
+        hidden = self._model(forward, self._planner.memory, self._planner.backend, aux)
         logits = self._model.head(hidden, out=outputs.logits[:num_rows])
         drawn = draw_rows(
             logits,
-            floats[0],
-            inputs[2][owner],
-            step.positions + 1,
-            inputs[3][owner],
-            floats[1],
+            given.temperature,
+            given.seeds,
+            given.draw_positions,
+            given.top_p,
+            given.log_min_p,
             out=outputs.drawn(num_rows),
         )
         if num_tokens == 1:
-            self._last_tokens.index_copy_(0, rows, drawn[0])
+            self._last_tokens.index_copy_(0, self.inputs[0], drawn[0])
         return Computed(hidden=hidden, aux=aux, logits=logits, drawn=drawn)

@@ -25,7 +25,7 @@ class Graphs:
     """Captured steps by shape. num_bytes: device memory they took.  seconds: to capture them."""
 
     def __init__(self, make: Callable[[StepShape], FixedStep], shapes: Iterable[StepShape], *, progress: bool) -> None:
-        """make: a step of a shape; all of them write their results into the same memory, so nothing of a capture outlives it and the next one takes
+        """make: a step of a shape; all of them write their logits into the same memory, so little of a capture outlives it and the next one takes
         its place in the pool. The largest comes first, and the others fit."""
         began = time.perf_counter()
         before, _ = torch.cuda.mem_get_info()
