@@ -1,5 +1,5 @@
-"""Speculation under CUDA graphs changes no token: a tiny random target in float32, EAGLE3 and a recorded drafter at acceptance 0 to 1, against the same
-engine without speculation. Prints a line a case, and what graphs were captured; exits 1 when a token differs.
+"""Speculation under CUDA graphs changes no token: a tiny random target in float32, EAGLE3 and a recorded drafter at acceptance 0 to 1, against
+the same engine without speculation. Prints a line a case, and what graphs were captured; exits 1 when a token differs.
 
     python benchmarks/gpu/speculation_check.py [--prompts 50] [--tokens 100]
 """

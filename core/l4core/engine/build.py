@@ -14,6 +14,7 @@ import torch
 
 from l4core.attention.select import Selected, select_backend
 from l4core.config import EngineConfig
+from l4core.engine.drafter_eagle3 import Eagle3Speculation
 from l4core.engine.engine import Engine
 from l4core.engine.fixed_step import StepShape
 from l4core.engine.graph_sizes import GraphSizes, graph_sizes
@@ -101,7 +102,7 @@ def build_engine(
     )
     scales = _kv_scales(config, model_config, folder, kv_dtype)
     engine = _wire(config, model_config, groups, model, plan, selected, plugins, device, kv_dtype, scales, speculation)
-    captured = _capture(engine.runner, graphs, speculation, plan.max_running, progress=progress and sys.stderr.isatty())
+    captured = _capture(engine, graphs, speculation, plan.max_running, progress=progress and sys.stderr.isatty())
     report = _report(
         config,
         model_config,
@@ -435,13 +436,16 @@ def _shapes(graphs: GraphSizes, speculation: SpeculationPlan | None) -> list[Ste
 
 
 def _capture(
-    runner: Runner, graphs: GraphSizes, speculation: SpeculationPlan | None, max_running: int, *, progress: bool
+    engine: Engine, graphs: GraphSizes, speculation: SpeculationPlan | None, max_running: int, *, progress: bool
 ) -> str:
     """Captures what there is to capture → the line of the report."""
+    runner, drafter = engine.runner, engine.speculation
     shapes = sorted({StepShape(min(s.num_seqs, max_running), s.num_tokens) for s in _shapes(graphs, speculation)})
     if not shapes:
         return f"off ({graphs.off})"
     made = runner.capture(shapes, progress=progress)
+    if isinstance(drafter, Eagle3Speculation):
+        drafter.capture([s for s in shapes if s.num_seqs <= LARGEST_VERIFIED], progress=progress)
     verifies = [s.num_seqs for s in shapes if s.num_tokens > 1]
     drafts = f" and {len(verifies)} of up to {verifies[-1]} drafts" if verifies else ""
     decodes = f"{len(shapes) - len(verifies)} batches of up to {shapes[-1].num_seqs} decodes"

@@ -6,11 +6,13 @@
 
 Draft keys and values lie in the sequence's own pages (layer `num_layers` of the global group), so prefix hits, preemption and release need nothing of
 their own. A shared page may hold the entry of another continuation at its last position: that can cost acceptance, never a token.
+On a device with graphs both are replayed for batches of decodes; a step with prefill pieces is planned tensor by tensor, as the target's is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -19,15 +21,16 @@ import torch
 
 from l4core.attention.step_tables import StepRows
 from l4core.engine.batch import Draft, DraftRequest, ScheduledBatch, ScheduledSequence
-from l4core.engine.forward import ForwardPlanner, Phase
+from l4core.engine.draft_steps import DraftState, FixedExtend, FixedGuess, Ints
+from l4core.engine.fixed_step import StepShape
+from l4core.engine.forward import Phase
+from l4core.engine.graphs import Graphs
 from l4core.model.eagle3 import GROUP, Eagle3
 from l4core.model.eagle3_config import Target
 from l4core.model.eagle3_weights import load_draft
 from l4core.model.layers import Linear
 from l4core.model.weights import fill_dummy
-from l4core.plugin_ops.philox import seed_tensor
 from l4core.plugin_ops.upload import upload_many
-from l4core.sampling.noise import gumbel_noise_at
 
 if TYPE_CHECKING:
     from l4core.engine.runner import Runner
@@ -35,93 +38,135 @@ if TYPE_CHECKING:
     from l4core.engine.verify_rows import Verified
     from l4core.model.batch import ForwardBatch
 
-CANDIDATES = 64
-"""Of a sampled row so many likely tokens get the target's noise; what the target draws is nearly always among them."""
+PHASES = ("decode", "verify", "prefill")
 
 
 class Eagle3Speculation:
-    """One draft on one device. Remembers a hidden state for each block-table row."""
+    """One draft on one device."""
 
     reads_target = True
 
-    def __init__(
-        self, draft: Eagle3, planner: ForwardPlanner, *, num_drafts: int, max_running: int, device: torch.device
-    ) -> None:
-        """planner: of the global group."""
+    def __init__(self, state: DraftState, *, num_drafts: int) -> None:
         self.num_drafts = num_drafts
-        self._draft, self._planner, self._device = draft, planner, device
-        weight = draft.norm.weight
-        self._hidden = torch.zeros(max_running, draft.config.hidden_size, dtype=weight.dtype, device=device)
+        self._state = state
+        self._extends: Graphs[FixedExtend] | None = None
+        self._guesses: Mapping[bool, Graphs[FixedGuess]] = {}
         self._ready: dict[str, tuple[int, int]] = {}
+
+    def capture(self, shapes: Sequence[StepShape], *, progress: bool) -> None:
+        """shapes: those of the target's steps, (sequences, rows)."""
+        state = self._state
+        weight = state.draft.norm.weight
+        config = state.draft.config
+        width = len(config.aux_layers) * config.target_hidden_size
+        aux = torch.zeros(
+            max(s.num_seqs * s.num_tokens for s in shapes), width, dtype=weight.dtype, device=state.device
+        )
+        self._extends = Graphs(lambda shape: FixedExtend(shape, state, aux), shapes, progress=progress)
+        guesses = sorted({StepShape(s.num_seqs, self.num_drafts) for s in shapes if s.num_tokens > 1})
+        self._guesses = {
+            sampled: Graphs(partial(FixedGuess, state=state, sampled=sampled), guesses, progress=progress)
+            for sampled in (False, True)
+        }
 
     @torch.inference_mode()
     def observe(self, batch: ScheduledBatch, aux: torch.Tensor, verified: Sequence[Verified]) -> None:
         """aux: [T, num_aux · Ht] of the batch's rows."""
-        following = np.concatenate([_following(seq, one) for seq, one in zip(batch.sequences, verified, strict=True)])
-        starts = np.array([seq.start for seq in batch.sequences], dtype=np.int64)
-        lengths = np.array([len(seq.token_ids) for seq in batch.sequences], dtype=np.int64)
-        forward = self._plan([seq.row for seq in batch.sequences], starts, lengths, following, batch)
-        hidden = self._draft(forward, self._draft.combine(aux), self._planner.memory, self._planner.backend)
-        rows, last, begin = [], [], 0
-        for seq, one in zip(batch.sequences, verified, strict=True):
-            count = len(one.tokens.token_ids)
+        sequences, num = batch.sequences, len(batch.sequences)
+        rows = np.fromiter((seq.row for seq in sequences), dtype=np.int64, count=num)
+        starts = np.fromiter((seq.start for seq in sequences), dtype=np.int64, count=num)
+        lengths = np.fromiter((len(seq.token_ids) for seq in sequences), dtype=np.int64, count=num)
+        counts = np.fromiter((len(one.tokens.token_ids) for one in verified), dtype=np.int64, count=num)
+        firsts = lengths - np.fromiter((seq.num_drafts for seq in sequences), dtype=np.int64, count=num)
+        last = firsts + counts - 2  # of each sequence's rows, the one that drew its last token
+        following = [_following(seq, one) for seq, one in zip(sequences, verified, strict=True)]
+        for seq, count, first in zip(sequences, counts.tolist(), firsts.tolist(), strict=True):
             if count:
-                first = len(seq.token_ids) - seq.num_drafts
-                rows.append(seq.row)
-                last.append(begin + first - 1 + count - 1)
                 self._ready[seq.request.request_id] = (seq.row, seq.start + first + count)
-            begin += len(seq.token_ids)
-        if rows:
-            where, which = upload_many(
-                [np.array(rows, dtype=np.int64), np.array(last, dtype=np.int64)], torch.int64, self._device
-            )
-            self._hidden.index_copy_(0, where, hidden.index_select(0, which))
+        step = self._find_extend(lengths, counts)
+        if step is not None and self._extends is not None:
+            step.fill(rows, starts, last, np.stack(following), aux)
+            self._extends.replay(step)
+            return
+        self._extend(batch, rows, starts, lengths, last, counts > 0, np.concatenate(following), aux)
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
         ready = [r for r in requests if self._ready.get(r.request.request_id) == (r.row, r.num_tokens)]
         if not ready:
             return {}
-        rows = np.array([r.row for r in ready], dtype=np.int64)
-        positions = np.array([r.num_tokens for r in ready], dtype=np.int64)
-        (where,) = upload_many([rows], torch.int64, self._device)
-        hidden = self._hidden.index_select(0, where)
-        most = max(r.max_drafts for r in ready)
-        guesses = [self._guess(hidden, ready, positions)]
-        for step in range(most - 1):
-            forward = self._plan(rows, positions - 1 + step, np.ones(len(rows), dtype=np.int64), guesses[-1])
-            hidden = self._draft(forward, hidden, self._planner.memory, self._planner.backend)
-            guesses.append(self._guess(hidden, ready, positions + step + 1))
-        table = torch.stack(guesses, dim=1).tolist()
+        num = len(ready)
+        rows = np.fromiter((r.row for r in ready), dtype=np.int64, count=num)
+        lengths = np.fromiter((r.num_tokens for r in ready), dtype=np.int64, count=num)
+        params = [r.request.params for r in ready]
+        seeds = np.fromiter((((p.seed or 0) + 2**63) % 2**64 - 2**63 for p in params), dtype=np.int64, count=num)
+        temperature = np.fromiter((p.temperature for p in params), dtype=np.float64, count=num)
+        most = np.fromiter((r.max_drafts for r in ready), dtype=np.int64, count=num)
+        slots, sampled = lengths + most - 1, bool(temperature.any())
+        step = self._guesses[sampled].find(num, self.num_drafts) if self._guesses else None
+        if step is not None:
+            step.fill(rows, lengths, slots, seeds, temperature)
+            table = self._guesses[sampled].replay(step)[:, :num].t().tolist()
+        else:
+            table = self._guess(rows, lengths, slots, seeds, temperature, int(most.max())).tolist()
         return {r.request.request_id: Draft(token_ids=own[: r.max_drafts]) for r, own in zip(ready, table, strict=True)}
 
     def forget(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self._ready.pop(request_id, None)
 
-    def _guess(self, hidden: torch.Tensor, requests: Sequence[DraftRequest], positions: np.ndarray) -> torch.Tensor:
-        """int64 [B] target ids: what the law would draw from the draft's logits at these positions, masks and penalties apart."""
-        logits = self._draft.logits(hidden)  # [B, draft vocabulary]
-        best = logits.argmax(dim=1)
-        sampled = [i for i, r in enumerate(requests) if r.request.params.temperature > 0]
-        if not sampled:
-            return self._draft.target_ids(best)
-        params = [requests[i].request.params for i in sampled]
-        index, at = upload_many([np.array(sampled, dtype=np.int64), positions[sampled]], torch.int64, self._device)
-        temperature = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=self._device)
-        top = logits.index_select(0, index).topk(min(CANDIDATES, logits.shape[1]), dim=1)
-        tokens = self._draft.target_ids(top.indices)
-        noise = gumbel_noise_at(seed_tensor([p.seed or 0 for p in params], self._device), at, tokens)
-        scores = (top.values - top.values[:, :1]) / temperature[:, None] + noise
-        drawn = tokens.gather(1, scores.argmax(dim=1, keepdim=True))[:, 0]
-        return self._draft.target_ids(best).index_copy_(0, index, drawn)
+    # --- as graphs ---------------------------------------------------------------------------------------------------------------------
+
+    def _find_extend(self, lengths: Ints, counts: Ints) -> FixedExtend | None:
+        """Every sequence draws and has equally many rows."""
+        if self._extends is None or not counts.all() or (lengths != lengths[0]).any():
+            return None
+        return self._extends.find(len(lengths), int(lengths[0]))
+
+    # --- tensor by tensor --------------------------------------------------------------------------------------------------------------
+
+    def _extend(
+        self,
+        batch: ScheduledBatch,
+        rows: Ints,
+        starts: Ints,
+        lengths: Ints,
+        last: Ints,
+        drew: np.ndarray,
+        following: Ints,
+        aux: torch.Tensor,
+    ) -> None:
+        state = self._state
+        forward = self._plan(rows, starts, lengths, following, batch)
+        hidden = state.draft(forward, state.draft.combine(aux), state.planner.memory, state.planner.backend)
+        if drew.any():
+            begins = np.cumsum(lengths) - lengths
+            where, which = upload_many([rows[drew], (begins + last)[drew]], torch.int64, state.device)
+            state.hidden.index_copy_(0, where, hidden.index_select(0, which))
+
+    def _guess(
+        self, rows: Ints, lengths: Ints, slots: Ints, seeds: Ints, temperature: np.ndarray, most: int
+    ) -> torch.Tensor:
+        """int64 [B, most]. slots: as FixedGuess takes them."""
+        state = self._state
+        where, seeds_, lengths_ = upload_many([rows, seeds, lengths], torch.int64, state.device)
+        heat = None
+        if temperature.any():
+            (heat,) = upload_many([temperature.astype(np.float32)], torch.float32, state.device)
+        hidden = state.hidden.index_select(0, where)
+        guesses = [state.guess(hidden, heat, seeds_, lengths_)]
+        for step in range(most - 1):
+            forward = self._plan(rows, np.minimum(lengths - 1 + step, slots), np.ones_like(rows), guesses[-1])
+            hidden = state.draft(forward, hidden, state.planner.memory, state.planner.backend)
+            guesses.append(state.guess(hidden, heat, seeds_, lengths_ + step + 1))
+        return torch.stack(guesses, dim=1)
 
     def _plan(
         self,
-        rows: Sequence[int] | np.ndarray,
-        starts: np.ndarray,
-        lengths: np.ndarray,
-        token_ids: np.ndarray | torch.Tensor,
+        rows: Ints,
+        starts: Ints,
+        lengths: Ints,
+        token_ids: Ints | torch.Tensor,
         batch: ScheduledBatch | None = None,
     ) -> ForwardBatch:
         """The draft's own batch: sequence b computes `lengths[b]` rows from position `starts[b]`. batch: whose phases they are, None = decodes."""
@@ -135,9 +180,9 @@ class Eagle3Speculation:
         wide = [np.arange(cu[-1]) + (starts - cu[:-1])[owner]]
         if isinstance(token_ids, np.ndarray):
             wide.append(token_ids)
-        positions, *ids = upload_many(wide, torch.int64, self._device)
-        small = [np.asarray(rows), starts, seq_lens, owner, *(cu[a : b + 1] - cu[a] for _, a, b in spans)]
-        rows_, starts_, seq_lens_, owner_, *cus = upload_many(small, torch.int32, self._device)
+        positions, *ids = upload_many(wide, torch.int64, self._state.device)
+        small = [rows, starts, seq_lens, owner, *(cu[a : b + 1] - cu[a] for _, a, b in spans)]
+        rows_, starts_, seq_lens_, owner_, *cus = upload_many(small, torch.int32, self._state.device)
         phases = [
             Phase(
                 name=name,  # type: ignore[arg-type]
@@ -154,13 +199,10 @@ class Eagle3Speculation:
         step = StepRows(rows=rows_, starts=starts_, seq_lens=seq_lens_, positions=positions, owner=owner_)
         tokens = ids[0] if ids else token_ids
         assert isinstance(tokens, torch.Tensor)
-        return self._planner.plan(tokens, step, phases, positions[:0], longest=int(seq_lens.max()))
+        return self._state.planner.plan(tokens, step, phases, positions[:0], longest=int(seq_lens.max()))
 
 
-PHASES = ("decode", "verify", "prefill")
-
-
-def _following(seq: ScheduledSequence, one: Verified) -> np.ndarray:
+def _following(seq: ScheduledSequence, one: Verified) -> Ints:
     """int64 [rows of the piece]: the token after each. Rows of refused guesses get token 0: what they compute is overwritten before it is read."""
     first = len(seq.token_ids) - seq.num_drafts  # the last of these is the row that draws, if the piece draws
     end = seq.start + first
@@ -179,7 +221,7 @@ def _known(seq: ScheduledSequence, begin: int, end: int) -> Sequence[int]:
 
 
 def create_eagle3(
-    model: DraftModel, runner: Runner, *, num_drafts: int, max_positions: int, dummy_seed: int | None
+    model: DraftModel, runner: Runner, *, num_drafts: int, max_context: int, dummy_seed: int | None
 ) -> Eagle3Speculation:
     """The draft on the runner's device, in its dtype, with its weights (random ones of `dummy_seed`, if that is given)."""
     target, config = runner.model, model.config
@@ -192,7 +234,7 @@ def create_eagle3(
         draft = Eagle3(
             config,
             layer_id=target.config.num_layers,
-            max_positions=max_positions,
+            max_positions=max_context,
             embed=None if model.plan.own_embed else target.embed,
             lm_head=None if model.plan.own_head else head,
         )
@@ -206,9 +248,5 @@ def create_eagle3(
         if isinstance(module, Linear):
             module.pack()
     return Eagle3Speculation(
-        draft,
-        runner.planner_of(GROUP),
-        num_drafts=num_drafts,
-        max_running=runner.max_running,
-        device=weight.device,
+        DraftState(draft, runner.planner_of(GROUP), max_context=max_context), num_drafts=num_drafts
     )

@@ -6,30 +6,43 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from l4core.engine.fixed_step import Computed, FixedStep, StepShape
+from l4core.engine.fixed_step import StepShape
+
+
+class Step(Protocol):
+    """What can be captured: work of a fixed shape whose `run` reads and writes device memory only."""
+
+    shape: StepShape
+
+    def run(self) -> Any: ...
+
+
+S = TypeVar("S", bound=Step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Captured:
+class _Captured(Generic[S]):
+    """computed: what `run` returned, in the graph's memory."""
+
     graph: torch.cuda.CUDAGraph
-    step: FixedStep
-    computed: Computed
+    step: S
+    computed: Any
 
 
-class Graphs:
+class Graphs(Generic[S]):
     """Captured steps by shape. num_bytes: device memory they took.  seconds: to capture them."""
 
-    def __init__(self, make: Callable[[StepShape], FixedStep], shapes: Iterable[StepShape], *, progress: bool) -> None:
+    def __init__(self, make: Callable[[StepShape], S], shapes: Iterable[StepShape], *, progress: bool) -> None:
         """make: a step of a shape; all of them write their logits into the same memory, so little of a capture outlives it and the next one takes
         its place in the pool. The largest comes first, and the others fit."""
         began = time.perf_counter()
         before, _ = torch.cuda.mem_get_info()
-        self._captured: dict[StepShape, _Captured] = {}
+        self._captured: dict[StepShape, _Captured[S]] = {}
         pool: Any = None
         ordered = sorted(shapes, reverse=True)
         with tqdm(ordered, desc="graphs", unit="graph", disable=not progress, leave=False) as bar:
@@ -51,19 +64,19 @@ class Graphs:
         """What was captured, smallest first."""
         return sorted(self._captured)
 
-    def find(self, num_seqs: int, num_tokens: int) -> FixedStep | None:
+    def find(self, num_seqs: int, num_tokens: int) -> S | None:
         """The smallest captured step that holds so many sequences of so many tokens; None = none does."""
         size = next((size for size in self._sizes.get(num_tokens, ()) if size >= num_seqs), None)
         return None if size is None else self._captured[StepShape(size, num_tokens)].step
 
-    def replay(self, step: FixedStep) -> Computed:
-        """Queue it. The next replay, of any shape, overwrites the result's tensors."""
+    def replay(self, step: S) -> Any:
+        """Queue it → what its `run` returned. The next replay, of any shape, overwrites the result's tensors."""
         captured = self._captured[step.shape]
         captured.graph.replay()
         return captured.computed
 
 
-def _capture(step: FixedStep, pool: Any) -> _Captured:
+def _capture(step: S, pool: Any) -> _Captured[S]:
     """Runs the step once as it is, since kernels are compiled and workspaces made on first use, then captures it."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())

@@ -82,7 +82,7 @@ class Runner:
         self.memory = memory
         self.backend = backend
         self.pipeline = pipeline
-        self.graphs: Graphs | None = None
+        self.graphs: Graphs[FixedStep] | None = None
         self._groups = groups
         self._device = device
         self._max_context = max_context
@@ -103,7 +103,7 @@ class Runner:
         self._params = RowParams(max_running + 1)
         self._last_tokens = torch.zeros(max_running + 1, dtype=torch.int64, device=device)
 
-    def capture(self, shapes: Iterable[StepShape], *, progress: bool) -> Graphs:
+    def capture(self, shapes: Iterable[StepShape], *, progress: bool) -> Graphs[FixedStep]:
         """Capture graphs of steps of these shapes; from then on batches that fit one are replayed."""
         wanted = list(shapes)
         outputs = StepOutputs(max(s.num_seqs * s.num_tokens for s in wanted), self.model, self._device)
@@ -149,7 +149,8 @@ class Runner:
         """The forward pass; of a captured step, the draw too."""
         if isinstance(forward, FixedStep):
             assert self.graphs is not None
-            return self.graphs.replay(forward)
+            computed: Computed = self.graphs.replay(forward)
+            return computed
         aux = self.model.new_aux(len(forward.token_ids))
         return Computed(hidden=self.model(forward, self.memory, self.backend, aux), aux=aux)
 

@@ -105,7 +105,7 @@ def create_speculation(
         from l4core.engine.drafter_eagle3 import create_eagle3
 
         return create_eagle3(
-            plan.draft, runner, num_drafts=plan.num_drafts, max_positions=max_context, dummy_seed=_dummy_seed(config)
+            plan.draft, runner, num_drafts=plan.num_drafts, max_context=max_context, dummy_seed=_dummy_seed(config)
         )
     assert plan.drafter is not None
     vocab_size = runner.model.config.vocab_size

@@ -19,7 +19,8 @@ from l4core.model.eagle3_config import DraftConfig
 from l4core.model.layers import Linear, RMSNorm, SwiGLU
 from l4core.model.llama4 import Embedding
 from l4core.model.rotary import rope_rows
-from l4core.ops.heads import HeadRule, TorchHeads
+from l4core.ops.device import has_kernels
+from l4core.ops.heads import HeadRule, Heads, TorchHeads
 from l4core.ops.linear import linear
 from l4core.plugin_api import AttentionBackend
 
@@ -111,13 +112,19 @@ class Eagle3(nn.Module):
         offsets: torch.Tensor = self.d2t  # type: ignore[assignment]
         return draft_ids + offsets[draft_ids]
 
-    def _heads(self, batch: ForwardBatch, kv: KVMemory) -> TorchHeads:
-        slots = batch.slot_mapping[GROUP]
-        wide = torch.promote_types(self.norm.weight.dtype, torch.float32)
+    def _heads(self, batch: ForwardBatch, kv: KVMemory) -> Heads:
+        slots, config = batch.slot_mapping[GROUP], self.config
+        fused = has_kernels(self.norm.weight)
         if self._rope is None:
-            config = self.config
+            wide = torch.float32 if fused else torch.promote_types(self.norm.weight.dtype, torch.float32)
             table = rope_rows(config.head_dim, config.rope_theta, config.rope_scaling, self._max_positions, wide)
             self._rope = table.to(batch.positions.device)
+        if fused:
+            from l4core.ops.heads_triton import TritonHeads
+
+            return TritonHeads(
+                positions=batch.positions, slots={GROUP: slots}, tables={False: self._rope}, temperature=None
+            )
         return TorchHeads(
             slots={GROUP: (slots // kv.page_size, slots % kv.page_size)},
             rope={False: self._rope[batch.positions].unsqueeze(1)},
