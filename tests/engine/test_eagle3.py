@@ -7,7 +7,8 @@ depth while the draft's keys and values must stay right: across chunk borders, i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from helpers.eagle3_definition import Definition
 from helpers.profile import FULL
 from l4core import LLM, SamplingParams
 from l4core.engine.batch import Draft, DraftRequest
+from l4core.engine.draft_steps import FixedExtend, FixedGuess
+from l4core.engine.fixed_step import StepShape
 from l4core.errors import CheckpointError, ConfigError, NotBuiltError
 from l4core.request import RequestOutput
 from l4core.testing.drafts_eagle3 import make_tiny_draft
@@ -144,6 +147,44 @@ def test_guesses_are_the_definitions_and_tokens_are_the_targets(
     for mine, theirs in zip(llm.generate(prompts(), greedy(), use_tqdm=False), plain, strict=True):
         assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
     assert check_guesses(recorder, folder, draft, layers, plain) > 50
+
+
+class Eager:
+    """In place of captured graphs: the same steps of fixed shape, run as they are. Sizes 1, 2 and 4, so that batches of three are padded."""
+
+    def __init__(self, make: Callable[[StepShape], Any], shapes: Sequence[StepShape]) -> None:
+        self._steps = {shape: make(shape) for shape in shapes}
+        self.replays = 0
+
+    def find(self, num_seqs: int, num_tokens: int) -> Any:
+        fitting = [s for s in self._steps if s.num_tokens == num_tokens and s.num_seqs >= num_seqs]
+        return self._steps[min(fitting)] if fitting else None
+
+    def replay(self, step: Any) -> Any:
+        self.replays += 1
+        return step.run()
+
+
+def test_steps_of_fixed_shape(folder: Path, plain: list[RequestOutput], tmp_path: Path) -> None:
+    """What graphs are captured from, padding included."""
+    draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4], draft_vocab=200)
+    llm = open_llm(folder, draft, max_running_requests=3)
+    speculation: Any = llm._built.engine.speculation
+    shapes = [StepShape(size, rows) for size in (1, 2, 4) for rows in (1, STEPS + 1)]
+    aux = torch.zeros(4 * (STEPS + 1), 3 * 64)
+    speculation._extends = Eager(lambda shape: FixedExtend(shape, speculation._state, aux), shapes)
+    speculation._guesses = {
+        sampled: Eager(
+            partial(FixedGuess, state=speculation._state, sampled=sampled), [StepShape(s, STEPS) for s in (1, 2, 4)]
+        )
+        for sampled in (False, True)
+    }
+    recorder = Recorder(llm, plain, acceptance=0.7)
+    for mine, theirs in zip(llm.generate(prompts(), greedy(), use_tqdm=False), plain, strict=True):
+        assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
+    assert check_guesses(recorder, folder, draft, (1, 2, 4), plain) > 50
+    assert speculation._extends.replays > 20
+    assert speculation._guesses[False].replays > 20
 
 
 def test_preempted_and_evicted(folder: Path, plain: list[RequestOutput], tmp_path: Path) -> None:
