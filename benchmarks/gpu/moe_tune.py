@@ -48,21 +48,31 @@ def weights(experts: int, inter: int, layers: int) -> list[ExpertWeights]:
     ]
 
 
+WARM_TILE = Tile(rows=64, columns=32, inputs=64, warps=4, stages=2)
+
+
 def tiles(path: str, rows: int) -> Iterator[Tile]:
     """Candidates of one launch. path: "few gate_up", "few down", "many gate_up" or "many down"."""
     few, halves = path.startswith("few"), 1 + path.endswith("gate_up")
-    grid = itertools.product((16, 32, 64, 128, 256), (64, 128, 256, 512), (2, 3, 4, 5, 6), (4, 8), (False, True))
-    for columns, inputs, stages, warps, swap in grid:
+    if rows >= 64 and not few:  # bound by tensor cores
+        shapes = itertools.product((64, 128, 256), (64,), (3, 4, 5), (4, 8), (8, 16), (False, True))
+        for columns, inputs, stages, warps, group, tma in shapes:
+            shared = (halves * columns + rows) * inputs * 2 * stages
+            if (
+                90 << 10 <= shared <= 224 << 10
+                and 128 <= halves * columns <= 256
+                and rows * columns * halves <= warps << 12
+            ):
+                yield Tile(rows=rows, columns=columns, inputs=inputs, warps=warps, stages=stages, group=group, tma=tma)
+        return
+    for columns, inputs, stages, swap in itertools.product(
+        (16, 32, 64, 128), (64, 128, 256, 512), (2, 3, 4, 5, 6), (False, True)
+    ):
         shared = (halves * columns + rows) * inputs * 2 * stages
         flight = halves * columns * inputs * 2 * (stages - 1)
-        if shared > 220 << 10 or (swap and not (few and columns in (64, 128))):
+        if shared > 112 << 10 or not 20 << 10 <= flight <= 80 << 10 or (swap and not (few and columns in (64, 128))):
             continue
-        if rows >= 64 and not few:  # tensor cores
-            if columns * halves < 128 or inputs > 64 or stages < 3 or (columns * halves > 256):
-                continue
-        elif not 16 << 10 <= flight <= 120 << 10 or columns > 128 or (warps == 8 and columns * halves < 64):
-            continue
-        yield Tile(rows=rows, columns=columns, inputs=inputs, warps=warps, stages=stages, swap=swap)
+        yield Tile(rows=rows, columns=columns, inputs=inputs, warps=4, stages=stages, swap=swap)
 
 
 def launches(path: str, tokens: int, layers: list[ExpertWeights], tile: Tile) -> list[Callable[[], object]]:
@@ -81,10 +91,13 @@ def launches(path: str, tokens: int, layers: list[ExpertWeights], tile: Tile) ->
             calls.append(lambda w=w: few_triton.few_gate_up(x, ids, score, w, tile))
         elif path == "few down":
             h = torch.randn(2, tokens, inter, device="cuda").bfloat16()
-            hits = torch.full((min(tokens, experts),), -1, dtype=torch.int32, device="cuda")
-            distinct = ids.unique()
-            hits[: len(distinct)] = distinct
-            calls.append(lambda w=w, h=h, hits=hits: few_triton.few_down(h, ids, hits, w, tile))
+            _, hits, turns = few_triton.few_gate_up(x, ids, score, w, WARM_TILE)
+            calls.append(
+                lambda w=w, h=h, hits=hits, turns=turns: (
+                    turns.zero_(),
+                    few_triton.few_down(h, ids, hits, turns, w, tile),
+                )
+            )
         elif path == "many gate_up":
             calls.append(lambda w=w: sorted_triton.sorted_gate_up(x, score, order, ends, w.gate_up, tile))
         else:
@@ -100,6 +113,8 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, int, Tile]]:
         paths += [("many", rows) for rows in ((16, 32) if tokens <= 512 else (64, 128)) if tokens >= 32]
         for path, rows in paths:
             for product in ("gate_up", "down"):
+                if args.only not in f"{path} {product}":
+                    continue
                 made += [(f"{path} {product}", tokens, tile) for tile in tiles(f"{path} {product}", rows)]
     return made
 
@@ -110,6 +125,9 @@ def main() -> None:
     parser.add_argument("--inter", type=int, default=8192)
     parser.add_argument(
         "--tokens", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32, 64, 128, 2048, 16384]
+    )
+    parser.add_argument(
+        "--only", default="", help='of "few gate_up", "few down", "many gate_up", "many down", those with this text'
     )
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument(
@@ -175,6 +193,7 @@ def show(found: list[dict[str, object]], args: argparse.Namespace) -> None:
             t = f["tile"]
             assert isinstance(t, dict)
             shape = f"{t['rows']}x{t['columns']}x{t['inputs']} warps {t['warps']} stages {t['stages']}{' swap' if t['swap'] else ''}"
+            shape += f" group {t['group']}{' tma' if t['tma'] else ''}" if t["rows"] >= 64 else ""
             print(
                 f"{path:14} T {tokens:6} {us:9.1f} us  {read:5.2f} TB/s  {flops:6.1f} TFLOP/s  {shape}  (of {len(mine)})"
             )

@@ -41,9 +41,9 @@ def routings(draw: st.DrawFn, most: int) -> tuple[list[int], int]:
 
 
 def kernel(
-    *, few: bool, rows: int, columns: int = 32, inputs: int = 32, swap: bool = False, group: int = 2
+    *, few: bool, rows: int, columns: int = 32, inputs: int = 32, swap: bool = False, tma: bool = False
 ) -> TritonExperts:
-    tile = Tile(rows=rows, columns=columns, inputs=inputs, warps=4, stages=2, swap=swap, group=group)
+    tile = Tile(rows=rows, columns=columns, inputs=inputs, warps=4, stages=2, swap=swap, group=2, tma=tma)
     return TritonExperts(Tiles(rows=(Row(tokens=1 << 30, few=few, gate_up=tile, down=tile),)))
 
 
@@ -62,11 +62,12 @@ def few(routing: tuple[list[int], int], dtype: torch.dtype, shared: bool, swap: 
     shared=st.booleans(),
     rows=st.sampled_from([16, 32]),
     hidden=st.sampled_from([64, 80]),
+    tma=st.booleans(),
 )
-def many(routing: tuple[list[int], int], dtype: torch.dtype, shared: bool, rows: int, hidden: int) -> None:
+def many(routing: tuple[list[int], int], dtype: torch.dtype, shared: bool, rows: int, hidden: int, tma: bool) -> None:
     ids, num_experts = routing
     problem = make(ids, num_experts, hidden=hidden, dtype=dtype, shared=shared, device=DEVICE)
-    assert problem.error(kernel(few=False, rows=rows)) < TOLERANCE[dtype]
+    assert problem.error(kernel(few=False, rows=rows, tma=tma)) < TOLERANCE[dtype]
 
 
 def only_hit_experts_are_read() -> None:

@@ -1,9 +1,9 @@
 """Experts for few tokens, where the time is that of reading weights: two launches, and nothing is sorted.
 
 Every program holds all tokens as rows of its tile. Its expert's rows are real, the others are zero and cost nothing but arithmetic, which there is
-plenty of. Program column j of the first launch finds the j-th distinct expert by itself; column 0 is the shared expert, so one launch reads all
-weights that are needed and no others. In the second launch a program owns columns of the result and goes through all those experts, so that the sum
-of routed and shared needs neither atomics nor a third launch: every program does the same work, whatever the routing.
+plenty of. A program finds the distinct expert it is for by itself; the shared expert is one more group, so a launch reads all weights that are needed
+and no others. A token's result is the sum of two: the routed expert's and the shared one's. Both are left in float32, and whichever program of a
+block of columns comes last adds them, always in the same order.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from l4core.ops.device import COMPILE
 from l4core.ops.dots_triton import dot_type
 from l4core.plugin_api import ExpertWeights
 
+MIN_COLUMNS = 16
+"""The narrowest tile of `few_down`: how many counters there may have to be."""
+
 
 def few_tokens(
     x: torch.Tensor,
@@ -27,20 +30,22 @@ def few_tokens(
     down_tile: Tile,
 ) -> torch.Tensor:
     """See ExpertKernel.forward. The tiles' `rows` are at least T."""
-    h, hits = few_gate_up(x, expert_ids, score, weights, gate_up_tile)
-    return few_down(h, expert_ids, hits, weights, down_tile)
+    h, hits, turns = few_gate_up(x, expert_ids, score, weights, gate_up_tile)
+    return few_down(h, expert_ids, hits, turns, weights, down_tile)
 
 
 def few_gate_up(
     x: torch.Tensor, expert_ids: torch.Tensor, score: torch.Tensor, weights: ExpertWeights, tile: Tile
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """→ (h [routed, shared][T, I], hits int32 [min(T, E)]: the distinct experts, −1 behind them)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ (h [routed, shared][T, I]; hits int32 [min(T, E)]: the distinct experts, −1 behind them; turns: zeros for `few_down` to count with)."""
     num_tokens, hidden = x.shape
     num_experts, inter = weights.gate_up.shape[0], weights.down.shape[2]
     shared = weights.shared_gate_up is not None
     h = x.new_empty(1 + shared, num_tokens, inter)
-    hits = torch.empty(min(num_tokens, num_experts), dtype=torch.int32, device=x.device)
-    _few_gate_up_kernel[(triton.cdiv(inter, tile.columns), hits.shape[0] + shared)](
+    groups = min(num_tokens, num_experts)
+    hits = torch.empty(groups, dtype=torch.int32, device=x.device)
+    turns = torch.empty(triton.cdiv(hidden, MIN_COLUMNS), dtype=torch.int32, device=x.device)
+    _few_gate_up_kernel[(triton.cdiv(inter, tile.columns), groups + shared)](
         x,
         expert_ids,
         score,
@@ -48,39 +53,51 @@ def few_gate_up(
         weights.shared_gate_up,
         h,
         hits,
+        turns,
         num_tokens,
         x.stride(0),
         weights.gate_up.stride(0),
         H=hidden,
         I=inter,
         SHARED=shared,
+        TURNS=turns.shape[0],
+        BLOCK_TURNS=triton.next_power_of_2(turns.shape[0]),
         DOT_TYPE=dot_type(x),
         **tile.constants(),
         **COMPILE,
     )
-    return h, hits
+    return h, hits, turns
 
 
 def few_down(
-    h: torch.Tensor, expert_ids: torch.Tensor, hits: torch.Tensor, weights: ExpertWeights, tile: Tile
+    h: torch.Tensor,
+    expert_ids: torch.Tensor,
+    hits: torch.Tensor,
+    turns: torch.Tensor,
+    weights: ExpertWeights,
+    tile: Tile,
 ) -> torch.Tensor:
-    """h, hits: of `few_gate_up` → [T, H]."""
+    """h, hits, turns: of `few_gate_up`, used up here → [T, H]."""
     _, num_tokens, inter = h.shape
     hidden = weights.down.shape[1]
+    shared = weights.shared_down is not None
     out = h.new_empty(num_tokens, hidden)
-    _few_down_kernel[(triton.cdiv(hidden, tile.columns),)](
+    parts = torch.empty(2, num_tokens, hidden, dtype=torch.float32, device=h.device) if shared else None
+    _few_down_kernel[(triton.cdiv(hidden, tile.columns), hits.shape[0] + shared)](
         h,
         expert_ids,
         weights.down,
         weights.shared_down,
         hits,
+        turns,
+        parts,
         out,
         num_tokens,
         hits.shape[0],
         weights.down.stride(0),
         H=hidden,
         I=inter,
-        SHARED=weights.shared_down is not None,
+        SHARED=shared,
         DOT_TYPE=dot_type(h),
         **tile.constants(),
         **COMPILE,
@@ -97,12 +114,15 @@ def _few_gate_up_kernel(
     shared_gate_up,
     h,
     hits,
+    turns,
     num_tokens,
     stride_x,
     stride_expert,
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     SHARED: tl.constexpr,
+    TURNS: tl.constexpr,
+    BLOCK_TURNS: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -117,6 +137,9 @@ def _few_gate_up_kernel(
     weight = gate_up
     scale = tl.full((BLOCK_M,), 1.0, tl.float32)
     mine = inside
+    if column == 0 and tl.program_id(1) == 0:
+        turn = tl.arange(0, BLOCK_TURNS)
+        tl.store(turns + turn, turn * 0, mask=turn < TURNS)
     if SHARED and group < 0:
         weight = shared_gate_up
     else:
@@ -203,6 +226,8 @@ def _few_down_kernel(
     down,
     shared_down,
     hits,
+    turns,
+    parts,
     out,
     num_tokens,
     num_groups,
@@ -216,46 +241,49 @@ def _few_down_kernel(
     BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(0)
+    group = tl.program_id(1) - SHARED  # −1: the shared expert
     t = tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
     inside = t < num_tokens
-    ids = tl.load(expert_ids + t, mask=inside, other=-1)
-    num_hits = tl.sum((tl.load(hits + t, mask=t < num_groups, other=-1) >= 0).to(tl.int32), 0)
-    STEPS: tl.constexpr = (I + BLOCK_K - 1) // BLOCK_K
-    at = n.to(tl.int64)[:, None] * I + k[None, :]
-    rows_at = h + t.to(tl.int64)[:, None] * I + k[None, :]
-    acc = _zeros(BLOCK_M, BLOCK_N, SWAP)
-    if SHARED:
-        shared_at = rows_at + num_tokens.to(tl.int64) * I
-        for step in range(STEPS):
-            begin = step * BLOCK_K
+    mine = inside
+    expert = group
+    weight = down
+    source = h
+    if SHARED and group < 0:
+        weight = shared_down
+        source = h + num_tokens.to(tl.int64) * I
+    else:
+        expert = tl.load(hits + group)
+        mine = inside & (tl.load(expert_ids + t, mask=inside, other=-1) == expert)
+        weight = down + expert.to(tl.int64) * stride_expert
+    if expert >= 0 or group < 0:
+        n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        weight_at = weight + n.to(tl.int64)[:, None] * I + k[None, :]
+        rows_at = source + t.to(tl.int64)[:, None] * I + k[None, :]
+        acc = _zeros(BLOCK_M, BLOCK_N, SWAP)
+        for begin in range(0, I, BLOCK_K):
             if I % BLOCK_K == 0 and H % BLOCK_N == 0:
-                rows = tl.load(shared_at + begin, mask=inside[:, None], other=0.0)
-                weight = tl.load(shared_down + at + begin)
+                rows = tl.load(rows_at + begin, mask=mine[:, None], other=0.0)
+                values = tl.load(weight_at + begin)
             else:
                 some = begin + k < I
-                rows = tl.load(shared_at + begin, mask=inside[:, None] & some[None, :], other=0.0)
-                weight = tl.load(shared_down + at + begin, mask=(n < H)[:, None] & some[None, :], other=0.0)
-            acc = _add_product(acc, rows, weight, DOT_TYPE, SWAP)
-    for step in range(
-        num_hits * STEPS
-    ):  # one loop over experts and their inputs: a loop inside a loop would run dry at each turn
-        expert = tl.load(hits + step // STEPS)
-        begin = (step % STEPS) * BLOCK_K
-        mine = ids == expert
-        from_expert = down + expert.to(tl.int64) * stride_expert + begin
-        if I % BLOCK_K == 0 and H % BLOCK_N == 0:
-            rows = tl.load(rows_at + begin, mask=mine[:, None], other=0.0)
-            weight = tl.load(from_expert + at)
+                rows = tl.load(rows_at + begin, mask=mine[:, None] & some[None, :], other=0.0)
+                values = tl.load(weight_at + begin, mask=(n < H)[:, None] & some[None, :], other=0.0)
+            acc = _add_product(acc, rows, values, DOT_TYPE, SWAP)
+        if SWAP:
+            acc = acc.T
+        at = t.to(tl.int64)[:, None] * H + n[None, :]
+        if SHARED:
+            half = num_tokens.to(tl.int64) * H
+            own = parts + at + (group < 0).to(tl.int64) * half
+            tl.store(own, acc, mask=mine[:, None] & (n < H)[None, :])
+            num_hits = tl.sum((tl.load(hits + t, mask=t < num_groups, other=-1) >= 0).to(tl.int32), 0)
+            tl.debug_barrier()  # all of this program's sums are written before it counts itself
+            if tl.atomic_add(turns + column, 1, sem="acq_rel") == num_hits:
+                kept = inside[:, None] & (n < H)[None, :]
+                routed = tl.load(parts + at, mask=kept, other=0.0, volatile=True)
+                shared = tl.load(parts + half + at, mask=kept, other=0.0, volatile=True)
+                tl.store(out + at, (shared + routed).to(out.dtype.element_ty), mask=kept)
         else:
-            some = begin + k < I
-            rows = tl.load(rows_at + begin, mask=mine[:, None] & some[None, :], other=0.0)
-            weight = tl.load(from_expert + at, mask=(n < H)[:, None] & some[None, :], other=0.0)
-        acc = _add_product(acc, rows, weight, DOT_TYPE, SWAP)
-    if SWAP:
-        to = out + t.to(tl.int64)[None, :] * H + n[:, None]
-        tl.store(to, acc.to(out.dtype.element_ty), mask=inside[None, :] & (n < H)[:, None])
-    else:
-        to = out + t.to(tl.int64)[:, None] * H + n[None, :]
-        tl.store(to, acc.to(out.dtype.element_ty), mask=inside[:, None] & (n < H)[None, :])
+            tl.store(out + at, acc.to(out.dtype.element_ty), mask=mine[:, None] & (n < H)[None, :])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from l4core.experts.tiles import Tile
 from l4core.ops.device import COMPILE
@@ -63,9 +64,9 @@ def sorted_gate_up(
     num_experts, inter = gate_up.shape[0], gate_up.shape[1] // 2
     h = x.new_empty(num_tokens, inter)
     _gate_up_kernel[_grid(num_tokens, num_experts, inter, tile)](
-        x,
+        _rows(x.index_select(0, order), tile) if tile.tma else x,
         score,
-        gate_up,
+        _weight(gate_up, tile) if tile.tma else gate_up,
         order,
         ends,
         h,
@@ -97,8 +98,8 @@ def sorted_down(
     add = out is not None
     out = h.new_empty(num_tokens, hidden) if out is None else out
     _down_kernel[_grid(num_tokens, num_experts, hidden, tile)](
-        h,
-        down,
+        _rows(h, tile) if tile.tma else h,
+        _weight(down, tile) if tile.tma else down,
         order,
         ends,
         out,
@@ -115,6 +116,16 @@ def sorted_down(
         **COMPILE,
     )
     return out
+
+
+def _rows(x: torch.Tensor, tile: Tile) -> TensorDescriptor:
+    """Of sorted rows [T, K]; what lies behind the last one reads as zero."""
+    return TensorDescriptor.from_tensor(x, [tile.rows, tile.inputs])
+
+
+def _weight(weight: torch.Tensor, tile: Tile) -> TensorDescriptor:
+    """Of a weight [E, N, K] as E · N rows."""
+    return TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), [tile.columns, tile.inputs])
 
 
 def _grid(num_tokens: int, num_experts: int, columns: int, tile: Tile) -> tuple[int]:
@@ -196,6 +207,7 @@ def _gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     expert, row, end, column = _find_block(ends, (I + BLOCK_N - 1) // BLOCK_N, E, BLOCK_E, BLOCK_M, GROUP)
     if expert < E:
@@ -204,13 +216,18 @@ def _gate_up_kernel(
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         tokens = tl.load(order + m, mask=inside, other=0)
-        x_at = x + tokens.to(tl.int64)[:, None] * stride_x + k[None, :]
-        gate_at = gate_up + expert.to(tl.int64) * stride_expert + n.to(tl.int64)[:, None] * H + k[None, :]
-        up_at = gate_at + I * H
+        if not TMA:
+            x_at = x + tokens.to(tl.int64)[:, None] * stride_x + k[None, :]
+            gate_at = gate_up + expert.to(tl.int64) * stride_expert + n.to(tl.int64)[:, None] * H + k[None, :]
+            up_at = gate_at + I * H
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for begin in range(0, H, BLOCK_K):
-            if (
+            if TMA:
+                rows = x.load([row, begin])
+                gates = gate_up.load([expert * 2 * I + column * BLOCK_N, begin])
+                ups = gate_up.load([expert * 2 * I + I + column * BLOCK_N, begin])
+            elif (
                 H % BLOCK_K == 0 and I % BLOCK_N == 0
             ):  # rows behind the last are those of token 0: their results are not kept
                 rows = tl.load(x_at + begin)
@@ -251,6 +268,7 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    TMA: tl.constexpr,
     ADD: tl.constexpr,
 ):
     expert, row, end, column = _find_block(ends, (H + BLOCK_N - 1) // BLOCK_N, E, BLOCK_E, BLOCK_M, GROUP)
@@ -259,11 +277,15 @@ def _down_kernel(
         inside = m < end
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
-        rows_at = h + tl.minimum(m, num_tokens - 1).to(tl.int64)[:, None] * I + k[None, :]
-        weight_at = down + expert.to(tl.int64) * stride_expert + n.to(tl.int64)[:, None] * I + k[None, :]
+        if not TMA:
+            rows_at = h + tl.minimum(m, num_tokens - 1).to(tl.int64)[:, None] * I + k[None, :]
+            weight_at = down + expert.to(tl.int64) * stride_expert + n.to(tl.int64)[:, None] * I + k[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for begin in range(0, I, BLOCK_K):
-            if I % BLOCK_K == 0 and H % BLOCK_N == 0:
+            if TMA:
+                rows = h.load([row, begin])
+                weight = down.load([expert * H + column * BLOCK_N, begin])
+            elif I % BLOCK_K == 0 and H % BLOCK_N == 0:
                 rows = tl.load(rows_at + begin)
                 weight = tl.load(weight_at + begin)
             else:

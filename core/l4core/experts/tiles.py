@@ -15,7 +15,8 @@ FEW_ROWS = (16, 32, 64)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
     """rows: tokens.  columns: outputs (of gate and of up each).  inputs: of one step.  swap: weights are the left operand, for few rows.
-    group: blocks of rows that go through the columns together, for many rows.  warps, stages: as Triton counts them."""
+    group: blocks of rows that go through the columns together, for many rows.  tma: operands come by the device's copy engine (NVIDIA's, from
+    Hopper on), for many rows.  warps, stages: as Triton counts them."""
 
     rows: int
     columns: int
@@ -24,11 +25,12 @@ class Tile:
     stages: int
     swap: bool = False
     group: int = 8
+    tma: bool = False
 
     def constants(self, *, grouped: bool = False) -> dict[str, Any]:
         """Compile-time arguments of a kernel."""
         shape: dict[str, Any] = {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.inputs}
-        shape |= {"GROUP": self.group} if grouped else {"SWAP": self.swap}
+        shape |= {"GROUP": self.group, "TMA": self.tma} if grouped else {"SWAP": self.swap}
         return shape | {"num_warps": self.warps, "num_stages": self.stages}
 
 

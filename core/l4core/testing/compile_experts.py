@@ -10,7 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from l4core.experts.few_triton import _few_down_kernel, _few_gate_up_kernel
+from l4core.experts.few_triton import MIN_COLUMNS, _few_down_kernel, _few_gate_up_kernel
 from l4core.experts.sorted_triton import _down_kernel, _gate_up_kernel, _sort_kernel
 from l4core.experts.tiles import Tile, tiles_for
 from l4core.ops.router_triton import BLOCK_K, PIECE, ROWS, STAGES, _logits_kernel, _pick_kernel
@@ -63,20 +63,21 @@ def _router(experts: int, dtype: str) -> Iterator[CoreKernel]:
 
 def _few(experts: int, dtype: str, gate_up: Tile, down: Tile) -> Iterator[CoreKernel]:
     common = {"H": HIDDEN, "I": INTER, "SHARED": True, "DOT_TYPE": _DOTS[dtype]}
-    ids = {"expert_ids": "i32", "hits": "i32"}
+    turns = {"TURNS": HIDDEN // MIN_COLUMNS, "BLOCK_TURNS": triton.next_power_of_2(HIDDEN // MIN_COLUMNS)}
+    ids = {"expert_ids": "i32", "hits": "i32", "turns": "i32"}
     weights = {"gate_up": dtype, "shared_gate_up": dtype}
     yield _kernel(
         f"few tokens, {experts} experts, {dtype}",
         _few_gate_up_kernel,
         {"x": dtype, "score": "fp32", "h": dtype, **ids, **weights},
-        common,
+        common | turns,
         gate_up,
     )
     weights = {"down": dtype, "shared_down": dtype}
     yield _kernel(
         f"few tokens, {experts} experts, {dtype}",
         _few_down_kernel,
-        {"h": dtype, "out": dtype, **ids, **weights},
+        {"h": dtype, "parts": "fp32", "out": dtype, **ids, **weights},
         common,
         down,
     )
