@@ -325,6 +325,10 @@ class ExpertKernel(ABC):
     One object serves all layers of a model and keeps nothing of a call. A row's result may depend on the number of rows, never on their values.
     """
 
+    def prepare(self, weights: ExpertWeights) -> None:  # noqa: B027  (most kernels read weights as they are loaded)
+        """Called once for each layer when its weights are loaded, before the first `forward`: a kernel that reads another order writes it over the
+        given tensors."""
+
     @abstractmethod
     def forward(
         self, x: torch.Tensor, expert_ids: torch.Tensor, score: torch.Tensor, weights: ExpertWeights

@@ -27,6 +27,7 @@ from l4core.engine.step_memory import needs_of
 from l4core.engine.weight_formats import weight_formats
 from l4core.errors import ConfigError
 from l4core.experts.select import SelectedExperts, select_experts
+from l4core.experts.smoke import prepare_experts
 from l4core.kv.blocks import KVGroup
 from l4core.kv.dtypes import kv_dtype_name, stored_scale
 from l4core.kv.manager import KVManager
@@ -261,8 +262,23 @@ def _load_model(
     else:
         load_weights(parameters, folder, model_config, progress=progress and sys.stderr.isatty(), formats=formats)
     del parameters  # packing lets plain weights go
+    _prepare_experts(model, model_config, formats, kernels)
     model.pack()
     return model
+
+
+def _prepare_experts(
+    model: Llama4, config: ModelConfig, formats: Formats, kernels: Mapping[tuple[str, str], SelectedExperts]
+) -> None:
+    """Weights into each kernel's order, and a check of what it makes of them."""
+    blocks = [cast(Layer, block) for block in model.layers]
+    for pair, selected in kernels.items():
+        mine = [
+            block.moe
+            for layer, block in enumerate(blocks)
+            if config.moe_layers[layer] and expert_formats(formats, layer) == pair
+        ]
+        prepare_experts(selected, [moe.weights() for moe in mine], pair[0], mine[0].router.weight.dtype)
 
 
 def _needs(

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 
 from packaging.version import Version
 
-from l4core.plugin_api import AttentionRequirements, Platform, Tier, Unusable, Usable
+from l4core.plugin_api import (
+    AttentionRequirements,
+    ExpertRequirements,
+    ExpertsUsable,
+    Platform,
+    Tier,
+    Unusable,
+    Usable,
+)
 
 FP8: Mapping[str, str] = {"gfx942": "float8_e4m3fnuz", "gfx950": "float8_e4m3fn"}
 """Architecture → the fp8 format of its matrix units. A value read in the other format is off by a factor of two."""
@@ -25,6 +33,9 @@ MOST_SEGMENTS = 128
 MOST_PROGRAMS = 4 * 304 * 4
 """Of AITER's split of keys: it aims at 4 programs a compute unit (304 on gfx942, 256 on gfx950) and 4 times that at most in newer versions."""
 
+EXPERT_TILE = 32
+"""The kernel reads weights in tiles of 16 outputs by 32 inputs."""
+
 FIX = "use one of AMD's images with AITER, or build it from github.com/ROCm/aiter"
 
 
@@ -42,6 +53,34 @@ def probe(platform: Platform, requirements: AttentionRequirements) -> Usable | U
         workspace_bytes=workspace_bytes(requirements),
         provider=_provider(platform),
     )
+
+
+def probe_experts(platform: Platform, requirements: ExpertRequirements) -> ExpertsUsable | Unusable:
+    """Only when named: its products of bfloat16 have not been run by anyone from here."""
+    refused = _device(platform) or _library(platform) or _experts(requirements)
+    if refused is not None:
+        return refused
+    rows = requirements.max_num_tokens
+    return ExpertsUsable(
+        tier=Tier.NATIVE,
+        graph=True,
+        workspace_bytes=rows * (3 * requirements.intermediate_size + 2 * requirements.hidden_size) * 2,
+        named_only=True,
+        provider=_provider(platform),
+        note="not yet run on an Instinct GPU; checked against torch at start",
+    )
+
+
+def _experts(req: ExpertRequirements) -> Unusable | None:
+    if req.dtype not in ("bfloat16", "float16"):
+        return Unusable(reason=f"dtype is {req.dtype}; wanted bfloat16 or float16", fix="--dtype bfloat16")
+    formats = {req.weight_format, req.shared_format} - {"plain", None}
+    if formats:
+        return Unusable(reason=f"weights are {', '.join(map(str, formats))}; wanted plain ones")
+    if req.hidden_size % EXPERT_TILE or req.intermediate_size % EXPERT_TILE:
+        found = f"experts of {req.hidden_size} by {req.intermediate_size}"
+        return Unusable(reason=f"found {found}; wanted multiples of {EXPERT_TILE}")
+    return None
 
 
 def workspace_bytes(req: AttentionRequirements) -> int:
