@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,11 +32,12 @@ from l4core.plugin_api import ExpertWeights
 HIDDEN = 5120
 
 
-def weights(experts: int, inter: int, layers: int) -> list[ExpertWeights]:
-    """Layers of random weights; values do not matter for the time, but are finite and spread as real ones."""
+def weights(experts: int, inter: int, layers: int, *, fill: bool = True) -> list[ExpertWeights]:
+    """Layers of random weights; values do not matter for the time, but power does: they are spread as real ones. fill: False leaves them empty."""
 
     def one(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
+        made = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        return made.normal_(0, 0.02) if fill else made
 
     return [
         ExpertWeights(
@@ -55,22 +57,19 @@ def tiles(path: str, rows: int) -> Iterator[Tile]:
     """Candidates of one launch. path: "few gate_up", "few down", "many gate_up" or "many down"."""
     few, halves = path.startswith("few"), 1 + path.endswith("gate_up")
     if rows >= 64 and not few:  # bound by tensor cores
-        shapes = itertools.product((64, 128, 256), (64,), (3, 4, 5), (4, 8), (8, 16), (False, True))
-        for columns, inputs, stages, warps, group, tma in shapes:
-            shared = (halves * columns + rows) * inputs * 2 * stages
-            if (
-                90 << 10 <= shared <= 224 << 10
-                and 128 <= halves * columns <= 256
-                and rows * columns * halves <= warps << 12
-            ):
-                yield Tile(rows=rows, columns=columns, inputs=inputs, warps=warps, stages=stages, group=group, tma=tma)
+        shapes = itertools.product((64, 128, 256), (3, 4, 5), (4, 8), (8, 16), (False, True))
+        for columns, stages, warps, group, tma in shapes:
+            shared = (halves * columns + rows) * 64 * 2 * stages
+            fits = 90 << 10 <= shared <= 224 << 10 and rows * columns * halves <= warps << 12
+            if fits and 128 <= halves * columns <= 256:
+                yield Tile(rows=rows, columns=columns, inputs=64, warps=warps, stages=stages, group=group, tma=tma)
         return
     for columns, inputs, stages, swap in itertools.product(
-        (16, 32, 64, 128), (64, 128, 256, 512), (2, 3, 4, 5, 6), (False, True)
+        (16, 32, 64, 128), (64, 128, 256, 512), (3, 4, 5, 6), (False, True)
     ):
         shared = (halves * columns + rows) * inputs * 2 * stages
         flight = halves * columns * inputs * 2 * (stages - 1)
-        if shared > 112 << 10 or not 20 << 10 <= flight <= 80 << 10 or (swap and not (few and columns in (64, 128))):
+        if shared > 112 << 10 or not 24 << 10 <= flight <= 80 << 10 or (swap and not (few and columns in (64, 128))):
             continue
         yield Tile(rows=rows, columns=columns, inputs=inputs, warps=4, stages=stages, swap=swap)
 
@@ -106,11 +105,17 @@ def launches(path: str, tokens: int, layers: list[ExpertWeights], tile: Tile) ->
     return calls
 
 
+def rows_for(tokens: int, experts: int) -> tuple[int, ...]:
+    """Tiles of rows worth trying, from the mean number of tokens an expert has."""
+    mean = tokens / experts
+    return () if tokens < 32 else (16,) if mean <= 4 else (16, 32) if mean < 48 else (64, 128) if mean < 512 else (128,)
+
+
 def jobs(args: argparse.Namespace) -> list[tuple[str, int, Tile]]:
     made = []
     for tokens in args.tokens:
-        paths = [("few", max(16, triton.next_power_of_2(tokens)))] if tokens <= 64 else []
-        paths += [("many", rows) for rows in ((16, 32) if tokens <= 512 else (64, 128)) if tokens >= 32]
+        paths = [("few", max(16, triton.next_power_of_2(tokens)))] if tokens <= 32 else []
+        paths += [("many", rows) for rows in rows_for(tokens, args.experts)]
         for path, rows in paths:
             for product in ("gate_up", "down"):
                 if args.only not in f"{path} {product}":
@@ -142,24 +147,20 @@ def main() -> None:
     began = time.monotonic()
     if args.compile:
         first, every = map(int, args.compile.split("/"))
-        layers = weights(1, args.inter, 1)
-        small = ExpertWeights(
-            gate_up=layers[0].gate_up.expand(args.experts, -1, -1),
-            down=layers[0].down.expand(args.experts, -1, -1),
-            shared_gate_up=layers[0].shared_gate_up,
-            shared_down=layers[0].shared_down,
-        )
-        done = 0
-        for path, tokens, tile in todo[first::every]:
-            if time.monotonic() - began > args.seconds:
-                break
-            try:
-                launches(path, tokens, [small], tile)[0]()
-            except Exception as error:  # noqa: BLE001  (a tile that does not fit is no candidate)
-                print(path, tokens, tile, type(error).__name__, flush=True)
-            done += 1
+        layer = weights(args.experts, args.inter, 1, fill=False)
+
+        def compile_one(job: tuple[str, int, Tile]) -> None:
+            path, tokens, tile = job
+            if time.monotonic() - began < args.seconds:
+                try:
+                    launches(path, tokens, layer, tile)[0]()
+                except Exception as error:  # noqa: BLE001  (a tile that does not fit is no candidate)
+                    print(path, tokens, tile, type(error).__name__, flush=True)
+
+        with ThreadPoolExecutor(5) as pool:
+            list(pool.map(compile_one, todo[first::every]))
         torch.cuda.synchronize()
-        print(f"compiled {done} of {len(todo[first::every])}")
+        print(f"compiled {len(todo[first::every])} in {time.monotonic() - began:.0f} s")
         return
     layers = weights(args.experts, args.inter, args.layers)
     found: list[dict[str, object]] = []

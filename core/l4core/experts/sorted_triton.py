@@ -66,7 +66,7 @@ def sorted_gate_up(
     _gate_up_kernel[_grid(num_tokens, num_experts, inter, tile)](
         _rows(x.index_select(0, order), tile) if tile.tma else x,
         score,
-        _weight(gate_up, tile) if tile.tma else gate_up,
+        _gate_and_up(gate_up, tile) if tile.tma else gate_up,
         order,
         ends,
         h,
@@ -126,6 +126,13 @@ def _rows(x: torch.Tensor, tile: Tile) -> TensorDescriptor:
 def _weight(weight: torch.Tensor, tile: Tile) -> TensorDescriptor:
     """Of a weight [E, N, K] as E · N rows."""
     return TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), [tile.columns, tile.inputs])
+
+
+def _gate_and_up(weight: torch.Tensor, tile: Tile) -> TensorDescriptor:
+    """Of [E, 2I, H], as [E, I, gate or up, H]."""
+    experts, both, hidden = weight.shape
+    shape, strides = [experts, both // 2, 2, hidden], [both * hidden, hidden, both // 2 * hidden, 1]
+    return TensorDescriptor(weight, shape, strides, [1, tile.columns, 2, tile.inputs])
 
 
 def _grid(num_tokens: int, num_experts: int, columns: int, tile: Tile) -> tuple[int]:
@@ -218,30 +225,25 @@ def _gate_up_kernel(
         tokens = tl.load(order + m, mask=inside, other=0)
         if not TMA:
             x_at = x + tokens.to(tl.int64)[:, None] * stride_x + k[None, :]
-            gate_at = gate_up + expert.to(tl.int64) * stride_expert + n.to(tl.int64)[:, None] * H + k[None, :]
-            up_at = gate_at + I * H
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            # Rows of gate and of up by turns: one product of twice the width, whose neighbours belong together.
+            turn = tl.arange(0, 2 * BLOCK_N)
+            column_of = column * BLOCK_N + turn // 2
+            at = expert.to(tl.int64) * stride_expert + ((turn % 2) * I + column_of).to(tl.int64)[:, None] * H
+            weight_at = gate_up + at + k[None, :]
+        both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
         for begin in range(0, H, BLOCK_K):
             if TMA:
                 rows = x.load([row, begin])
-                gates = gate_up.load([expert * 2 * I + column * BLOCK_N, begin])
-                ups = gate_up.load([expert * 2 * I + I + column * BLOCK_N, begin])
-            elif (
-                H % BLOCK_K == 0 and I % BLOCK_N == 0
-            ):  # rows behind the last are those of token 0: their results are not kept
-                rows = tl.load(x_at + begin)
-                gates = tl.load(gate_at + begin)
-                ups = tl.load(up_at + begin)
+                weight = gate_up.load([expert, column * BLOCK_N, 0, begin]).reshape(2 * BLOCK_N, BLOCK_K)
+            elif H % BLOCK_K == 0 and I % BLOCK_N == 0:
+                rows = tl.load(x_at + begin)  # those behind the last are token 0's: their results are not kept
+                weight = tl.load(weight_at + begin)
             else:
                 some = begin + k < H
-                here = (n < I)[:, None] & some[None, :]
                 rows = tl.load(x_at + begin, mask=some[None, :], other=0.0)
-                gates = tl.load(gate_at + begin, mask=here, other=0.0)
-                ups = tl.load(up_at + begin, mask=here, other=0.0)
-            rows = rows.to(DOT_TYPE)
-            gate = tl.dot(rows, gates.to(DOT_TYPE).T, gate, input_precision="ieee")
-            up = tl.dot(rows, ups.to(DOT_TYPE).T, up, input_precision="ieee")
+                weight = tl.load(weight_at + begin, mask=(column_of < I)[:, None] & some[None, :], other=0.0)
+            both = tl.dot(rows.to(DOT_TYPE), weight.to(DOT_TYPE).T, both, input_precision="ieee")
+        gate, up = tl.split(both.reshape(BLOCK_M, BLOCK_N, 2))
         scale = tl.load(score + tokens, mask=inside, other=0.0).to(tl.float32)[:, None]
         gate, up = gate * scale, up * scale
         value = gate * tl.sigmoid(gate) * up
