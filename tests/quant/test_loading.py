@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 from l4core import LLM, SamplingParams
+from l4core.cli.main import l4
 from l4core.errors import CheckpointError, ConfigError, NotBuiltError
 from l4core.model.config import ModelConfig
 from l4core.model.layout import parameters
@@ -201,6 +204,14 @@ def test_a_scheme_that_its_tensors_do_not_bear_out(
 def test_another_format_than_the_checkpoint_has(pairs: Mapping[str, Pair], content: str, asked: str) -> None:
     with pytest.raises(ConfigError, match=f"--quantization {asked} is asked for and .* holds {content} weights"):
         answers(pairs[content].stored, quantization=asked)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_l4_plan_counts_what_is_loaded(pairs: Mapping[str, Pair], name: str) -> None:
+    folder = pairs[name].stored.as_posix()
+    planned = CliRunner().invoke(l4, ["plan", "--model", folder, "--memory", "8", "--json"], catch_exceptions=False)
+    with LLM(folder, dtype="bfloat16", device="cpu", max_model_len=200, progress=False) as llm:
+        assert json.loads(planned.output)["weight_bytes"] == llm._built.budget.needs.weights
 
 
 def test_a_packed_weight_without_its_scale(pairs: Mapping[str, Pair], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +108,7 @@ def plan(
     setup = Setup(
         memory_bytes=memory_of(gpu, memory),
         tp=tp,
+        formats=formats_of(model, config, None if quantization == "none" else quantization),
         weights="bfloat16" if quantization == "none" else quantization,
         kv_bytes=kv_bytes,
         page_size=page_size or (verdict.preferred_page_size if verdict else 64),
@@ -153,6 +154,18 @@ def memory_of(gpu: str | None, memory: float | None) -> int:
     if gpu not in DEVICES:
         raise ConfigError(f"--gpu is {gpu!r}; known are {', '.join(DEVICES)}", fix="--memory GIB takes any device")
     return int(DEVICES[gpu].gib * GIB)
+
+
+def formats_of(model: str, config: ModelConfig, quantization: str | None) -> Mapping[str, str] | None:
+    """Parameter → format of a folder that holds quantised weights, None for any other model. Raises as the loader would."""
+    from l4core.config import EngineConfig
+    from l4core.engine.weight_formats import weight_formats
+    from l4core.model.layout_quant import with_folder_scheme
+
+    folder = Path(model)
+    if not folder.is_dir() or not with_folder_scheme(config, folder).quantization_config:
+        return None
+    return weight_formats(EngineConfig(model=model, quantization=quantization), config, folder)
 
 
 def tokens_of(context_length: str | None) -> int | None:
@@ -209,8 +222,9 @@ def _rows(found: Capacity, backend: str) -> Iterator[tuple[str, str, str]]:
     cut = " or ".join(f"{count} {name}" for name, count in kv.shape.pages.items())
     waste = ", ".join(f"{share:.1%} in {name} use" for name, share in kv.waste.items())
     tokens = ", ".join(f"{size:,} {name}" for name, size in found.group_bytes.items())
+    kinds = " and ".join(sorted({"bfloat16", *(setup.formats or {}).values()}))
     yield "memory", _gib(setup.memory_bytes), ""
-    yield "weights", _gib(needs.weights - found.draft_bytes), setup.weights
+    yield "weights", _gib(needs.weights - found.draft_bytes), setup.weights if setup.formats is None else kinds
     if setup.draft is not None:
         yield "draft", _gib(found.draft_bytes), "bfloat16; its KV lies beside the global layers'"
     yield "workspace", _gib(needs.workspace), f"of {backend}" if backend else "backend not known: not counted"
@@ -233,8 +247,8 @@ def _changes(config: ModelConfig, setup: Setup) -> Iterator[tuple[str, str, str]
     variants = {
         "what was asked": free,
         "--kv-cache-dtype fp8_e4m3": dataclasses.replace(free, kv_bytes=1),
-        "--quantization fp8": dataclasses.replace(free, weights="fp8"),
-        "--quantization int4": dataclasses.replace(free, weights="int4"),
+        "--quantization fp8": dataclasses.replace(free, weights="fp8" if free.formats is None else free.weights),
+        "--quantization int4": dataclasses.replace(free, weights="int4" if free.formats is None else free.weights),
         "--disable-hybrid-swa-memory": dataclasses.replace(free, hybrid=False),
         "--chunked-prefill-size 2048": dataclasses.replace(free, num_tokens=2048),
         f"--tp {2 * setup.tp}": dataclasses.replace(free, tp=2 * setup.tp),

@@ -18,7 +18,7 @@ from l4core.model.draft_size import check_draft_kv, draft_elements, draft_token_
 from l4core.model.eagle3_config import DraftConfig
 from l4core.model.layout import Parameter, parameters
 from l4core.model.slicing import check_world, rank_config, rank_shape
-from l4core.quant.formats import ONLINE, stored_bytes
+from l4core.quant.formats import ONLINE, PLAIN, bytes_in, format_of, stored_bytes
 
 GIB = 1 << 30
 
@@ -53,7 +53,8 @@ RATIOS = (1.0, 0.8, 0.1, 0.01)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is asked. memory_bytes: of one device.  weights: one of WEIGHTS.  kv_bytes: of one stored element.  fraction: None = the default.
+    """What is asked. memory_bytes: of one device.  weights: one of WEIGHTS.  formats: by parameter, of a checkpoint that is quantised already.
+    kv_bytes: of one stored element.  fraction: None = the default.
     local_ratio: cap on local KV (kv.planner.local_cap).  hybrid: local pages of finished chunks are dropped.
     workspace: of the attention backend, bytes.  num_tokens: computed in one step at most.  graphs: batches of captured decode steps.
     draft: an EAGLE3 draft, None = no speculation; num_drafts: tokens it guesses a step.  lengths: of which requests are counted, tokens."""
@@ -61,6 +62,7 @@ class Setup:
     memory_bytes: int
     tp: int = 1
     weights: str = "bfloat16"
+    formats: Mapping[str, str] | None = None
     kv_bytes: int = 2
     page_size: int = 64
     context_length: int | None = None
@@ -142,7 +144,7 @@ def capacity(config: ModelConfig, setup: Setup) -> Capacity:
         workspace += ITEM_BYTES * num_tokens * draft_token_elements(setup.draft, ranks=setup.tp)
     needs = needs_of(
         rank,
-        weights=rank_weight_bytes(config, setup.tp, setup.weights) + draft,
+        weights=rank_weight_bytes(config, setup.tp, setup.weights, setup.formats) + draft,
         workspace=workspace,
         num_tokens=num_tokens,
         max_running=setup.max_running,
@@ -181,12 +183,17 @@ def capacity(config: ModelConfig, setup: Setup) -> Capacity:
     )
 
 
-def rank_weight_bytes(config: ModelConfig, tp: int, weights: str) -> int:
-    """Bytes of the largest rank's share. weights: one of WEIGHTS; what each takes says quant.formats."""
+def rank_weight_bytes(config: ModelConfig, tp: int, weights: str, formats: Mapping[str, str] | None = None) -> int:
+    """Bytes of the largest rank's share. weights: one of WEIGHTS; what each takes says quant.formats.  formats: those of a checkpoint that is
+    quantised already, by parameter, in place of that."""
     check_world(config, tp)
-    kept = None if weights == "bfloat16" else weights
+    quantization = None if weights == "bfloat16" else weights
+
+    def kept(name: str) -> str:
+        return format_of(name, quantization) if formats is None else formats.get(name, PLAIN)
+
     return max(
-        sum(stored_bytes(p.name, rank_shape(p, rank, tp), kept) for p in parameters(config, ())) for rank in range(tp)
+        sum(bytes_in(kept(p.name), rank_shape(p, rank, tp)) for p in parameters(config, ())) for rank in range(tp)
     )
 
 

@@ -34,9 +34,13 @@ def format_of(name: str, quantization: str | None) -> str:
 
 
 def stored_bytes(name: str, shape: Sequence[int], quantization: str | None, plain_bytes: int = 2) -> int:
-    """Bytes of one parameter with its scales. shape: as layout.Parameter has it, [out, in], or [E, in, out] for experts.
+    """Bytes of one parameter with its scales under `--quantization`. shape, plain_bytes: as `bytes_in` has them."""
+    return bytes_in(format_of(name, quantization), shape, plain_bytes)
+
+
+def bytes_in(kept: str, shape: Sequence[int], plain_bytes: int = 2) -> int:
+    """Bytes of one parameter with its scales in a format. shape: as layout.Parameter has it, [out, in], or [E, in, out] for experts.
     plain_bytes: of an element of the compute dtype."""
-    kept = format_of(name, quantization)
     if kept == PLAIN:
         return math.prod(shape) * plain_bytes
     inputs, outputs = (shape[1], shape[0]) if len(shape) == 2 else (shape[1], shape[0] * shape[2])
