@@ -16,7 +16,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -30,6 +30,7 @@ import l4core.engine.build as build
 from l4core import EngineConfig, SamplingParams
 from l4core.engine.batch import Inbox
 from l4core.engine.engine import Engine
+from l4core.engine.graph_sizes import GraphSizes
 from l4core.request import Request
 
 COMPUTED_CONTEXT = 4096
@@ -58,7 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     rates = measure_rates()
     began = time.perf_counter()
-    bench = Bench(args.layers, dict(option.split("=", 1) for option in args.options))
+    batches = [int(text) for text in args.batches.split(",")]
+    bench = Bench(args.layers, batches, dict(option.split("=", 1) for option in args.options))
     results: dict[str, Any] = {
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -71,7 +73,7 @@ def main() -> None:
     print(f"copy {rates.copy / 1e12:.2f} TB/s, bf16 product {rates.matmul / 1e12:.0f} TFLOP/s\n")
     print(f"{'':<26}{'ms':>9}{'floor':>9}{'ratio':>7}{'experts':>9}", flush=True)
     for context in map(int, args.contexts.split(",")):
-        for batch in map(int, args.batches.split(",")):
+        for batch in batches:
             _show(
                 results, f"decode bs {batch} at {context}", *bench.decode(batch, context, rates, profile=args.profile)
             )
@@ -91,10 +93,10 @@ def _show(results: dict[str, Any], name: str, ms: float, floor: float, experts: 
 class Bench:
     """One engine, and what its steps cost. report: its start-up block."""
 
-    def __init__(self, layers: int, options: Mapping[str, str]) -> None:
+    def __init__(self, layers: int, batches: Sequence[int], options: Mapping[str, str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(scout(layers)))
-            with _weights_on_the_device():
+            with _weights_on_the_device(), _graphs_of(batches):
                 built = build.build_engine(_config(folder, options), progress=False)
         self.engine: Engine = built.engine
         self.report = built.report
@@ -310,6 +312,22 @@ def _weights_on_the_device() -> Iterator[None]:
         yield
     finally:
         build.fill_dummy = own
+
+
+@contextmanager
+def _graphs_of(batches: Sequence[int]) -> Iterator[None]:
+    """Graphs of the batches that are measured, and no others: start-up is not what is timed here."""
+    own = build.graph_sizes
+
+    def only(*args: Any, **kwargs: Any) -> GraphSizes:
+        found = own(*args, **kwargs)
+        return GraphSizes(sizes=sorted(batches)) if found.sizes else found
+
+    build.graph_sizes = only
+    try:
+        yield
+    finally:
+        build.graph_sizes = own
 
 
 def measure_rates() -> Rates:
