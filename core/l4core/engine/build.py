@@ -23,6 +23,7 @@ from l4core.engine.memory_budget import Budget, Needs, device_budget
 from l4core.engine.runner import Runner
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.engine.speculation import SpeculationPlan, create_speculation, plan_speculation
+from l4core.engine.start_report import Choices, start_report
 from l4core.engine.step_memory import needs_of
 from l4core.engine.weight_formats import weight_formats
 from l4core.errors import ConfigError
@@ -104,21 +105,22 @@ def build_engine(
     scales = _kv_scales(config, model_config, folder, kv_dtype)
     engine = _wire(config, model_config, groups, model, plan, selected, plugins, device, kv_dtype, scales, speculation)
     captured = _capture(engine, graphs, speculation, plan.max_running, progress=progress and sys.stderr.isatty())
-    report = _report(
-        config,
-        model_config,
-        platform,
-        selected,
-        experts,
-        plan,
-        budget,
-        dtype,
-        kv_dtype,
-        scales,
-        speculation,
-        captured,
-        _overlap(config, device, speculation),
-        time.perf_counter() - began,
+    report = start_report(
+        Choices(
+            config=config,
+            model=model_config,
+            platform=platform,
+            attention=selected,
+            experts=experts,
+            plan=plan,
+            budget=budget,
+            dtype=dtype_name(dtype),
+            kv_dtype=dtype_name(kv_dtype) + _scales_text(kv_dtype, scales),
+            speculation="off" if speculation is None else speculation.describe(),
+            graphs=captured,
+            loop=_overlap(config, device, speculation),
+            seconds=time.perf_counter() - began,
+        )
     )
     return BuiltEngine(
         engine=engine,
@@ -466,55 +468,3 @@ def _capture(
     drafts = f" and {len(verifies)} of up to {verifies[-1]} drafts" if verifies else ""
     decodes = f"{len(shapes) - len(verifies)} batches of up to {shapes[-1].num_seqs} decodes"
     return f"{decodes}{drafts} · {made.num_bytes / 1e9:.2f} GB · {made.seconds:.1f} s"
-
-
-def _report(
-    config: EngineConfig,
-    model: ModelConfig,
-    platform: Platform,
-    selected: Selected,
-    experts: SelectedExperts | None,
-    plan: KVPlan,
-    budget: Budget,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    scales: Mapping[int, tuple[float, float]],
-    speculation: SpeculationPlan | None,
-    graphs: str,
-    loop: str,
-    seconds: float,
-) -> tuple[str, ...]:
-    """The start-up block, one fact a line: label padded to 16, then the value."""
-    sparse = f", {model.num_experts} experts in {sum(model.moe_layers)}" if any(model.moe_layers) else ""
-    tokens = " or ".join(f"{name} {count:,}" for name, count in plan.num_tokens.items())
-    cut = " or ".join(f"{count} {name}" for name, count in plan.shape.pages.items())
-    device = f"{platform.device_type} · {platform.device_name or platform.arch}" + (
-        f" · {platform.runtime}" if platform.runtime else ""
-    )
-    lines = [
-        (
-            "model",
-            f"{config.model} · {model.architecture} · {model.num_layers} layers{sparse} · {budget.needs.weights / 1e9:.2f} GB",
-        ),
-        ("device", device),
-        ("dtype", f"{dtype_name(dtype)} · KV {dtype_name(kv_dtype)}{_scales_text(kv_dtype, scales)}"),
-        ("attention", selected.describe()),
-        *([("experts", experts.describe())] if experts else []),
-        (
-            "page size",
-            f"{plan.page_size} tokens · superpage of {cut} pages, {max(plan.waste.values()):.1%} waste at most",
-        ),
-        ("memory", budget.text()),
-        ("KV tokens", f"{tokens} · {plan.bytes_total / 1e9:.2f} GB"),
-        ("largest context", f"{plan.max_context:,} tokens"),
-        ("speculation", "off" if speculation is None else speculation.describe()),
-        ("prefix cache", "off (--disable-radix-cache)" if config.disable_radix_cache else "on"),
-        ("graphs", graphs),
-        ("loop", loop),
-        ("loaded in", f"{seconds:.1f} s"),
-    ]
-    if config.disable_hybrid_swa_memory:
-        lines.append(("local KV", "kept until a request ends (--disable-hybrid-swa-memory)"))
-    if config.trust_remote_code:
-        lines.append(("trust", "--trust-remote-code is accepted; code from a checkpoint is never executed"))
-    return tuple(f"{label:<16}{value}" for label, value in lines)
