@@ -9,9 +9,11 @@ from zlib import crc32
 import pytest
 
 from l4core.engine.batch import DrawnTokens, StepTokens
-from l4core.engine.scheduler import Scheduler, SchedulerLimits
+from l4core.engine.scheduler import LOOKS_PER_STEP, Scheduler, SchedulerLimits
+from l4core.engine.sequence import NO_ROW
 from l4core.kv.blocks import KVGroup
 from l4core.kv.manager import KVManager
+from l4core.kv.prefix import PageHashes
 from l4core.request import Request, SamplingParams
 
 CHUNK, PAGE = 8192, 64
@@ -37,13 +39,16 @@ class Counted:
         for request in requests:
             self.scheduler.add(request)
         while self.scheduler.has_work:
-            batch = self.scheduler.schedule()
-            sequences = batch.sequences if batch is not None else ()
-            for seq in sequences:
-                self.computed[seq.request.request_id] += 0 if seq.is_decode else len(seq.token_ids)
-            drawn = [DrawnTokens(request_id=s.request.request_id, token_ids=(7,) if s.draws else ()) for s in sequences]
-            self.scheduler.commit(StepTokens(drawn=drawn))
+            self.step()
         self.scheduler.check_integrity()
+
+    def step(self) -> None:
+        batch = self.scheduler.schedule()
+        sequences = batch.sequences if batch is not None else ()
+        for seq in sequences:
+            self.computed[seq.request.request_id] += 0 if seq.is_decode else len(seq.token_ids)
+        drawn = [DrawnTokens(request_id=s.request.request_id, token_ids=(7,) if s.draws else ()) for s in sequences]
+        self.scheduler.commit(StepTokens(drawn=drawn))
 
 
 def request(name: str, shared: int, own: int, new: int = 3) -> Request:
@@ -94,3 +99,44 @@ def test_without_its_local_tail_a_prefix_reaches_to_the_border() -> None:
     kv.release(other)
     counted.run([request("second", 12_000, 50)])
     assert counted.computed["second"] == 50 + 12_000 - CHUNK
+
+
+def test_a_long_prompt_costs_others_no_more_of_their_prefixes_than_it_needs() -> None:
+    """Local pages that it leaves behind at its borders are the first to go, so the 80,000 tokens before it stay."""
+    counted = Counted(900)
+    counted.run([request("before", 80_000, 50)])
+    counted.run([request("long", 0, 60_000)])
+    counted.run([request("again", 80_000, 50)])
+    assert counted.computed["again"] <= 50 + 80_000 % CHUNK
+
+
+class Watched(PageHashes):
+    """Counts how often someone asks for a page."""
+
+    num_looks = 0
+
+    def __getitem__(self, index: int) -> bytes:
+        Watched.num_looks += 1
+        return super().__getitem__(index)
+
+
+def test_a_long_request_that_waits_looks_at_few_pages() -> None:
+    """Its 1,250 cached pages are no memory for what comes behind them while another decodes 300 steps; then it starts behind them all the same."""
+    counted = Counted(900)
+    scheduler = counted.scheduler
+    counted.run([request("before", 80_000, 50)])
+    scheduler.add(request("decodes", 0, 45_000, new=300))
+    counted.step()
+    waits = request("waits", 80_000, 15_000)
+    scheduler.add(waits)
+    seq = next(seq for seq in scheduler.sequences if seq.request is waits)
+    seq.hashes = Watched("", PAGE, seq.token_ids)
+    Watched.num_looks = 0
+    steps = 0
+    while seq.row == NO_ROW:
+        counted.step()
+        steps += 1
+    assert steps > 200
+    assert Watched.num_looks < 3 * LOOKS_PER_STEP * steps < 1_250 * steps
+    counted.run([])
+    assert counted.computed["waits"] <= 15_000 + PAGE

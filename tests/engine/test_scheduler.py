@@ -372,7 +372,7 @@ def test_without_its_local_tail_a_beginning_is_good_to_the_border() -> None:
     made = engine(superpages=18, prefix_cache=True)
     made.scheduler.add(ask("a", 13, max_tokens=1))
     run(made)
-    made.scheduler.add(shared("other", 0, 0, tail=15))
+    made.scheduler.add(shared("other", 0, 0, tail=20))
     run(made)
     made.scheduler.add(ask("again", 13, max_tokens=1))
     assert run(made)["again"][-1].num_cached_tokens == 8

@@ -118,6 +118,21 @@ def test_a_group_at_its_most_takes_only_its_own_cached_ones() -> None:
     pool.check_integrity(1, {1: 1, 2: 1})
 
 
+def test_what_was_left_behind_goes_first_unless_it_was_found() -> None:
+    pool = Pool(6)
+    for page in range(1, 6):
+        assert pool.take(1) == page
+        pool.retain(1, page)
+        pool.keep(1, page)
+    pool.retain(1, 3)  # another finds page 3
+    pool.release(1, 3)
+    pool.release(1, 1)
+    for page in (3, 5, 4):
+        pool.release(1, page, left_behind=True)
+    pool.check_integrity(1, {2: 1})
+    assert [pool.take(0) for _ in range(5)] == [5, 4, 1, 3, None]
+
+
 def test_flush_forgets_what_nobody_holds() -> None:
     pool = Pool(3)
     for superpage in (1, 2):

@@ -44,6 +44,10 @@ Flight: TypeAlias = Sequence[tuple[SequenceState, ScheduledSequence]]
 """A scheduled batch that is not committed yet."""
 
 
+LOOKS_PER_STEP = 256
+"""Pages of its prefix that a request may look at for each step that it waits for memory: one of ten million tokens has 156,250."""
+
+
 class Scheduler:
     """add/abort as messages come, then schedule → (execute) → commit, once a step. `commit` also ends a step that had nothing to execute.
 
@@ -281,10 +285,17 @@ class Scheduler:
             length = 0
         seq.num_computed = length
 
+    def _must_wait(self, seq: SequenceState, chosen: Sequence[SequenceState]) -> bool:
+        """Told without looking at every page of its prefix: it found no memory a short while ago, or finds more of its prefix a step later."""
+        return (self._step < seq.look_again and len(self._running) > 0) or self._is_computed_now(seq, chosen)
+
     def _is_computed_now(self, seq: SequenceState, chosen: Sequence[SequenceState]) -> bool:
         """Whether the first page that `seq` would compute is in this step's batch already, or in flight: then it waits a step and finds it."""
-        index, page_size = seq.num_computed // self.kv.page_size, self.kv.page_size
-        if not self.kv.prefix_cache or seq.wants_prompt_logprobs or (index + 1) * page_size > seq.num_tokens - 1:
+        if not self.kv.prefix_cache or seq.wants_prompt_logprobs:
+            return False
+        page_size = self.kv.page_size
+        index = self.kv.find_prefix(seq.hashes, seq.num_tokens - 1, from_last=True) // page_size
+        if (index + 1) * page_size > seq.num_tokens - 1:
             return False
         now = [(other, entry) for other in chosen if (entry := other.entry) is not None]
         return any(
@@ -346,11 +357,12 @@ class Scheduler:
             seq = self._waiting.first
             if seq in self._evicted or (before is not None and seq.rank > before.rank):
                 break
+            if self._must_wait(seq, chosen):
+                break
             self._take_prefix(seq)
-            victims = (
-                None if self._is_computed_now(seq, chosen) else victims_for(seq, self._running, self.limits, self.kv)
-            )
+            victims = victims_for(seq, self._running, self.limits, self.kv)
             if victims is None:
+                seq.look_again = self._step + seq.num_computed // self.kv.page_size // LOOKS_PER_STEP
                 self._drop_pages(seq)
                 break
             for victim in victims:

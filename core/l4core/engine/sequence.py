@@ -25,7 +25,7 @@ class SequenceState:
     that output_token_ids lacks.  num_computed: tokens whose KV is in the pages once those batches are done.  row: block-table row, NO_ROW while
     waiting.  is_decode: only the token drawn last is left to compute.  entry: its part of the batch scheduled last, until that is committed.
     hashes: of its full pages.  num_cached: prompt tokens found computed when it first started, None before.
-    num_prompt_logprobs: prompt positions whose logprobs were handed out.
+    num_prompt_logprobs: prompt positions whose logprobs were handed out.  look_again: step before which it need not look for memory.
     """
 
     request: Request
@@ -44,6 +44,7 @@ class SequenceState:
     num_prompt_logprobs: int = 0
     hashes: PageHashes = field(init=False)
     num_cached: int | None = None
+    look_again: int = 0
 
     def hash_pages(self, salt: str, page_size: int) -> None:
         """Start the chain of hashes of its own tokens."""

@@ -58,20 +58,24 @@ class KVManager:
         self._set_next_commit(tables, 0)
         return tables
 
-    def find_prefix(self, hashes: PageHashes, limit: int) -> int:
+    def find_prefix(self, hashes: PageHashes, limit: int, *, from_last: bool = False) -> int:
         """Tokens, at most `limit`, whose pages can be used as they are: a whole number of pages. Takes nothing.
 
         Length L is usable when global pages cover [0, L) and local pages [⌊L / C⌋ · C, L): at a border no local page is needed.
+        from_last: go on where the last search for these hashes ended, so that asking again costs nothing for what was found before. What was
+        evicted since still counts then: an upper bound.
         """
         if not self.prefix_cache:
             return 0
-        count, most = 0, limit // self.page_size
+        most = limit // self.page_size
+        count = min(hashes.num_found, most) if from_last else 0
         locals_ = [index for group, index in zip(self.groups, self._index, strict=True) if group.chunk_size is not None]
         globals_ = [index for group, index in zip(self.groups, self._index, strict=True) if group.chunk_size is None]
         if not globals_:
             return 0
         while count < most and all(index.find(hashes[count]) is not None for index in globals_):
             count += 1
+        hashes.num_found = count
         if self.chunk_size is None:
             return count * self.page_size
         found = count * self.page_size // self.chunk_size * self.chunk_size // self.page_size  # the last border
@@ -137,7 +141,7 @@ class KVManager:
                 dead = table.pages[: first - table.first_index]
                 del table.pages[: len(dead)]
                 table.first_index = first
-                self._release(number, dead)
+                self._release(number, dead, left_behind=True)
         self._set_next_commit(tables, length)
 
     def release(self, tables: PageTables) -> None:
@@ -303,10 +307,10 @@ class KVManager:
         whole = -(-later // per) - len({page // per for page in table.pages})
         return max(now, whole)
 
-    def _release(self, number: int, pages: Sequence[int]) -> None:
+    def _release(self, number: int, pages: Sequence[int], *, left_behind: bool = False) -> None:
         """Last page first: what is evicted first is the end of a prefix, whose beginning stays useful."""
         for page in reversed(pages):
-            self._pool.release(number, page)
+            self._pool.release(number, page, left_behind=left_behind)
 
     def _empty(self, number: int, pages: Sequence[int]) -> None:
         for page in pages:

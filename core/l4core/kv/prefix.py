@@ -12,9 +12,12 @@ from hashlib import sha256
 
 
 class PageHashes:
-    """The chain of one sequence, computed as far as someone asked. Tokens of finished pages never change."""
+    """The chain of one sequence, computed as far as someone asked. Tokens of finished pages never change.
 
-    __slots__ = ("_chain", "_page_size", "_seed", "_tokens")
+    num_found: the first pages, as many as the last search found in every group that keeps all; some may have been evicted since.
+    """
+
+    __slots__ = ("_chain", "_page_size", "_seed", "_tokens", "num_found")
 
     def __init__(self, salt: str, page_size: int, tokens: Callable[[int, int], Sequence[int]]) -> None:
         """tokens(begin, end): the sequence's own."""
@@ -22,6 +25,7 @@ class PageHashes:
         self._page_size = page_size
         self._tokens = tokens
         self._chain: list[bytes] = []
+        self.num_found = 0
 
     def __getitem__(self, index: int) -> bytes:
         """Hash of page `index`, whose tokens must all be known."""

@@ -63,8 +63,8 @@ class SuperpagePool:
     """Hands out superpages and counts the users of their pages. O(1) a call and page, deterministic.
 
     A page is held (it has users), cached (none, but its contents can still be found by their hash) or empty. A superpage with held pages is
-    taken; without, it is evictable while it has cached pages, and free otherwise. `take` prefers a free one, then evicts the one that has been
-    evictable longest.
+    taken; without, it is evictable while it has cached pages, and free otherwise. `take` prefers a free one, then evicts one that was left behind
+    (see `release`), then the one that has been evictable longest.
     """
 
     def __init__(
@@ -88,8 +88,10 @@ class SuperpagePool:
             range(num_superpages - 1, NULL_SUPERPAGE, -1)
         )  # a stack: the one freed last is the warmest in cache
         self._num_groups = len(self.pages_per_superpage)
-        self._evictable: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(self._num_groups)]  # → its age
-        self._age = 0
+        self._evictable: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(self._num_groups)]  # → when
+        self._left_behind: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(self._num_groups)]
+        self._now = 0
+        self._was_found = [False] * num_superpages
         self._most = [num_superpages if cap is None else cap for cap in (*most, *[None] * self._num_groups)]
         self._taken = [0] * self._num_groups
         self._group = [NOBODY] * num_superpages
@@ -107,11 +109,11 @@ class SuperpagePool:
     @property
     def num_available(self) -> int:
         """Superpages that can be taken now: free or evictable."""
-        return len(self._free) + sum(map(len, self._evictable))
+        return len(self._free) + sum(map(len, self._evictable)) + sum(map(len, self._left_behind))
 
     def allowance(self, group: int) -> int:
         """Superpages that this group may still take, cached ones of its own in their place, however many are available."""
-        return self._most[group] - self._taken[group] + len(self._evictable[group])
+        return self._most[group] - self._taken[group] + len(self._evictable[group]) + len(self._left_behind[group])
 
     def most(self, group: int) -> int:
         """Superpages that this group can ever have."""
@@ -124,10 +126,10 @@ class SuperpagePool:
         if self._taken[group] < self._most[group] and self._free:
             superpage = self._free.pop()
         else:
-            full = self._taken[group] >= self._most[group]
-            superpage = next(iter(self._evictable[group])) if full else self._oldest()
-            del self._evictable[self._group[superpage]][superpage]
+            of = [group] if self._taken[group] >= self._most[group] else range(self._num_groups)
+            superpage = self._evict([self._left_behind[g] for g in of]) or self._evict([self._evictable[g] for g in of])
             self._forget(superpage)
+        self._was_found[superpage] = False
         self._group[superpage] = group
         self._taken[group] += 1
         self._users[superpage] = [0] * self.pages_per_superpage[group]
@@ -140,15 +142,19 @@ class SuperpagePool:
             raise ValueError(f"page {page} of group {group} lies in superpage {superpage}, which is not that group's")
         users = self._users[superpage]
         users[slot] += 1
+        self._was_found[superpage] |= slot in self._cached[superpage]
         if users[slot] == 1:
             self._held[superpage] += 1
             self.held_pages[group] += 1
             self._evictable[group].pop(superpage, None)
+            self._left_behind[group].pop(superpage, None)
             if slot in self._cached[superpage]:
                 self.cached_pages[group] -= 1
 
-    def release(self, group: int, page: int) -> None:
-        """One user less. Raises ValueError for a page that nobody holds."""
+    def release(self, group: int, page: int, *, left_behind: bool = False) -> None:
+        """One user less. left_behind: its request goes on without it. If nobody ever found it, it is evicted before all others: a long prompt would
+        else fill memory with the local pages of its chunks, at the cost of every other prefix. Raises ValueError for a page that nobody holds.
+        """
         superpage, slot = divmod(page, self.pages_per_superpage[group])
         if self._group[superpage] != group or not self._users[superpage][slot]:
             raise ValueError(f"page {page} of group {group} is not held by anyone")
@@ -162,7 +168,7 @@ class SuperpagePool:
             self.cached_pages[group] += 1
         else:
             self._on_empty(group, [page])
-        self._settle(superpage)
+        self._settle(superpage, first=left_behind and not self._was_found[superpage])
 
     def keep(self, group: int, page: int) -> None:
         """From now on a held page's contents are findable: when its last user goes it stays until its memory is needed."""
@@ -172,9 +178,10 @@ class SuperpagePool:
 
     def flush(self) -> int:
         """Forget all cached pages that nobody holds → how many superpages that freed. Held ones stay findable."""
-        evicted = [superpage for evictable in self._evictable for superpage in evictable]
-        for evictable in self._evictable:
-            evictable.clear()
+        queues = [*self._evictable, *self._left_behind]
+        evicted = [superpage for queue in queues for superpage in queue]
+        for queue in queues:
+            queue.clear()
         for superpage in evicted:
             self._forget(superpage)
             self._free.append(superpage)
@@ -196,7 +203,8 @@ class SuperpagePool:
                     raise RuntimeError(
                         f"page {page} of group {group} has {users} users in the books and {counted.get(page, 0)} in the tables"
                     )
-        free, evictable = set(self._free), {superpage for each in self._evictable for superpage in each}
+        evictable = {superpage for queue in (*self._evictable, *self._left_behind) for superpage in queue}
+        free = set(self._free)
         for superpage in range(1, self.num_superpages):
             state = (self._held[superpage] > 0, superpage in evictable, superpage in free)
             if sum(state) != 1 or (superpage in evictable) != (
@@ -211,25 +219,23 @@ class SuperpagePool:
                 f"group {group} has {taken} superpages and {self._taken[group]} in the books; at most {self._most[group]}"
             )
 
-    def _settle(self, superpage: int) -> None:
-        """Where a superpage without held pages belongs."""
+    def _settle(self, superpage: int, *, first: bool) -> None:
+        """Where a superpage without held pages belongs. first: to be evicted before those that are not."""
         if self._held[superpage]:
             return
         group = self._group[superpage]
         if self._cached[superpage]:
-            self._age += 1
-            self._evictable[group][superpage] = self._age
+            self._now += 1
+            (self._left_behind if first else self._evictable)[group][superpage] = self._now
         else:
             self._group[superpage] = NOBODY
             self._taken[group] -= 1
             self._free.append(superpage)
 
-    def _oldest(self) -> int:
-        """The superpage of any group that has been evictable longest."""
-        _, superpage = min(
-            (age, superpage) for each in self._evictable for superpage, age in itertools.islice(each.items(), 1)
-        )
-        return superpage
+    def _evict(self, queues: Sequence[OrderedDict[int, int]]) -> int:
+        """Takes out the superpage that has been in any of the queues longest; NULL_SUPERPAGE when all are empty."""
+        longest = min((queue for queue in queues if queue), key=lambda queue: next(iter(queue.values())), default=None)
+        return NULL_SUPERPAGE if longest is None else longest.popitem(last=False)[0]
 
     def _forget(self, superpage: int) -> None:
         group = self._group[superpage]
