@@ -129,6 +129,16 @@ def test_backends_of_a_model(run_l4: RunL4, tiny: Path) -> None:
     assert found["requirements"]["chunk_size"] == model["attention_chunk_size"]
 
 
+def test_backends_of_experts(run_l4: RunL4, tiny: Path) -> None:
+    libraries = ("--with", "triton==3.6.0", "--with", "aiter==0.1.20")
+    found = json.loads(run_l4("backends", str(tiny), "--platform", "gfx942", *libraries, "--experts", "--json").out)
+    assert found["chosen"] == "triton"
+    assert found["requirements"]["num_experts"] == 4
+    text = run_l4("backends", "--platform", "cpu", "--experts").out
+    assert "✓ torch " in text
+    assert "✗ triton " in text
+
+
 def test_backends_text_names_each(run_l4: RunL4) -> None:
     text = run_l4("backends").out
     assert "sdpa" in text

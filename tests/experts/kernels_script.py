@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from experts.problem import make
 from l4core.experts.fused import TritonExperts
 from l4core.experts.sorted_triton import sort_by_expert
-from l4core.experts.tiles import Row, Tile, Tiles
+from l4core.experts.tiles import Row, Tile, Tiles, tiles_for
 from l4core.ops.router import route_torch
 from l4core.ops.router_triton import route_triton
 
@@ -70,6 +70,22 @@ def many(routing: tuple[list[int], int], dtype: torch.dtype, shared: bool, rows:
     assert problem.error(kernel(few=False, rows=rows, tma=tma)) < TOLERANCE[dtype]
 
 
+def float32_bits_do_not_depend_on_the_batch() -> None:
+    """On a device; the interpreter adds as numpy does."""
+    if DEVICE == "cpu":
+        return
+    generator = torch.Generator().manual_seed(1)
+    problem = make(torch.randint(5, (40,), generator=generator).tolist(), 5, hidden=320, inter=256, device=DEVICE)
+    chosen = TritonExperts(tiles_for("sm90", 5, 320, 256, "float32"))
+
+    def run(rows: slice) -> torch.Tensor:
+        return chosen.forward(problem.x[rows], problem.ids[rows], problem.score[rows], problem.weights)
+
+    whole = run(slice(None))
+    for rows in (slice(0, 1), slice(39, 40), slice(3, 19), slice(2, 30)):
+        assert run(rows).equal(whole[rows]), rows
+
+
 def only_hit_experts_are_read() -> None:
     problem = make([4, 1, 1], 6, device=DEVICE)
     for weight in (problem.weights.gate_up, problem.weights.down):
@@ -118,7 +134,7 @@ def router_ties() -> None:
     assert score.tolist() == [0.5] * 3
 
 
-CHECKS = (few, many, only_hit_experts_are_read, sort, router, router_ties)
+CHECKS = (few, many, float32_bits_do_not_depend_on_the_batch, only_hit_experts_are_read, sort, router, router_ties)
 
 if __name__ == "__main__":
     for check in CHECKS:

@@ -66,7 +66,7 @@ def select_experts(
     the next with a warning that names both.
     """
     found = expert_candidates(plugins, platform, req)
-    queue = [_named(found, named, plugins)] if named is not None else [c for c in found if _eligible(c)]
+    queue = [_named(found, named, plugins)] if named is not None else [c for c in found if eligible(c)]
     refusals: list[BackendUnavailable] = []
     for candidate in queue:
         try:
@@ -87,7 +87,8 @@ def select_experts(
     )
 
 
-def _eligible(candidate: ExpertCandidate) -> bool:
+def eligible(candidate: ExpertCandidate) -> bool:
+    """Whether it may be taken without being named."""
     return isinstance(candidate.verdict, ExpertsUsable) and not candidate.verdict.named_only
 
 
