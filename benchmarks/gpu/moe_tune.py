@@ -1,8 +1,10 @@
 """Tries tile sizes of the Triton experts on the card and writes the best into core/l4core/experts/tiles.json.
 
-    python benchmarks/gpu/moe_tune.py --experts 16 --inter 8192 [--out tiles.json] [--seconds 40] [--few 1,8,32,64] [--many 128,2048,16384]
+    python benchmarks/gpu/moe_tune.py --experts 16 --inter 8192 --out found.json [--compile 0/2] [--like found-before.json]
+    python benchmarks/gpu/moe_tune.py --experts 16 --inter 8192 --write found.json       # no card needed
 
-Each candidate is timed from a captured graph over several layers' weights, so that none comes from the cache; the median counts.
+Each candidate is timed from a captured graph over several layers' weights, so that none comes from the cache; the median counts. --compile fills
+Triton's cache beforehand, in two processes with 0/2 and 1/2; --like takes only the best candidates of another shape.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -30,6 +33,7 @@ from l4core.experts.tiles import Tile
 from l4core.plugin_api import ExpertWeights
 
 HIDDEN = 5120
+TILES = Path(__file__).parents[2] / "core/l4core/experts/tiles.json"
 
 
 def weights(experts: int, inter: int, layers: int, *, fill: bool = True) -> list[ExpertWeights]:
@@ -112,6 +116,8 @@ def rows_for(tokens: int, experts: int) -> tuple[int, ...]:
 
 
 def jobs(args: argparse.Namespace) -> list[tuple[str, int, Tile]]:
+    """Every candidate of every launch; with --like those that were among the best six for some number of tokens there."""
+    good = None if args.like is None else good_tiles(json.loads(args.like.read_text()))
     made = []
     for tokens in args.tokens:
         paths = [("few", max(16, triton.next_power_of_2(tokens)))] if tokens <= 32 else []
@@ -120,8 +126,54 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, int, Tile]]:
             for product in ("gate_up", "down"):
                 if args.only not in f"{path} {product}":
                     continue
-                made += [(f"{path} {product}", tokens, tile) for tile in tiles(f"{path} {product}", rows)]
+                name = f"{path} {product}"
+                made += [(name, tokens, t) for t in tiles(name, rows) if good is None or (name, t) in good]
     return made
+
+
+def good_tiles(found: list[dict[str, Any]], most: int = 6) -> set[tuple[str, Tile]]:
+    made = set()
+    for path, tokens in {(f["path"], f["tokens"]) for f in found}:
+        mine = sorted((f for f in found if (f["path"], f["tokens"]) == (path, tokens)), key=lambda f: f["us"])
+        made |= {(path, Tile(**f["tile"])) for f in mine[:most]}
+    return made
+
+
+MEASURED_FOR = {1: 2, 8: 16, 32: 32, 64: 64, 128: 256, 512: 1024, 2048: 4096, 16384: 1 << 30}
+"""Tokens of a measured call → the most for which its tiles are taken."""
+
+
+def write(args: argparse.Namespace) -> None:
+    """The best tiles into the package's data. The path for few tokens is taken as far as it was measured."""
+    found = [f for file in args.write for f in json.loads(file.read_text())]
+    rows = []
+    for tokens, most in MEASURED_FOR.items():
+        few = any((f["path"], f["tokens"]) == ("few down", tokens) for f in found)
+        path = "few" if few else "many"
+        best = {
+            product: min(
+                (f for f in found if (f["path"], f["tokens"]) == (f"{path} {product}", tokens)),
+                key=lambda f: f["us"],
+                default=None,
+            )
+            for product in ("gate_up", "down")
+        }
+        if all(best.values()):
+            rows.append({"tokens": most, "few": few} | {product: f["tile"] for product, f in best.items() if f})
+    rows[-1]["tokens"] = 1 << 30
+    shape = {"arch": args.arch, "num_experts": args.experts, "hidden": HIDDEN, "inter": args.inter}
+    kept = [t for t in json.loads(TILES.read_text())["tiles"] if {k: t[k] for k in shape} != shape]
+    every = sorted([*kept, shape | {"rows": rows}], key=lambda t: [str(t["arch"]), t["num_experts"], -t["inter"]])
+    lines = ",\n".join(
+        "  "
+        + json.dumps({k: v for k, v in t.items() if k != "rows"})[:-1]
+        + ', "rows": [\n'
+        + ",\n".join("    " + json.dumps(row) for row in t["rows"])
+        + "\n  ]}"
+        for t in every
+    )
+    TILES.write_text('{"tiles": [\n' + lines + "\n]}\n")
+    print(f"{len(rows)} rows for {shape}")
 
 
 def main() -> None:
@@ -139,8 +191,13 @@ def main() -> None:
         "--seconds", type=float, default=600.0, help="time for all; candidates are taken in random order"
     )
     parser.add_argument("--compile", metavar="I/N", help="only compile each N-th candidate, from the I-th on")
+    parser.add_argument("--like", type=Path, help="take the candidates that were best in this file")
+    parser.add_argument("--write", type=Path, nargs="+", help="write the best of these files into the package and end")
+    parser.add_argument("--arch", default="sm90", help="with --write: where they were measured")
     parser.add_argument("--out", type=Path, default=Path("moe_tune.json"))
     args = parser.parse_args()
+    if args.write:
+        return write(args)
     torch.manual_seed(0)
     todo = jobs(args)
     random.Random(0).shuffle(todo)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -92,7 +92,7 @@ def build_engine(
     draft = None if speculation is None else speculation.draft
     if draft is not None:
         weight_bytes += draft.num_parameters * dtype.itemsize
-    graphs = _graph_sizes(config, platform, selected)
+    graphs = _graph_sizes(config, platform, selected, kernels.values())
     needs = _needs(config, model_config, platform, selected, experts, dtype, weight_bytes, graphs, speculation)
     budget = device_budget(platform, needs, config.mem_fraction_static)
     groups = kv_groups(config, model_config, num_draft_layers=int(draft is not None))
@@ -313,8 +313,10 @@ def _needs(
     )
 
 
-def _graph_sizes(config: EngineConfig, platform: Platform, selected: Selected) -> GraphSizes:
-    return graph_sizes(
+def _graph_sizes(
+    config: EngineConfig, platform: Platform, selected: Selected, experts: Iterable[SelectedExperts]
+) -> GraphSizes:
+    sizes = graph_sizes(
         platform,
         selected.verdict,
         backend=selected.entry.name,
@@ -322,6 +324,10 @@ def _graph_sizes(config: EngineConfig, platform: Platform, selected: Selected) -
         largest=config.cuda_graph_max_bs,
         max_running=config.max_running_requests,
     )
+    eager = [kernel.name for kernel in experts if not kernel.verdict.graph]
+    if sizes.sizes and eager:
+        return GraphSizes(off=f"the expert kernel {eager[0]} declares none: l4 backends --experts names others")
+    return sizes
 
 
 def _plan(
