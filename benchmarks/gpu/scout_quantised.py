@@ -104,7 +104,7 @@ def count_experts(built: BuiltEngine) -> float:
     """Distinct experts that one more step hits, the mean of all layers."""
     found: list[torch.Tensor] = []
     runner: Any = built.engine.runner
-    graphs, runner.graphs = getattr(runner, "graphs", None), None  # a replay calls no hook
+    graphs, runner.graphs = runner.graphs, None  # a replay calls no hook
     hooks = [
         layer.moe.register_forward_pre_hook(
             lambda moe, given: found.append((given[0] @ moe.router.weight.t()).argmax(-1))

@@ -53,7 +53,16 @@ def l4_expert_kernels() -> list[ExpertKernelEntry]:
             create="l4core.experts.quantised:create",
         ),
         ExpertKernelEntry(
-            name="triton_int4", api=PLUGIN_API, probe=probe_triton_int4, create="l4core.experts.int4_triton:create"
+            name="triton_int4",
+            api=PLUGIN_API,
+            probe=probe_triton_int4,
+            create="l4core.experts.quantised_triton:create_int4",
+        ),
+        ExpertKernelEntry(
+            name="triton_fp8",
+            api=PLUGIN_API,
+            probe=probe_triton_fp8,
+            create="l4core.experts.quantised_triton:create_fp8",
         ),
     ]
 
@@ -126,6 +135,20 @@ def probe_triton_experts(platform: Platform, requirements: ExpertRequirements) -
 def probe_triton_int4(platform: Platform, requirements: ExpertRequirements) -> ExpertsUsable | Unusable:
     """The same for 4-bit weights."""
     return _triton_experts(platform, requirements, "int4_g128")
+
+
+def probe_triton_fp8(platform: Platform, requirements: ExpertRequirements) -> ExpertsUsable | Unusable:
+    """The same for e4m3 weights, on devices that multiply them: NVIDIA's from SM89 on."""
+    if not has_fp8(platform.arch):
+        return Unusable(
+            reason=f"{platform.arch} has no products of e4m3 numbers", fix="--expert-kernel torch_quantised"
+        )
+    return _triton_experts(platform, requirements, "fp8_channel")
+
+
+def has_fp8(arch: str) -> bool:
+    """Whether tensor cores of this NVIDIA architecture multiply e4m3."""
+    return arch.startswith("sm") and arch[2:].isdigit() and int(arch[2:]) >= 89
 
 
 def probe_torch_quantised(platform: Platform, requirements: ExpertRequirements) -> ExpertsUsable | Unusable:

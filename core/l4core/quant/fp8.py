@@ -9,24 +9,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-E4M3_MAX = 448.0
-TINY = 1e-12
+from l4core.ops.quantise_rows import quantise_rows_torch
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [..., N, K] → (e4m3 [..., N, K], scale float32 [..., N, 1]); weight ≈ e4m3 · scale."""
-    scale = weight.abs().amax(-1, keepdim=True).float().clamp_(min=TINY) / E4M3_MAX
-    return (weight.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+    return quantise_rows_torch(weight)
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """e4m3 [..., N, K], scale [..., N, 1] → [..., N, K] of `dtype`, multiplied in float32."""
     return (weight.float() * scale).to(dtype)
-
-
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Activations x [T, K] → (e4m3 [T, K], scale float32 [T, 1]). A row depends on nothing but itself."""
-    return quantize(x)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
