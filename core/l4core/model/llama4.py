@@ -130,9 +130,9 @@ class Llama4(nn.Module):
 
     def pack(self) -> None:
         """After the weights are loaded, on a CPU: large ones take the order its kernels read fastest. What they were is gone, layer by layer."""
-        for module in list(self.modules()):
-            if isinstance(module, (Linear, MoE)):
-                module.pack()
+        packing = [module for module in self.modules() if isinstance(module, (Linear, MoE))]  # holds no Experts alive
+        for module in packing:
+            module.pack()
 
     def forward(
         self, batch: ForwardBatch, kv: KVMemory, backend: AttentionBackend, aux: torch.Tensor | None = None
