@@ -333,3 +333,18 @@ def test_dummy_weights_repeat_beyond_their_period(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(flat[:-97], flat[97:])
     assert len(flat[:97].unique()) == 97
     assert len(params["b"].unique()) == 90
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("one_each", [False, True])
+@pytest.mark.parametrize("piece", [200, weights.PIECE_BYTES])
+def test_pinned_memory_brings_the_same_to_a_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_each: bool, piece: int
+) -> None:
+    """Each buffer is used again many times while copies out of it are under way."""
+    monkeypatch.setattr(weights, "PIECE_BYTES", piece)
+    tensors = full_names(one_each=one_each)
+    params = {name: param.to("cuda") for name, param in params_for(tensors, dtype=torch.bfloat16).items()}
+    load(write_checkpoint(tmp_path, tensors), params)
+    for name, want in whole_parameters(CONFIG, hf_tensors(CONFIG)).items():
+        assert torch.equal(params[name].cpu(), want.bfloat16()), name

@@ -1,8 +1,8 @@
 """Weights from safetensors shards straight into the model's parameters, or seeded random ones.
 
 Each region of the plan is mapped from its file in pieces of at most 32 MB and copied into place, dtype conversion and transposition
-included; a piece's pages leave the process with its mapping. So a load takes no memory but the parameters and a few pieces, and under
-tensor parallelism a rank touches only the pages it needs. Files are never unpickled and no code of a checkpoint is run.
+included (on a GPU from pinned memory, by the GPU); a piece's pages leave the process with its mapping. So a load takes no memory but the parameters
+and a few pieces, and under tensor parallelism a rank touches only the pages it needs. Files are never unpickled and no code of a checkpoint is run.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from l4core.model.config import ModelConfig
 from l4core.model.layout_quant import WEIGHT_SCALE, scale_name, with_folder_scheme
 from l4core.model.safetensors_index import ITEM_SIZES, FolderIndex, Problem, StoredTensor, read_folder
 from l4core.model.slicing import Region
+from l4core.model.staging import Staging
 from l4core.model.weight_plan import Target, WeightPlan, plan_weights
 from l4core.model.weights_quant import changes, split_plan
 from l4core.quant.formats import PLAIN
 
 PIECE_BYTES = 32 << 20
-NUM_WORKERS = min(4, os.cpu_count() or 1)
+NUM_WORKERS = min(8, os.cpu_count() or 1)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 STORED = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32}
 DUMMY_STD = 0.02
@@ -159,10 +160,11 @@ def _copy_all(
         bar = stack.enter_context(
             tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=not progress, file=sys.stderr)
         )
+        staging = Staging(PIECE_BYTES)
         calls = (
             call
             for name, region in jobs
-            for call in _pieces(model_params[name], region, index.tensors[region.source], files)
+            for call in _pieces(model_params[name], region, index.tensors[region.source], files, staging)
         )
         copied = _run(calls, bar.update)
         for change in changes(rest, formats, model_params, config):
@@ -170,7 +172,7 @@ def _copy_all(
                 call
                 for place, its_regions in change.sources
                 for region in its_regions
-                for call in _pieces(place, region, index.tensors[region.source], files)
+                for call in _pieces(place, region, index.tensors[region.source], files, staging)
             )
             copied += _run(calls, bar.update)
             change.finish()
@@ -180,7 +182,7 @@ def _copy_all(
 
 
 def _pieces(
-    param: torch.Tensor, region: Region, tensor: StoredTensor, files: Mapping[str, FileIO]
+    param: torch.Tensor, region: Region, tensor: StoredTensor, files: Mapping[str, FileIO], staging: Staging
 ) -> Iterator[Callable[[], int]]:
     """Copies of at most PIECE_BYTES each; a call returns the bytes it read."""
     place = place_of(param.detach(), region)
@@ -192,8 +194,10 @@ def _pieces(
 
         def call(box: Box = box, here: tuple[slice, ...] = here) -> int:
             stored = _map(files[tensor.shard], tensor, box)
-            # A transpose into fresh memory is blocked and three times as fast as one into rows that lie apart.
-            place[here].copy_(stored.t().contiguous().t() if region.transpose else stored)
+            if not place.is_cpu:
+                staging.copy(stored, place[here])
+            else:  # a transpose into fresh memory is blocked and three times as fast as one into rows that lie apart
+                place[here].copy_(stored.t().contiguous().t() if region.transpose else stored)
             return volume(box) * item
 
         yield call
