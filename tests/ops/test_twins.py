@@ -16,7 +16,7 @@ from l4core.testing.compile_ops import ARCHITECTURES, KERNELS
 from l4core.testing.compiled import compile_cases
 
 SCRIPT = Path(__file__).with_name("twins_script.py")
-CHECKS = "add_norm silu heads fp8_bits"
+CHECKS = "add_norm silu heads skinny large_weights fp8_bits"
 
 
 def compare(device: str, **environment: str) -> str:

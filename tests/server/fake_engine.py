@@ -40,7 +40,6 @@ class Built:
     report: tuple[str, ...]
     folder: Path
     context_length: int
-    drafts: None = None
 
 
 class FakeEngine:

@@ -12,10 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from l4core.ops.device import COMPILE
 from l4core.ops.heads import HeadRule
+from l4core.ops.overlap_triton import launch_options, let_next_start, wait_for_last
 from l4core.plugin_api import KVView
 
+FP8 = {torch.float8_e4m3fn: (3, 7), torch.float8_e5m2: (2, 15)}
+"""Bits of the mantissa and bias of the exponent."""
 FEW_TOKENS = 64
 """Up to this many tokens a program takes two heads, so that a decode's work is spread; else eight."""
 
@@ -38,7 +40,10 @@ class TritonHeads:
             raise ValueError(f"strides of qkv {qkv.stride()} and pages {pages.stride()} must end with 1")
         table = self.tables[rule.chunked] if rule.rope else None
         floor_scale, attn_scale = (0, 0.0) if rule.rope or self.temperature is None else self.temperature
-        is_fp8 = pages.dtype == torch.float8_e4m3fn
+        is_fp8 = pages.dtype.itemsize == 1
+        if is_fp8 and pages.dtype not in FP8:
+            raise ValueError(f"KV is {pages.dtype}; wanted one of {', '.join(map(str, FP8))} or a wider float")
+        mantissa, bias = FP8.get(pages.dtype, (0, 0))
         block_heads = 2 if num_tokens <= FEW_TOKENS else 8
         if num_tokens > 0:
             _heads_kernel[(num_tokens, triton.cdiv(num_heads, block_heads))](
@@ -54,20 +59,21 @@ class TritonHeads:
                 pages.stride(1),
                 pages.stride(2),
                 pages.stride(3),
-                1 if table is None else table.shape[0],
-                floor_scale,
                 attn_scale,
                 rule.qk_norm_eps,
                 NUM_Q=rule.num_q_heads,
                 NUM_KV=rule.num_kv_heads,
                 HEAD_DIM=rule.head_dim,
                 PAGE=pages.shape[2],
-                TEMPERATURE=floor_scale > 0,
-                FP8=is_fp8,
+                NUM_ANGLES=1 if table is None else table.shape[0],
+                FLOOR_SCALE=floor_scale,
+                MANTISSA=mantissa,
+                BIAS=bias,
+                LARGEST=torch.finfo(pages.dtype).max,
                 BLOCK_HEADS=block_heads,
                 BLOCK_DIM=triton.next_power_of_2(rule.head_dim),
                 num_warps=block_heads // 2,
-                **COMPILE,
+                **launch_options(qkv),
             )
         return qkv.view(num_tokens, num_heads, rule.head_dim)[:, : rule.num_q_heads]
 
@@ -86,19 +92,24 @@ def _heads_kernel(
     stride_value,
     stride_slot,
     stride_head,
-    num_angles,
-    floor_scale,
     attn_scale,
     eps,
     NUM_Q: tl.constexpr,
     NUM_KV: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    FP8: tl.constexpr,
+    NUM_ANGLES: tl.constexpr,
+    FLOOR_SCALE: tl.constexpr,  # 0 = no temperature
+    MANTISSA: tl.constexpr,  # 0 = no fp8
+    BIAS: tl.constexpr,
+    LARGEST: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        let_next_start()
+        wait_for_last()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     dim = tl.arange(0, BLOCK_DIM)
@@ -106,19 +117,19 @@ def _heads_kernel(
     inside = (head < NUM_Q + 2 * NUM_KV)[:, None] & (dim < HEAD_DIM)[None, :]
     source = qkv + token * stride_token + head[:, None] * HEAD_DIM + dim[None, :]
     x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    position = tl.load(positions + token)
+    position = tl.load(positions + token).to(tl.int32)  # a context of 2³¹ tokens is far off, 64-bit division is slow
 
     y = x
     if table is not None:
-        angles = tl.load(table + position % num_angles * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+        angles = tl.load(table + position % NUM_ANGLES * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
         cos, sin = tl.split(tl.reshape(angles, [BLOCK_DIM // 2, 2]))
         even, odd = tl.split(tl.reshape(x, [BLOCK_HEADS, BLOCK_DIM // 2, 2]))
         turned = tl.join(even * cos[None, :] - odd * sin[None, :], even * sin[None, :] + odd * cos[None, :])
         y = tl.reshape(turned, [BLOCK_HEADS, BLOCK_DIM])
     if eps is not None:
         y = y * tl.rsqrt(tl.sum(y * y, axis=1) / HEAD_DIM + eps)[:, None]
-    if TEMPERATURE:
-        steps = ((position + 1) // floor_scale).to(tl.float32)
+    if FLOOR_SCALE > 0:
+        steps = ((position + 1) // FLOOR_SCALE).to(tl.float32)
         y = tl.where(is_q[:, None], y * (tl.log(1.0 + steps) * attn_scale + 1.0), y)
     y = tl.where(is_v[:, None], x, y)
     tl.store(source, y.to(qkv.dtype.element_ty), mask=inside & is_q[:, None])
@@ -127,24 +138,26 @@ def _heads_kernel(
     kv_head = head - NUM_Q
     target = pages + slot // PAGE * stride_page + slot % PAGE * stride_slot
     target = target + (kv_head >= NUM_KV)[:, None] * stride_value + (kv_head % NUM_KV)[:, None] * stride_head
-    if FP8:
+    if MANTISSA > 0:
         if k_scale is not None:
             scale = tl.where(is_v, tl.load(v_scale), tl.load(k_scale))
             y = tl.math.div_rn(y, tl.broadcast_to(scale[:, None], [BLOCK_HEADS, BLOCK_DIM]))
-        stored = _to_e4m3(y)
+        stored = _to_fp8(y, MANTISSA, BIAS, LARGEST)
     else:
         stored = y.to(pages.dtype.element_ty)
     tl.store(target + dim[None, :], stored, mask=inside & (kv_head >= 0)[:, None])
 
 
 @triton.jit
-def _to_e4m3(x):
-    """float32 → the bits of float8_e4m3fn, rounded to even, saturated at 448, NaN kept. In integers, because not every target can convert."""
-    bits = x.to(tl.int32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    size = tl.minimum(tl.abs(x), 448.0)
+def _to_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
+    """float32 → the bits of an 8-bit float, rounded to even, saturated, NaN kept. In integers, because not every target can convert."""
+    CUT: tl.constexpr = 23 - MANTISSA
+    SMALLEST: tl.constexpr = 2.0 ** (1 - BIAS)  # normal
+    ROUNDER: tl.constexpr = 2.0 ** (24 - BIAS - MANTISSA)  # adding it rounds to multiples of the smallest subnormal
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    size = tl.minimum(tl.abs(x), LARGEST)
     wide = size.to(tl.int32, bitcast=True)
-    normal = ((wide + 0x7FFFF + ((wide >> 20) & 1)) >> 20) - (120 << 3)  # exponent bias 127 → 7, mantissa 23 → 3 bits
-    small = (size + 16384.0).to(tl.int32, bitcast=True) & 0xF  # adding 2^14 rounds to multiples of 2^-9
-    code = tl.where(size < 0.015625, small, normal)
+    normal = ((wide + ((1 << (CUT - 1)) - 1) + ((wide >> CUT) & 1)) >> CUT) - ((127 - BIAS) << MANTISSA)
+    small = (size + ROUNDER).to(tl.int32, bitcast=True) & 0xF
+    code = tl.where(size < SMALLEST, small, normal)
     return (tl.where(x != x, 0x7F, code) | sign).to(tl.uint8)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l4core.ops.device import COMPILE
+from l4core.ops.overlap_triton import launch_options, let_next_start, wait_for_last
 
 
 def add_rms_norm_triton(
@@ -30,17 +30,23 @@ def add_rms_norm_triton(
             eps,
             BLOCK=block,
             num_warps=min(max(block // 1024, 1), 16),
-            **COMPILE,
+            **launch_options(stream),
         )
     return out
 
 
 @triton.jit
-def _add_norm_kernel(stream, update, weight, out, stride_stream, stride_update, size, eps, BLOCK: tl.constexpr):
+def _add_norm_kernel(
+    stream, update, weight, out, stride_stream, stride_update, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    if PDL:
+        let_next_start()
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < size
     scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        wait_for_last()
     x = tl.load(stream + token * stride_stream + at, mask=inside, other=0.0)
     if update is not None:
         more = tl.load(update + token * stride_update + at, mask=inside, other=0.0)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l4core.ops.device import COMPILE
+from l4core.ops.overlap_triton import launch_options, let_next_start, wait_for_last
 
 BLOCK = 1024
 
@@ -19,12 +19,17 @@ def silu_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
     out = gate_up.new_empty(num_tokens, size)
     if num_tokens > 0:
         grid = (num_tokens, triton.cdiv(size, BLOCK))
-        _silu_mul_kernel[grid](gate_up, out, gate_up.stride(0), size, BLOCK=BLOCK, num_warps=4, **COMPILE)
+        _silu_mul_kernel[grid](
+            gate_up, out, gate_up.stride(0), size, BLOCK=BLOCK, num_warps=4, **launch_options(gate_up)
+        )
     return out
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, stride_token, size, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up, out, stride_token, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        let_next_start()
+        wait_for_last()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -20,10 +21,13 @@ from l4core.ops.device import COMPILE
 from l4core.ops.heads_triton import _heads_kernel
 from l4core.ops.norm_triton import _add_norm_kernel
 from l4core.ops.silu_mul_triton import _silu_mul_kernel
+from l4core.ops.skinny_triton import FEW_ROWS, MORE_ROWS, ONE_ROW, SkinnyTile, _skinny_kernel
 
 __all__ = ["ARCHITECTURES", "CoreKernel", "compile_kernels"]
 
 ARCHITECTURES = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950")
+STARTS_EARLY = ("sm90", "sm100", "sm120")
+"""Where kernels are launched before the one ahead of them has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +60,11 @@ def _heads(name: str, dtype: str, pages: str, *absent: str, few: bool = True) ->
         "NUM_KV": 8,
         "HEAD_DIM": 128,
         "PAGE": 64,
-        "TEMPERATURE": "table" in absent,
-        "FP8": pages == "u8",
+        "NUM_ANGLES": 8192,
+        "FLOOR_SCALE": 8192 if "table" in absent else 0,
+        "MANTISSA": 3 if pages == "u8" else 0,
+        "BIAS": 7,
+        "LARGEST": 448.0,
         "BLOCK_HEADS": 2 if few else 8,
         "BLOCK_DIM": 128,
     }
@@ -71,7 +78,27 @@ def _heads(name: str, dtype: str, pages: str, *absent: str, few: bool = True) ->
     )
 
 
+def _skinny(name: str, tile: SkinnyTile) -> CoreKernel:
+    return CoreKernel(
+        name=name,
+        kernel=_skinny_kernel,
+        pointers={"x": "bf16", "weight": "bf16", "out": "bf16"},
+        constants={
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "DEPTH": tile.depth,
+            "DOT_TYPE": tl.bfloat16,
+        },
+        scalars={},
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
 KERNELS = (
+    _skinny("one row", ONE_ROW),
+    _skinny("few rows", FEW_ROWS),
+    _skinny("more rows", MORE_ROWS),
     _norm("add and norm", "bf16"),
     _norm("norm", "bf16", update=None),
     _norm("add and norm, float32", "fp32"),
@@ -96,18 +123,22 @@ def compile_kernels(arch: str, kernels: Sequence[CoreKernel] = KERNELS) -> Itera
     target = GPUTarget("cuda", int(arch[2:]), 32) if arch.startswith("sm") else GPUTarget("hip", arch, 64)
     for one in kernels:
         signature, constexprs, divisible = {}, {}, {}
+        constants, options = {**one.constants}, {"num_warps": one.warps, **COMPILE}
+        if "PDL" in one.kernel.arg_names:
+            constants["PDL"] = arch in STARTS_EARLY
+            options |= {"launch_pdl": True} if arch in STARTS_EARLY else {}
         for index, name in enumerate(one.kernel.arg_names):
-            if name in one.constants:
-                signature[name], constexprs[name] = "constexpr", one.constants[name]
+            if name in constants:
+                signature[name], constexprs[name] = "constexpr", constants[name]
             elif name in one.pointers:
                 signature[name] = "*" + one.pointers[name]
             else:
                 signature[name] = one.scalars.get(name, "i32")
-            if name in one.pointers or (name.startswith("stride_") and name not in one.constants):
+            if name in one.pointers or (name.startswith("stride_") and name not in constants):
                 divisible[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(one.kernel, signature, constexprs, divisible)
-        stages = {} if one.stages is None else {"num_stages": one.stages}
-        done = triton.compile(source, target=target, options={"num_warps": one.warps, **stages, **COMPILE})
+        options |= {} if one.stages is None else {"num_stages": one.stages}
+        done = triton.compile(source, target=target, options=options)
         binary = done.asm["cubin" if target.backend == "cuda" else "hsaco"]
         yield {
             "variant": one.name,
