@@ -1,7 +1,7 @@
 """Speculation under CUDA graphs changes no token: a tiny random target in float32, EAGLE3 and a recorded drafter at acceptance 0 to 1, against
 the same engine without speculation. Prints a line a case, and what graphs were captured; exits 1 when a token differs.
 
-    python benchmarks/gpu/speculation_check.py [--prompts 50] [--tokens 100]
+    python benchmarks/gpu/speculation_check.py [--prompts 50] [--tokens 100] [--running 16] [--case eagle|ngram|recorded|eager]
 """
 
 from __future__ import annotations
@@ -41,40 +41,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--running", type=int, default=16)
+    parser.add_argument("--case")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     failed = 0
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
         make_byte_tokenizer(root / "tokenizer")
         folder = make_tiny_checkpoint(root / "target", tokenizer=root / "tokenizer", **SHAPE)
         draft = make_tiny_draft(
             root / "draft", json.loads((folder / "config.json").read_text()), aux_layers=[0, 1, 2], draft_vocab=200
         )
-        check = Check(folder, args.prompts, args.tokens)
-        eagle = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": draft.as_posix()}
+        check = Check(folder, args.prompts, args.tokens, args.running)
         ngram = {"speculative_algorithm": "NGRAM"}
-        for options in (
-            eagle,
-            ngram,
-            {**ngram, "recorded": True},
-            {**ngram, "recorded": True, "disable_cuda_graph": True},
-        ):
-            failed += check.run(dict(options))
+        cases: dict[str, dict[str, Any]] = {
+            "eagle": {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": draft.as_posix()},
+            "ngram": ngram,
+            "recorded": {**ngram, "recorded": True},
+            "eager": {**ngram, "recorded": True, "disable_cuda_graph": True},
+        }
+        for name, options in cases.items():
+            if args.case in (None, name):
+                failed += check.run(name, options)
     sys.exit(int(failed > 0))
 
 
 class Check:
     """One target; the answers without speculation."""
 
-    def __init__(self, folder: Path, num_prompts: int, num_tokens: int) -> None:
-        self._folder, self._num_tokens = folder, num_tokens
+    def __init__(self, folder: Path, num_prompts: int, num_tokens: int, running: int) -> None:
+        self._folder, self._num_tokens, self._running = folder, num_tokens, running
         self._prompts = [
             [(7 * i + i // 9) % 250 for i in range(5 + 7 * n % 150)] + [n % 250] for n in range(num_prompts)
         ]
+        began = time.perf_counter()
         self._plain = self._answers(self._open({}))
+        print(f"plain in {time.perf_counter() - began:.1f} s", flush=True)
 
-    def run(self, options: dict[str, Any]) -> int:
+    def run(self, name: str, options: dict[str, Any]) -> int:
         """→ requests whose tokens differ."""
         recorded = options.pop("recorded", False)
         llm = self._open({**options, "speculative_num_steps": STEPS})
@@ -107,10 +112,11 @@ class Check:
             device="cuda",
             attention_backend="triton",
             page_size=16,
-            max_running_requests=16,
+            max_running_requests=self._running,
             context_length=512,
             max_total_tokens=20_000,
             progress=False,
+            speculative_adaptive="off",
             **options,
         )
 

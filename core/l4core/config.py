@@ -206,6 +206,12 @@ class EngineConfig:
         minimum=2,
         maximum=64,
     )
+    speculative_adaptive: str = _opt(
+        "on",
+        "on = as many guesses as pay by measured times and acceptance, none where plain steps are faster; off = always all",
+        SPECULATION,
+        choices=("on", "off"),
+    )
     speculative_option: tuple[str, ...] = _opt(
         (), "key=value for the chosen drafter; may be repeated", SPECULATION, metavar="KEY=VALUE"
     )

@@ -222,7 +222,8 @@ class StepStats:
     """Gauges and counters after a step; the server's /metrics and the logs are made of these. Pages are counted per KV group.
 
     pages_total: were all memory that group's.  pages_cached: held by nobody, still findable.  num_prefix_hits: tokens that started sequences
-    found computed in this step.  num_drafted_tokens, num_accepted_tokens: guesses verified in this step, and those that were right.
+    found computed in this step.
+    drafted_at[i]: sequences that had a guess number i + 1 verified in this step; accepted_at[i]: those whose guesses up to it were right.
     num_prefill_scores: tokens that the prompt tokens looked at, summed, of a layer without chunks.
     """
 
@@ -236,8 +237,18 @@ class StepStats:
     pages_total: Mapping[str, int] = field(default_factory=dict)
     pages_cached: Mapping[str, int] = field(default_factory=dict)
     num_prefix_hits: Mapping[str, int] = field(default_factory=dict)
-    num_drafted_tokens: int = 0
-    num_accepted_tokens: int = 0
+    drafted_at: tuple[int, ...] = ()
+    accepted_at: tuple[int, ...] = ()
+
+    @property
+    def num_drafted_tokens(self) -> int:
+        """Guesses verified."""
+        return sum(self.drafted_at)
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Guesses that were right, and all before them."""
+        return sum(self.accepted_at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

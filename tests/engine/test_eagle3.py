@@ -26,7 +26,13 @@ from l4core.request import RequestOutput
 from l4core.testing.drafts_eagle3 import make_tiny_draft
 
 SHAPE = {"layers": 6, "hidden": 64, "heads": 4, "head_dim": 16, "inter": 128, "chunk": 32, "floor_scale": 32}
-OPTIONS: Mapping[str, Any] = {"dtype": "float32", "device": "cpu", "progress": False, "page_size": 16}
+OPTIONS: Mapping[str, Any] = {
+    "speculative_adaptive": "off",
+    "dtype": "float32",
+    "device": "cpu",
+    "progress": False,
+    "page_size": 16,
+}
 COUNT, TOKENS, STEPS = (60, 100, 3) if FULL else (8, 50, 3)
 DRAFTS: Sequence[Mapping[str, Any]] = (
     {"layout": "eagle", "draft_vocab": 200},

@@ -21,7 +21,13 @@ from l4core.testing.drafts import RecordedDrafter
 
 NUM_PROMPTS, NUM_TOKENS = (500, 200) if FULL else (50, 100)
 SHAPE = {"layers": 4, "hidden": 64, "heads": 4, "head_dim": 16, "inter": 128, "chunk": 32, "floor_scale": 32}
-OPTIONS: Mapping[str, Any] = {"dtype": "float32", "device": "cpu", "progress": False, "page_size": 16}
+OPTIONS: Mapping[str, Any] = {
+    "speculative_adaptive": "off",
+    "dtype": "float32",
+    "device": "cpu",
+    "progress": False,
+    "page_size": 16,
+}
 NUM_DRAFTS = 3
 MODES: Sequence[Mapping[str, Any]] = (
     {"temperature": 0.0},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import event, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from l4core.kv.blocks import KVGroup
 from l4core.kv.manager import KVManager
@@ -254,5 +254,6 @@ def stamp(tokens: list[int], position: int, layer: int, kv: int) -> float:
     return float(crc32(repr((tokens[: position + 1], layer, kv)).encode()) % (1 << 22) + 1)
 
 
-TestMemory = pytest.mark.timeout(1800)(MemoryMachine.TestCase)
-TestMemory.settings = settings(stateful_step_count=30)
+@pytest.mark.timeout(1800)
+def test_whoever_holds_a_page_reads_its_own_tokens() -> None:
+    run_state_machine_as_test(MemoryMachine, settings=settings(stateful_step_count=30))

@@ -47,4 +47,4 @@ def test_torch_computes_the_definition(kept: str, shared: bool) -> None:
     problem = make(kept, [2, 0, 2, 1, 2], 4, hidden=192, shared=shared)
     assert problem.error(TorchQuantisedExperts(kept)) < 1e-6
     problem = make(kept, [2, 0, 2, 1, 2], 4, hidden=192, shared=shared, dtype=torch.bfloat16)
-    assert problem.error(TorchQuantisedExperts(kept)) < 6e-3
+    assert problem.error(TorchQuantisedExperts(kept)) < 1.2e-2  # weights are rounded to bfloat16 too

@@ -40,6 +40,7 @@ class Built:
     report: tuple[str, ...]
     folder: Path
     context_length: int
+    drafts: None = None
 
 
 class FakeEngine:

@@ -76,6 +76,7 @@ class Built:
     report: tuple[str, ...] = ("model  x",)
     folder: Path = Path("/nowhere")
     context_length: int = 77
+    drafts: None = None
 
 
 class Server:

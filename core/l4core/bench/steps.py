@@ -34,7 +34,7 @@ class Bench:
         self.ready_s = time.perf_counter() - began
         self.report, self.config, self.context_length = built.report, built.model_config, built.context_length
         self.max_running = config.max_running_requests
-        self._engine, self._step = built.engine, paced(built.engine, config.itl_target_ms)
+        self._engine, self._step = built.engine, paced(built.engine, config.itl_target_ms, built.drafts)
         self._names = itertools.count()
         self.seed = config.random_seed
         self._random = random.Random(self.seed)

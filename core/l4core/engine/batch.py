@@ -118,10 +118,11 @@ class Inbox:
     """What came in since the last step. The scheduler reads no clock: deadlines arrive here as aborts.
 
     flush_cache: forget all cached prefixes, before the requests are taken in.  step_costs: what steps cost, and may cost, from now on; None = no
-    change.
+    change.  num_drafts: guesses wanted for each sequence from now on, None = no change.
     """
 
     requests: Sequence[Request] = ()
     aborts: Sequence[str] = ()
     flush_cache: bool = False
     step_costs: StepCosts | None = None
+    num_drafts: int | None = None

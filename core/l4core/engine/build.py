@@ -14,6 +14,7 @@ import torch
 
 from l4core.attention.select import Selected, select_backend
 from l4core.config import EngineConfig
+from l4core.engine.draft_pace import DraftPace
 from l4core.engine.drafter_eagle3 import Eagle3Speculation
 from l4core.engine.engine import Engine
 from l4core.engine.fixed_step import StepShape
@@ -22,7 +23,7 @@ from l4core.engine.key_values import parse_key_values
 from l4core.engine.memory_budget import Budget, Needs, device_budget
 from l4core.engine.runner import Runner
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
-from l4core.engine.speculation import SpeculationPlan, create_speculation, plan_speculation
+from l4core.engine.speculation import SpeculationPlan, create_speculation, draft_pace, plan_speculation
 from l4core.engine.start_report import Choices, start_report
 from l4core.engine.step_memory import needs_of
 from l4core.engine.weight_formats import weight_formats
@@ -54,7 +55,8 @@ LARGEST_VERIFIED = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltEngine:
-    """An engine and what its user should know. report: lines of the start-up block, in order.  budget: what it holds of the device."""
+    """An engine and what its user should know. report: lines of the start-up block, in order.  budget: what it holds of the device.
+    drafts: decides how much to guess, for the loop that steps the engine; None = always the same."""
 
     engine: Engine
     report: tuple[str, ...]
@@ -63,6 +65,7 @@ class BuiltEngine:
     plugins: Plugins
     context_length: int
     budget: Budget
+    drafts: DraftPace | None = None
 
 
 def build_engine(
@@ -130,6 +133,7 @@ def build_engine(
         plugins=plugins,
         context_length=plan.max_context,
         budget=budget,
+        drafts=draft_pace(speculation, config, model_config, weight_bytes, dtype.itemsize),
     )
 
 

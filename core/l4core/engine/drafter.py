@@ -19,9 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class Speculation(Protocol):
-    """What `Engine.step` calls. num_drafts: guesses wanted for each sequence in the next step, 0 = none now."""
+    """What `Engine.step` calls. num_drafts: guesses wanted for each sequence in the next step, 0 = none now; max_drafts: at most so many."""
 
     num_drafts: int
+    max_drafts: int
     reads_target: bool
 
     def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
@@ -53,8 +54,9 @@ class PluginSpeculation:
     reads_target = False
 
     def __init__(self, name: str, drafter: Drafter, *, num_drafts: int, vocab_size: int) -> None:
-        self.num_drafts = num_drafts
+        self.num_drafts = self.max_drafts = num_drafts
         self._name, self._drafter, self._vocab_size = name, drafter, vocab_size
+        self._num_drafts = num_drafts
 
     def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
         if not requests:
@@ -70,10 +72,10 @@ class PluginSpeculation:
             for wanted in requests
         ]
         try:
-            drafts = drafts_of(*self._drafter.propose(rows), len(rows), self.num_drafts, self._vocab_size)
+            drafts = drafts_of(*self._drafter.propose(rows), len(rows), self._num_drafts, self._vocab_size)
         except Exception:
             logger.exception("drafter %r failed; it is not asked again, answers go on without it", self._name)
-            self.num_drafts = 0
+            self.num_drafts = self.max_drafts = 0
             return {}
         return {row.request_id: draft for row, draft in zip(rows, drafts, strict=True) if draft.token_ids}
 
@@ -85,7 +87,7 @@ class PluginSpeculation:
             self._drafter.forget(request_ids)
         except Exception:
             logger.exception("drafter %r failed; it is not asked again, answers go on without it", self._name)
-            self.num_drafts = 0
+            self.num_drafts = self.max_drafts = 0
 
 
 def drafts_of(

@@ -47,7 +47,7 @@ class Eagle3Speculation:
     reads_target = True
 
     def __init__(self, state: DraftState, *, num_drafts: int) -> None:
-        self.num_drafts = num_drafts
+        self.num_drafts = self.max_drafts = num_drafts
         self._state = state
         self._extends: Graphs[FixedExtend] | None = None
         self._guesses: Mapping[bool, Graphs[FixedGuess]] = {}
@@ -63,7 +63,7 @@ class Eagle3Speculation:
             max(s.num_seqs * s.num_tokens for s in shapes), width, dtype=weight.dtype, device=state.device
         )
         self._extends = Graphs(lambda shape: FixedExtend(shape, state, aux), shapes, progress=progress)
-        guesses = sorted({StepShape(s.num_seqs, self.num_drafts) for s in shapes if s.num_tokens > 1})
+        guesses = sorted({StepShape(s.num_seqs, self.max_drafts) for s in shapes if s.num_tokens > 1})
         self._guesses = {
             sampled: Graphs(partial(FixedGuess, state=state, sampled=sampled), guesses, progress=progress)
             for sampled in (False, True)
@@ -71,7 +71,11 @@ class Eagle3Speculation:
 
     @torch.inference_mode()
     def observe(self, batch: ScheduledBatch, aux: torch.Tensor, verified: Sequence[Verified]) -> None:
-        """aux: [T, num_aux · Ht] of the batch's rows."""
+        """aux: [T, num_aux · Ht] of the batch's rows. In a pause nothing is computed: sequences that decode then have a hole in the draft's keys and
+        get no guesses later; new ones do."""
+        if not self.num_drafts or not any(self._is_whole(seq) for seq in batch.sequences):
+            self.forget([seq.request.request_id for seq in batch.sequences])
+            return
         sequences, num = batch.sequences, len(batch.sequences)
         rows = np.fromiter((seq.row for seq in sequences), dtype=np.int64, count=num)
         starts = np.fromiter((seq.start for seq in sequences), dtype=np.int64, count=num)
@@ -81,7 +85,7 @@ class Eagle3Speculation:
         last = firsts + counts - 2  # of each sequence's rows, the one that drew its last token
         following = [_following(seq, one) for seq, one in zip(sequences, verified, strict=True)]
         for seq, count, first in zip(sequences, counts.tolist(), firsts.tolist(), strict=True):
-            if count:
+            if count and self._is_whole(seq):
                 self._ready[seq.request.request_id] = (seq.row, seq.start + first + count)
         step = self._find_extend(lengths, counts)
         if step is not None and self._extends is not None:
@@ -103,7 +107,7 @@ class Eagle3Speculation:
         temperature = np.fromiter((p.temperature for p in params), dtype=np.float64, count=num)
         most = np.fromiter((r.max_drafts for r in ready), dtype=np.int64, count=num)
         slots, sampled = lengths + most - 1, bool(temperature.any())
-        step = self._guesses[sampled].find(num, self.num_drafts) if self._guesses else None
+        step = self._guesses[sampled].find(num, self.max_drafts) if self._guesses else None
         if step is not None:
             step.fill(rows, lengths, slots, seeds, temperature)
             table = self._guesses[sampled].replay(step)[:, :num].t().tolist()
@@ -114,6 +118,10 @@ class Eagle3Speculation:
     def forget(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self._ready.pop(request_id, None)
+
+    def _is_whole(self, seq: ScheduledSequence) -> bool:
+        """Whether the draft has read all that came before this piece, as far as is known."""
+        return not seq.is_decode or self._ready.get(seq.request.request_id) == (seq.row, seq.start + 1)
 
     # --- as graphs ---------------------------------------------------------------------------------------------------------------------
 

@@ -122,6 +122,8 @@ class Engine:
             self.scheduler.kv.flush()
         if inbox.step_costs is not None:
             self.scheduler.costs = inbox.step_costs
+        if inbox.num_drafts is not None and self.speculation is not None:
+            self.speculation.num_drafts = min(inbox.num_drafts, self.speculation.max_drafts)
         refused = []
         for request in inbox.requests:
             try:

@@ -122,7 +122,7 @@ class LLM:
     def _drive(self, jobs: Mapping[str, _Job], requests: Sequence[Request], use_tqdm: bool) -> None:
         """Step until every request ended. Leaving early (an error, Ctrl-C) aborts what is unfinished, so the engine stays usable."""
         engine, unfinished = self._built.engine, {r.request_id for r in requests}
-        inbox, step = Inbox(requests=requests), paced(engine, self.config.itl_target_ms)
+        inbox, step = Inbox(requests=requests), paced(engine, self.config.itl_target_ms, self._built.drafts)
         try:
             with tqdm(total=len(requests), unit="seq", disable=not use_tqdm or len(requests) < 8) as bar:
                 while unfinished:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from l4core.engine.batch import Inbox
+from l4core.engine.draft_pace import DraftPace
 from l4core.engine.step_costs import MIN_PREFILL_TOKENS, StepCosts
 from l4core.request import StepOutput, StepStats
 
@@ -30,15 +31,19 @@ class Stepped(Protocol):
     def step(self, inbox: Inbox) -> StepOutput: ...
 
 
-def paced(engine: Stepped, target_ms: float | None) -> Callable[[Inbox], StepOutput]:
-    """`engine.step`, with its steps measured and the target kept where there is one. For a loop that calls it whenever the engine has work."""
-    if target_ms is None:
+def paced(engine: Stepped, target_ms: float | None, drafts: DraftPace | None = None) -> Callable[[Inbox], StepOutput]:
+    """`engine.step`, with its steps measured, the target kept where there is one and guesses made where they pay. For a loop that calls it whenever
+    the engine has work."""
+    paces = [pace for pace in (None if target_ms is None else Pace(target_ms), drafts) if pace is not None]
+    if not paces:
         return engine.step
-    pace = Pace(target_ms)
 
     def step(inbox: Inbox) -> StepOutput:
-        output = engine.step(pace.stamp(inbox))
-        pace.observe(output.stats, busy=engine.has_work)
+        for pace in paces:
+            inbox = pace.stamp(inbox)
+        output = engine.step(inbox)
+        for pace in paces:
+            pace.observe(output.stats, busy=engine.has_work)
         return output
 
     return step

@@ -31,6 +31,7 @@ from l4core.engine.stops import StopRule
 from l4core.errors import RequestError
 from l4core.kv.manager import NOTHING, KVManager, NewEntries
 from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput, StepStats
+from l4core.sampling.verify import depths
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
@@ -69,7 +70,8 @@ class Scheduler:
         self._flights: deque[Flight] = deque()
         self._updates: list[SequenceUpdate] = []
         self._evicted: list[SequenceState] = []
-        self._num_arrived = self._step = self._num_drafted = self._num_accepted = 0
+        self._num_arrived = self._step = 0
+        self._drafts: tuple[list[int], list[int]] = ([], [])
         self._hits = dict.fromkeys((group.name for group in kv.groups), 0)
 
     @property
@@ -431,8 +433,7 @@ class Scheduler:
         if not token_ids:
             return SequenceUpdate(request_id=request_id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
         if entry.num_drafts:
-            self._num_drafted += entry.num_drafts
-            self._num_accepted += min(len(token_ids) - 1, entry.num_drafts)
+            self._count_drafts(entry, len(token_ids))
         if reason is None and drawn.error:
             reason = FinishReason.ERROR
         if reason is not None:
@@ -459,6 +460,16 @@ class Scheduler:
         if count > entry.num_drafts + 1:
             raise ValueError(f"{request_id}: {count} tokens were drawn to verify {entry.num_drafts} drafts")
 
+    def _count_drafts(self, entry: ScheduledSequence, num_tokens: int) -> None:
+        """For the gauges."""
+        drafted, accepted = self._drafts
+        depth = max(depths(entry.num_drafts, entry.parents)) if entry.parents else entry.num_drafts
+        for counts in (drafted, accepted):
+            counts += [0] * (depth - len(counts))
+        for i in range(depth):
+            drafted[i] += 1
+            accepted[i] += i < num_tokens - 1
+
     def _report_end(self, request: Request, reason: FinishReason, error: str = "") -> None:
         self._updates.append(SequenceUpdate(request_id=request.request_id, finish_reason=reason, error=error))
 
@@ -466,8 +477,7 @@ class Scheduler:
         """num_preemptions and the token counts are this step's; the rest are gauges after it."""
         evicted, self._evicted = self._evicted, []
         hits, self._hits = self._hits, dict.fromkeys(self._hits, 0)
-        num_drafted, num_accepted = self._num_drafted, self._num_accepted
-        self._num_drafted = self._num_accepted = 0
+        (drafted, accepted), self._drafts = self._drafts, ([], [])
         return StepStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -479,8 +489,8 @@ class Scheduler:
             pages_total=self.kv.pages_total,
             pages_cached=self.kv.pages_cached,
             num_prefix_hits=hits,
-            num_drafted_tokens=num_drafted,
-            num_accepted_tokens=num_accepted,
+            drafted_at=tuple(drafted),
+            accepted_at=tuple(accepted),
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4core.config import EngineConfig
+from l4core.engine.draft_pace import DraftPace, VerifyCosts
 from l4core.engine.drafter import PluginSpeculation, Speculation
 from l4core.engine.key_values import parse_key_values
 from l4core.errors import ConfigError, NotBuiltError
@@ -114,6 +115,21 @@ def create_speculation(
     )
     drafter = create_object(plan.drafter, Drafter, context)  # type: ignore[type-abstract]
     return PluginSpeculation(plan.algorithm, drafter, num_drafts=plan.num_drafts, vocab_size=vocab_size)
+
+
+def draft_pace(
+    plan: SpeculationPlan | None, config: EngineConfig, model: ModelConfig, weight_bytes: int, itemsize: int
+) -> DraftPace | None:
+    """None without speculation, or with `--speculative-adaptive off`. weight_bytes: of the target, the draft's own among them."""
+    if plan is None or config.speculative_adaptive == "off":
+        return None
+    num_moe = sum(model.moe_layers)
+    expert = 3 * model.hidden_size * model.intermediate_size * itemsize * num_moe
+    embedding = model.vocab_size * model.hidden_size * itemsize * (not model.tie_word_embeddings)
+    draft = 0 if plan.draft is None else plan.draft.num_parameters * itemsize
+    fixed = max(weight_bytes - draft - expert * model.num_experts - embedding, 0)
+    costs = VerifyCosts(fixed=fixed, expert=expert, num_experts=model.num_experts if num_moe else 0, draft=draft)
+    return DraftPace(plan.algorithm, plan.num_drafts, costs)
 
 
 def _dummy_seed(config: EngineConfig) -> int | None:

@@ -25,6 +25,7 @@ from typing import Protocol
 
 from l4core.config import EngineConfig
 from l4core.engine.batch import Inbox
+from l4core.engine.draft_pace import DraftPace
 from l4core.engine.messages import (
     TRACE_SIGNAL,
     Failed,
@@ -67,6 +68,8 @@ class Built(Protocol):
     def folder(self) -> Path: ...
     @property
     def context_length(self) -> int: ...
+    @property
+    def drafts(self) -> DraftPace | None: ...
 
 
 class Mailbox:
@@ -126,10 +129,14 @@ class ForwardLogs(logging.Handler):
 
 
 def run(
-    engine: SteppedEngine, mailbox: Mailbox, send: Callable[[ToServer], None], itl_target_ms: float | None = None
+    engine: SteppedEngine,
+    mailbox: Mailbox,
+    send: Callable[[ToServer], None],
+    itl_target_ms: float | None = None,
+    drafts: DraftPace | None = None,
 ) -> None:
     """Step until the server is gone. Sleeps while there is nothing to do."""
-    step = paced(engine, itl_target_ms)
+    step = paced(engine, itl_target_ms, drafts)
     while (inbox := mailbox.collect(wait=not engine.has_work)) is not None:
         output = step(_without_refused(engine, inbox, send))
         send(Stepped(output=output))
@@ -174,7 +181,7 @@ def serve(
         built = factory(start.config)
         ready = True
         send(Ready(report=list(built.report), folder=str(built.folder), context_length=built.context_length))
-        run(built.engine, mailbox, send, start.config.itl_target_ms)
+        run(built.engine, mailbox, send, start.config.itl_target_ms, built.drafts)
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the server is gone
     except Exception as error:  # noqa: BLE001  (the last words of the process, told to the server)

@@ -118,6 +118,28 @@ TABLE = (
         "vllm:request_generation_tokens",
         buckets=TOKEN_COUNTS,
     ),
+    _row(
+        "l4_spec_decode_position_drafted",
+        "counter",
+        "guesses verified, by their place in the draft",
+        labels=("position",),
+    ),
+    _row(
+        "l4_spec_decode_position_accepted",
+        "counter",
+        "guesses that were right with all before them, by their place in the draft",
+        labels=("position",),
+    ),
+    _row("l4_spec_decode_drafts", "counter", "drafts verified", "vllm:spec_decode_num_drafts"),
+    _row("l4_spec_decode_draft_tokens", "counter", "guesses verified", "vllm:spec_decode_num_draft_tokens"),
+    _row(
+        "l4_spec_decode_accepted_tokens",
+        "counter",
+        "guesses that were right",
+        "vllm:spec_decode_num_accepted_tokens",
+    ),
+    _row("l4_spec_decode_guesses", "gauge", "guesses made for a sequence in the last step with decodes, 0 in a pause"),
+    _row("l4_spec_decode_pauses", "counter", "steps with guesses followed by one without"),
     _row("l4_engine_up", "gauge", "1 while the engine process runs with a loaded model"),
     _row("l4_engine_restarts", "counter", "times the engine process was started again"),
     _row("l4_http_responses", "counter", "HTTP replies", labels=("route", "status")),
@@ -143,12 +165,15 @@ class Metrics(Collector):
         self._labels = {"model_name": model_name}
         self._made = {row.name: _make(row) for row in TABLE}
         self._clocks: dict[str, _Clock] = {}
+        self._num_guesses = 0
         self._pages_total: Mapping[str, int] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         for row in TABLE:
             if not row.labels:  # a series that has not moved yet is shown as 0, not left out
                 self._made[row.name].labels(**self._labels)
+        for name in ("l4_spec_decode_position_drafted", "l4_spec_decode_position_accepted"):
+            self._counter(name, position="1")
         self._first_token = self._histogram("l4_time_to_first_token_seconds")
         self._next_token = self._histogram("l4_inter_token_latency_seconds")
         self._generated = self._counter("l4_generation_tokens")
@@ -242,8 +267,28 @@ class Metrics(Collector):
             self._set("l4_kv_pages", stats.pages_cached.get(group, 0), group=group, state="cached")
         shares = [stats.pages_used.get(group, 0) / total for group, total in stats.pages_total.items() if total]
         self._set("l4_kv_usage_ratio", min(sum(shares), 1.0))
+        self._count_drafts(stats)
         for group, found in stats.num_prefix_hits.items():
             self._counter("l4_prefix_cache_group_hits", group=group).inc(found)
+
+    def _count_drafts(self, stats: StepStats) -> None:
+        """Acceptance length = 1 + accepted tokens / drafts."""
+        if not stats.num_decode_tokens:
+            return
+        depth = len(stats.drafted_at)
+        if self._num_guesses and not depth:
+            self._counter("l4_spec_decode_pauses").inc()
+        if self._num_guesses != depth:
+            self._num_guesses = depth
+            self._set("l4_spec_decode_guesses", depth)
+        if not depth:
+            return
+        self._counter("l4_spec_decode_drafts").inc(stats.drafted_at[0])
+        self._counter("l4_spec_decode_draft_tokens").inc(stats.num_drafted_tokens)
+        self._counter("l4_spec_decode_accepted_tokens").inc(stats.num_accepted_tokens)
+        for i, (drafted, accepted) in enumerate(zip(stats.drafted_at, stats.accepted_at, strict=True)):
+            self._counter("l4_spec_decode_position_drafted", position=str(i + 1)).inc(drafted)
+            self._counter("l4_spec_decode_position_accepted", position=str(i + 1)).inc(accepted)
 
     def _counter(self, name: str, **labels: str) -> Counter:
         made = self._made[name].labels(**self._labels, **labels)

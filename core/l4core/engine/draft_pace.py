@@ -1,0 +1,242 @@
+"""Decides how many tokens to guess, from what steps took and how many guesses were right: one `DraftPace` beside the loop that steps the engine.
+
+The engine reads no clock; the number travels in its inbox. Never slower is the rule: k guesses are made where (tokens a step brings) / (ms it takes)
+is best, and none where nothing beats a plain step. Batches are told apart by powers of two. What was not measured yet is predicted by counting bytes:
+verifying k + 1 tokens reads the experts that so many tokens hit, and each guess reads the draft once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from l4core.engine.batch import Inbox
+from l4core.request import StepStats
+
+FEW = 4
+"""Steps of a kind that must have been timed before its time is believed."""
+GAIN = 1.03
+"""Guessing must beat plain steps by this much before it is taken up, so that noise does not decide."""
+SURE = 40
+"""Drafts verified before acceptance is believed …"""
+FLOOR = 0.15
+"""… and the share of first guesses below which a draft is not merely weak but wrong."""
+MEMORY = 0.98
+"""Weight of a draft after one more."""
+REFRESH = 200
+"""Speculating steps between two plain ones, which keep the plain time true."""
+TRIAL = 12
+"""Steps for which a pause is broken off: when requests come, and …"""
+REST, LONGEST_REST = 256, 4096
+"""… after so many plain steps, twice as many after each trial in vain."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyCosts:
+    """Bytes that a step reads. fixed: whatever its tokens.  expert: one routed expert in all layers that have some.  num_experts: of a layer, 0 =
+    none.  draft: one pass of the drafter."""
+
+    fixed: float
+    expert: float
+    num_experts: int
+    draft: float
+
+    def ratio(self, batch: int, num_drafts: int) -> float:
+        """Of a step with `num_drafts` guesses for each of `batch` sequences to a plain one. A pass of the draft over the rows verified before is
+        among its passes."""
+        passes = (num_drafts + 1) * self.draft if num_drafts else 0.0
+        return (self._read(batch * (num_drafts + 1)) + passes) / self._read(batch)
+
+    def distinct(self, num_tokens: int) -> float:
+        """Experts that so many tokens hit in a layer, each as likely as another."""
+        if not self.num_experts:
+            return 0.0
+        return self.num_experts * (1.0 - (1.0 - 1.0 / self.num_experts) ** num_tokens)
+
+    def _read(self, num_tokens: int) -> float:
+        return self.fixed + self.expert * self.distinct(num_tokens)
+
+
+class DraftPace:
+    """`stamp` what goes into a step, `observe` what came out. num_pauses: times that guessing stopped being worth it."""
+
+    def __init__(
+        self, name: str, max_drafts: int, costs: VerifyCosts, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """clock: seconds."""
+        self.num_pauses = 0
+        self._name, self._max, self._costs, self._clock = name, max_drafts, costs, clock
+        self._acceptance = _Acceptance(max_drafts)
+        self._times: dict[tuple[int, int], _Mean] = {}
+        self._since: float | None = None
+        self._asked = self._bucket = 0
+        self._paused: dict[int, bool] = {}
+        self._since_plain = self._trial = self._rested = 0
+        self._rest = REST
+        self._warned = False
+
+    def stamp(self, inbox: Inbox) -> Inbox:
+        """The same inbox with the number of guesses wanted. Call it just before the step."""
+        if (
+            self._paused.get(self._bucket)
+            and not self._trial
+            and self._rested >= (REST // 8 if inbox.requests else self._rest)
+        ):
+            self._trial, self._rested, self._rest = TRIAL, 0, min(2 * self._rest, LONGEST_REST)
+        if self._since is None:
+            self._since = self._clock()
+        self._asked = self._choose()
+        return replace(inbox, num_drafts=self._asked)
+
+    def observe(self, stats: StepStats, *, busy: bool) -> None:
+        """Call it just after the step. busy: there is a next one at once, so the time until its end belongs to it."""
+        now = self._clock()
+        began, self._since = self._since, now if busy else None
+        if stats.drafted_at:
+            self._acceptance.add(stats.drafted_at, stats.accepted_at)
+        decodes = stats.num_decode_tokens
+        if not decodes:
+            return
+        self._bucket = decodes.bit_length()
+        is_clean = began is not None and not stats.num_prefill_tokens
+        made = len(stats.drafted_at)
+        if is_clean and began is not None and (made or not self._asked):
+            self._time(self._bucket, made).add((now - began) * 1e3)
+        self._since_plain = self._since_plain + 1 if made else 0
+        self._trial = max(0, self._trial - 1)
+        self._rested = 0 if made else self._rested + 1
+        self._warn()
+
+    # --- the choice --------------------------------------------------------------------------------------------------------------------
+
+    def _choose(self) -> int:
+        bucket = self._bucket
+        if not bucket:
+            return self._max
+        plain = self._time(bucket, 0)
+        if self._trial and plain.count >= FEW:
+            return max(range(1, self._max + 1), key=lambda k: self._gain(bucket, k))
+        if plain.count < FEW or self._since_plain >= REFRESH:
+            return 0 if self._acceptance.is_sure or plain.count < FEW else self._max
+        if not self._acceptance.is_sure:
+            return self._max
+        best = max(range(self._max + 1), key=lambda k: self._gain(bucket, k) * (GAIN if k == 0 else 1.0))
+        self._note(bucket, best)
+        return best
+
+    def _gain(self, bucket: int, num_drafts: int) -> float:
+        """Tokens a millisecond, as a multiple of a plain step's."""
+        return self._acceptance.length(num_drafts) / self._slowdown(bucket, num_drafts)
+
+    def _slowdown(self, bucket: int, num_drafts: int) -> float:
+        """Time of a step with so many guesses as a multiple of a plain one: measured, or from its neighbours, or by counting bytes."""
+        if num_drafts == 0:
+            return 1.0
+        plain, own = self._time(bucket, 0), self._time(bucket, num_drafts)
+        batch = max(1, 3 << bucket >> 2)
+        predicted = self._costs.ratio(batch, num_drafts)
+        if own.count >= FEW:
+            return own.value / plain.value
+        measured = [k for k in range(1, self._max + 1) if self._time(bucket, k).count >= FEW]
+        if not measured:
+            return predicted
+        near = min(measured, key=lambda k: abs(k - num_drafts))
+        share = (predicted - 1.0) / max(self._costs.ratio(batch, near) - 1.0, 1e-9)
+        return 1.0 + (self._time(bucket, near).value / plain.value - 1.0) * share
+
+    def _time(self, bucket: int, num_drafts: int) -> _Mean:
+        return self._times.setdefault((bucket, num_drafts), _Mean())
+
+    # --- what it says ------------------------------------------------------------------------------------------------------------------
+
+    def _note(self, bucket: int, best: int) -> None:
+        pauses = best == 0
+        if self._paused.get(bucket, False) is pauses:
+            return
+        self._paused[bucket] = pauses
+        self.num_pauses += pauses
+        self._rest = self._rest if pauses else REST
+        k = self._max if pauses else best
+        logger.info(
+            "speculation (%s) %s at about %d sequences: %d guesses bring %.2f tokens a step in %.2f times a plain step's time (right at depth %s)",
+            self._name,
+            "pauses" if pauses else "goes on",
+            max(1, 3 << bucket >> 2),
+            k,
+            self._acceptance.length(k),
+            self._slowdown(bucket, k),
+            self._acceptance.text(),
+        )
+
+    def _warn(self) -> None:
+        if self._warned or not self._acceptance.is_sure or self._acceptance.first >= FLOOR:
+            return
+        self._warned = True
+        logger.warning(
+            "speculation (%s): %.0f %% of first guesses are right; a draft that fits has 50 to 80 %%. Was it trained for this model and template? "
+            "Does it read the layers it was trained on (the start-up block names them; --speculative-option aux_layers=…)? Is this its kind of "
+            "text (a chat-only draft is of little use on /v1/completions)?",
+            self._name,
+            100 * self._acceptance.first,
+        )
+
+
+class _Acceptance:
+    """How often guess number i is right where all before it were; older drafts fade."""
+
+    def __init__(self, max_drafts: int) -> None:
+        self._reached, self._right = [0.0] * max_drafts, [0.0] * max_drafts
+        self._seen = 0
+
+    def add(self, drafted_at: Sequence[int], accepted_at: Sequence[int]) -> None:
+        """Of one step: sequences that had a guess number i, and those whose guesses up to it were right."""
+        self._seen += drafted_at[0]
+        before = drafted_at[0]
+        for i, (drafted, accepted) in enumerate(zip(drafted_at, accepted_at, strict=True)):
+            reached = min(before, drafted)
+            fade = MEMORY**reached
+            self._reached[i] = self._reached[i] * fade + reached
+            self._right[i] = self._right[i] * fade + accepted
+            before = accepted
+
+    @property
+    def is_sure(self) -> bool:
+        return self._seen >= SURE
+
+    @property
+    def first(self) -> float:
+        return self._chance(0)
+
+    def length(self, num_drafts: int) -> float:
+        """Tokens a step brings with so many guesses, the target's own among them."""
+        return 1.0 + sum(self._share(i) for i in range(num_drafts))
+
+    def text(self) -> str:
+        return ", ".join(f"{i + 1}: {100 * self._share(i):.0f} %" for i in range(len(self._reached)))
+
+    def _share(self, i: int) -> float:
+        return math.prod(self._chance(d) for d in range(i + 1))
+
+    def _chance(self, i: int) -> float:
+        """What is hardly ever reached is as likely as the guess before it."""
+        if self._reached[i] >= 4.0 or i == 0:
+            return self._right[i] / max(self._reached[i], 1.0)
+        return self._chance(i - 1)
+
+
+class _Mean:
+    """A mean that follows: of the last 16 values or so; one four times as large (a stalled machine, a kernel compiled) does not count."""
+
+    def __init__(self) -> None:
+        self.value, self.count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        if self.count >= FEW and value > 4 * self.value:
+            return
+        self.count += 1
+        self.value += (value - self.value) / min(self.count, 16)
