@@ -1,7 +1,7 @@
 """A decode step and a prefill of Scout's text shape through the real engine, beside the floor: what must be read, at the rate the card copies.
 
     python benchmarks/gpu/decode.py [--layers 8] [--batches 1,8,32,128] [--contexts 1024] [--prefills 8x2048,1x2048] [--json OUT] [--profile]
-                                    [ENGINE OPTION=VALUE …]
+                                    [--temperature 1] [--top-p 1] [ENGINE OPTION=VALUE …]
 
 bfloat16, weights random. Every time is that of `Engine.step` on the host's clock, ids on the host included. Contexts beyond 4,096 tokens are not
 computed: the scheduler fills its pages as for a prompt, and the keys and values are noise. The experts that a step hits are counted in a step of
@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32,128")
     parser.add_argument("--contexts", default="1024")
     parser.add_argument("--prefills", default="8x2048,1x2048")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("options", nargs="*", help="engine options, as LLM() takes them")
@@ -60,7 +62,8 @@ def main() -> None:
     rates = measure_rates()
     began = time.perf_counter()
     batches = [int(text) for text in args.batches.split(",")]
-    bench = Bench(args.layers, batches, dict(option.split("=", 1) for option in args.options))
+    options = dict(option.split("=", 1) for option in args.options)
+    bench = Bench(args.layers, batches, options, temperature=args.temperature, top_p=args.top_p)
     results: dict[str, Any] = {
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -93,7 +96,9 @@ def _show(results: dict[str, Any], name: str, ms: float, floor: float, experts: 
 class Bench:
     """One engine, and what its steps cost. report: its start-up block."""
 
-    def __init__(self, layers: int, batches: Sequence[int], options: Mapping[str, str]) -> None:
+    def __init__(
+        self, layers: int, batches: Sequence[int], options: Mapping[str, str], *, temperature: float, top_p: float
+    ) -> None:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(scout(layers)))
             with _weights_on_the_device(), _graphs_of(batches):
@@ -104,6 +109,7 @@ class Bench:
         self._random = random.Random(0)
         self._names = iter(range(1 << 30))
         self._is_noise = False
+        self._temperature, self._top_p = temperature, top_p
 
     def decode(self, batch: int, context: int, rates: Rates, *, profile: bool) -> tuple[float, float, float]:
         """→ (ms a step, floor in ms, distinct experts a layer) with `batch` requests of `context` tokens and growing."""
@@ -126,13 +132,15 @@ class Bench:
         """→ (ms until every request has its first token: best of four, floor, distinct experts a layer)."""
         times = []
         for _ in range(4):
+            requests = self._requests(batch, length, 1)
             torch.cuda.synchronize()
             began = time.perf_counter()
-            self._run_prompts(self._requests(batch, length, 1))
+            self._run_prompts(requests)
             times.append((time.perf_counter() - began) * 1e3)
         if profile:
+            requests = self._requests(batch, length, 1)
             with _profiler(f"prefill {batch}x{length}", 1):
-                self._run_prompts(self._requests(batch, length, 1))
+                self._run_prompts(requests)
         return min(times), self._prefill_floor(batch, length, rates), float(self.config.num_experts or 0)
 
     # --- requests ----------------------------------------------------------------------------------------------------------------------
@@ -142,7 +150,9 @@ class Bench:
             Request(
                 request_id=str(next(self._names)),
                 prompt_token_ids=[self._random.randrange(200_000) for _ in range(length)],
-                params=SamplingParams(temperature=1.0, seed=i, max_tokens=new, ignore_eos=True),
+                params=SamplingParams(
+                    temperature=self._temperature, top_p=self._top_p, seed=i, max_tokens=new, ignore_eos=True
+                ),
                 eos_token_ids=(),
                 max_total_tokens=length + new,
             )

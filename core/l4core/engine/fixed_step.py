@@ -147,7 +147,7 @@ class FixedStep:
             given.top_p,
             given.log_min_p,
             out=outputs.drawn(num_rows),
+            last_tokens=self._last_tokens if num_tokens == 1 else None,
+            rows=self.inputs[0] if num_tokens == 1 else None,
         )
-        if num_tokens == 1:
-            self._last_tokens.index_copy_(0, self.inputs[0], drawn[0])
         return Computed(hidden=hidden, aux=aux, logits=logits, drawn=drawn)

@@ -23,6 +23,8 @@ from l4core.sampling.noise import NOISE_MAX, NOISE_MIN
 
 BLOCK = 4096
 """Logits of one program."""
+FEW_ROWS = 8
+"""Up to this many rows the device is not filled: more threads for each share."""
 COMPILE = {"enable_fp_fusion": False}
 """Every operation rounds, as in torch."""
 _SPAN = tl.constexpr(NOISE_MAX - NOISE_MIN + 0.0625)
@@ -43,12 +45,15 @@ def draw_rows(
     top_p: torch.Tensor,
     log_min_p: torch.Tensor,
     out: torch.Tensor | None = None,
+    last_tokens: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """logits: [R, V] of any floating dtype, rows contiguous.  temperature: float32 [R], 0 = greedy.  seeds, positions: int64 [R].
     top_p: int64 [R], as masks.share gives it, WHOLE = off.  log_min_p: float32 [R], −inf = off.
 
     → int64 [2, R], what the host wants to know in one piece: the tokens, and the 32 bits of each row's best logit as a float32, which is NaN where
     the row holds one. Where it is not finite the token is some id in range.  out: where to write that, contiguous.
+    last_tokens, rows: int64 [N] and [R]; row i's token goes to last_tokens[rows[i]] too.
     """
     num_rows, vocab_size = logits.shape
     shares = triton.cdiv(vocab_size, BLOCK)
@@ -75,7 +80,7 @@ def draw_rows(
         num_rows,
         SHARES=block_shares,
         BLOCK=BLOCK,
-        num_warps=8,
+        num_warps=16 if num_rows <= FEW_ROWS else 8,
         **COMPILE,
     )
     _pick_kernel[(num_rows,)](
@@ -89,6 +94,8 @@ def draw_rows(
         ids,
         sums,
         drawn,
+        last_tokens,
+        rows,
         stride,
         vocab_size,
         shares,
@@ -202,31 +209,61 @@ def _scores_kernel(
 
 
 @triton.jit
-def _weight_before(logits, values, row, stride, vocab_size, shares, best, t, cut, chosen, BLOCK: tl.constexpr):
+def _shares_of(values, row, shares, best, t, cut, SHARES: tl.constexpr):
+    """→ [SHARES]: the numbers of the shares that hold a token as good as `cut`, SHARES for the others."""
+    numbers = tl.arange(0, SHARES)
+    bests = tl.load(values + row * shares + numbers, mask=numbers < shares, other=float("-inf"))
+    return tl.where(tl.div_rn(bests - best, tl.full([SHARES], t, tl.float32)) >= cut, numbers, SHARES)
+
+
+@triton.jit
+def _weight_before(
+    logits, values, row, stride, vocab_size, shares, best, t, cut, chosen, SHARES: tl.constexpr, BLOCK: tl.constexpr
+):
     """Weight of all that rank before the token `chosen`, whose distance is `cut`."""
     total = tl.full([], 0, tl.int64)
-    for share in range(shares):
-        if tl.div_rn(tl.load(values + row * shares + share) - best, t) >= cut:
-            columns, distance = _distances(logits, row, share, stride, vocab_size, best, t, BLOCK)
-            is_before = (distance > cut) | ((distance == cut) & (columns < chosen))
-            total += tl.sum(tl.where(is_before, _weights(distance), 0), axis=0)
+    waiting = _shares_of(values, row, shares, best, t, cut, SHARES)
+    share = tl.min(waiting, axis=0)
+    while share < SHARES:
+        columns, distance = _distances(logits, row, share, stride, vocab_size, best, t, BLOCK)
+        is_before = (distance > cut) | ((distance == cut) & (columns < chosen))
+        total += tl.sum(tl.where(is_before, _weights(distance), 0), axis=0)
+        waiting = tl.where(waiting <= share, SHARES, waiting)
+        share = tl.min(waiting, axis=0)
     return total
 
 
 @triton.jit
 def _draw_before(
-    logits, values, row, stride, vocab_size, shares, best, t, cut, chosen, seed, position, floor, BLOCK: tl.constexpr
+    logits,
+    values,
+    row,
+    stride,
+    vocab_size,
+    shares,
+    best,
+    t,
+    cut,
+    chosen,
+    seed,
+    position,
+    floor,
+    SHARES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The draw among all that rank before the token `chosen`: → id."""
     top, winner = tl.full([], float("-inf"), tl.float32), chosen
-    for share in range(shares):
-        if tl.div_rn(tl.load(values + row * shares + share) - best, t) >= cut:
-            columns, distance = _distances(logits, row, share, stride, vocab_size, best, t, BLOCK)
-            may_win = ((distance > cut) | ((distance == cut) & (columns < chosen))) & (distance >= floor)
-            scores = _scores(distance, share, seed, position, BLOCK)
-            score, at = _lowest_of_the_best(tl.where(may_win, scores, float("-inf")), columns)
-            if score > top:
-                top, winner = score, at
+    waiting = _shares_of(values, row, shares, best, t, cut, SHARES)
+    share = tl.min(waiting, axis=0)
+    while share < SHARES:
+        columns, distance = _distances(logits, row, share, stride, vocab_size, best, t, BLOCK)
+        may_win = ((distance > cut) | ((distance == cut) & (columns < chosen))) & (distance >= floor)
+        scores = _scores(distance, share, seed, position, BLOCK)
+        score, at = _lowest_of_the_best(tl.where(may_win, scores, float("-inf")), columns)
+        if score > top:
+            top, winner = score, at
+        waiting = tl.where(waiting <= share, SHARES, waiting)
+        share = tl.min(waiting, axis=0)
     return winner
 
 
@@ -248,6 +285,8 @@ def _pick_kernel(
     ids,
     sums,
     drawn,
+    last_tokens,
+    rows,
     stride,
     vocab_size,
     shares,
@@ -275,11 +314,32 @@ def _pick_kernel(
             seed, position, floor = tl.load(seeds + row), tl.load(positions + row), tl.load(log_min_p + row)
             source = logits + row.to(tl.int64) * stride
             cut = tl.div_rn(tl.load(source + chosen).to(tl.float32) - best, t)
-            before = _weight_before(logits, values, row, stride, vocab_size, shares, best, t, cut, chosen, BLOCK)
+            before = _weight_before(
+                logits, values, row, stride, vocab_size, shares, best, t, cut, chosen, SHARES, BLOCK
+            )
             while before >= target:
                 chosen = _draw_before(
-                    logits, values, row, stride, vocab_size, shares, best, t, cut, chosen, seed, position, floor, BLOCK
+                    logits,
+                    values,
+                    row,
+                    stride,
+                    vocab_size,
+                    shares,
+                    best,
+                    t,
+                    cut,
+                    chosen,
+                    seed,
+                    position,
+                    floor,
+                    SHARES,
+                    BLOCK,
                 )
                 cut = tl.div_rn(tl.load(source + chosen).to(tl.float32) - best, t)
-                before = _weight_before(logits, values, row, stride, vocab_size, shares, best, t, cut, chosen, BLOCK)
-    tl.store(drawn + row, tl.minimum(chosen, vocab_size - 1).to(tl.int64))
+                before = _weight_before(
+                    logits, values, row, stride, vocab_size, shares, best, t, cut, chosen, SHARES, BLOCK
+                )
+    token = tl.minimum(chosen, vocab_size - 1).to(tl.int64)
+    tl.store(drawn + row, token)
+    if last_tokens is not None:
+        tl.store(last_tokens + tl.load(rows + row), token)
