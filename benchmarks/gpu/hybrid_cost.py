@@ -29,6 +29,7 @@ def main() -> None:
     engines = {
         name: build(
             config,
+            graph_batches=(1,),
             attention_backend=args.attention_backend,
             disable_hybrid_swa_memory=name == "plain",
             max_running_requests=1,

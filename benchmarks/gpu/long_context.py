@@ -61,6 +61,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     total = torch.accelerator.get_memory_info()[1]
     built = build(
         config,
+        graph_batches=(1, args.chats + 1),
         attention_backend=args.attention_backend,
         kv_cache_dtype=args.kv_cache_dtype,
         disable_hybrid_swa_memory=args.disable_hybrid_swa_memory,

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from l4core.config import EngineConfig
+from l4core.engine import graph_sizes
 from l4core.engine.batch import Inbox
 from l4core.engine.build import BuiltEngine, build_engine
 from l4core.engine.capacity import load_config
@@ -32,8 +33,9 @@ def shapes(model: str, ranks: int, layers: int | None = None) -> ModelConfig:
     return dataclasses.replace(config, num_layers=layers, **cut)
 
 
-def build(config: ModelConfig, **options: object) -> BuiltEngine:
-    """An engine of these shapes. options: fields of EngineConfig."""
+def build(config: ModelConfig, *, graph_batches: Sequence[int], **options: object) -> BuiltEngine:
+    """An engine of these shapes. graph_batches: the only batches that are captured, to start sooner.  options: fields of EngineConfig."""
+    graph_sizes.batch_sizes = lambda largest: [n for n in graph_batches if n <= largest]
     engine_config = EngineConfig(model="rank", load_format="dummy", dtype="bfloat16", **options)  # type: ignore[arg-type]
     return build_engine(engine_config, progress=False, model_config=config)
 

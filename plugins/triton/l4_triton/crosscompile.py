@@ -95,7 +95,7 @@ def compile_all(arch: str, variants: Sequence[Variant] = VARIANTS) -> Iterator[d
             yield _compile(decode_kernel, variant, shape, arch, target, tile)
             key = (variant.q_dtype, variant.head_dim, variant.chunk > 0)
             if key not in merged:
-                yield _compile(merge_kernel, variant, shape | {"BLOCK_PARTS": BLOCK_PARTS}, arch, target, None)
+                yield _compile(merge_kernel, variant, shape | {"BLOCK_PARTS": max(BLOCK_PARTS)}, arch, target, None)
             merged.add(key)
         else:
             shape = {"BLOCK_M": tiles.prefill.block_m, "BLOCK_N": tiles.prefill.block_n}
