@@ -28,6 +28,8 @@ MEMORY = 0.98
 """Weight of a draft after one more."""
 REFRESH = 200
 """Speculating steps between two plain ones, which keep the plain time true."""
+GRACE = 8
+"""Plain steps in a row for which a draft still reads what the target computes, so that it can go on guessing."""
 TRIAL = 12
 """Steps for which a pause is broken off: when requests come, and …"""
 REST, LONGEST_REST = 256, 4096
@@ -51,6 +53,10 @@ class VerifyCosts:
         among its passes."""
         passes = (num_drafts + 1) * self.draft if num_drafts else 0.0
         return (self._read(batch * (num_drafts + 1)) + passes) / self._read(batch)
+
+    def share_of_target(self, batch: int) -> float:
+        """Of a plain step in which the draft reads along."""
+        return self._read(batch) / (self._read(batch) + self.draft)
 
     def distinct(self, num_tokens: int) -> float:
         """Experts that so many tokens hit in a layer, each as likely as another."""
@@ -76,7 +82,7 @@ class DraftPace:
         self._since: float | None = None
         self._asked = self._bucket = 0
         self._paused: dict[int, bool] = {}
-        self._since_plain = self._trial = self._rested = 0
+        self._since_plain = self._trial = self._rested = self._idle = 0
         self._rest = REST
         self._warned = False
 
@@ -103,10 +109,12 @@ class DraftPace:
         if not decodes:
             return
         self._bucket = decodes.bit_length()
+        self._idle = 0 if self._asked else self._idle + 1
         is_clean = began is not None and not stats.num_prefill_tokens
         made = len(stats.drafted_at)
         if is_clean and began is not None and (made or not self._asked):
-            self._time(self._bucket, made).add((now - began) * 1e3)
+            share = 1.0 if made or self._idle > GRACE else self._costs.share_of_target(decodes)
+            self._time(self._bucket, made).add((now - began) * 1e3 * share)
         self._since_plain = self._since_plain + 1 if made else 0
         self._trial = max(0, self._trial - 1)
         self._rested = 0 if made else self._rested + 1

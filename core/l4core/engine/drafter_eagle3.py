@@ -21,6 +21,7 @@ import torch
 
 from l4core.attention.step_tables import StepRows
 from l4core.engine.batch import Draft, DraftRequest, ScheduledBatch, ScheduledSequence
+from l4core.engine.draft_pace import GRACE
 from l4core.engine.draft_steps import DraftState, FixedExtend, FixedGuess, Ints
 from l4core.engine.fixed_step import StepShape
 from l4core.engine.forward import Phase
@@ -52,6 +53,7 @@ class Eagle3Speculation:
         self._extends: Graphs[FixedExtend] | None = None
         self._guesses: Mapping[bool, Graphs[FixedGuess]] = {}
         self._ready: dict[str, tuple[int, int]] = {}
+        self._idle = 0
 
     def capture(self, shapes: Sequence[StepShape], *, progress: bool) -> None:
         """shapes: those of the target's steps, (sequences, rows)."""
@@ -73,7 +75,8 @@ class Eagle3Speculation:
     def observe(self, batch: ScheduledBatch, aux: torch.Tensor, verified: Sequence[Verified]) -> None:
         """aux: [T, num_aux · Ht] of the batch's rows. In a pause nothing is computed: sequences that decode then have a hole in the draft's keys and
         get no guesses later; new ones do."""
-        if not self.num_drafts or not any(self._is_whole(seq) for seq in batch.sequences):
+        self._idle = 0 if self.num_drafts else self._idle + 1
+        if self._idle > GRACE or not any(self._is_whole(seq) for seq in batch.sequences):
             self.forget([seq.request.request_id for seq in batch.sequences])
             return
         sequences, num = batch.sequences, len(batch.sequences)
