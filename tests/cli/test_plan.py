@@ -39,6 +39,12 @@ def test_the_json_has_the_largest_context() -> None:
     assert found["attention_backend"] == "fa3"
 
 
+def test_fp8_kv_is_the_devices_own_format() -> None:
+    """MI300X has another e4m3 than H200, and its backend takes that one."""
+    for gpu, backend in (("MI300X", "aiter"), ("H200", "fa3")):
+        assert f"of {backend}" in run("--model", "scout", "--gpu", gpu, "--tp", "8", "--kv-cache-dtype", "fp8")
+
+
 def test_a_folder_and_any_memory(tiny: Path) -> None:
     found = json.loads(run("--model", str(tiny), "--memory", "8", "--page-size", "16", "--json"))
     assert found["tp"] == 1

@@ -124,6 +124,16 @@ def test_poison_fills_all_layers_of_the_named_pages_only(memory: KVMemory) -> No
     memory.poison("local", [])
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.bfloat16])
+def test_poison_is_nan_in_every_dtype(dtype: torch.dtype) -> None:
+    memory = KVMemory(GROUPS, plan(5), 2, 8, dtype, "cpu", clear=True, scales={3: (0.5, 2.0)})
+    memory.poison("global", [6])
+    assert memory.pages(3).float().isnan().flatten(1).all(1).nonzero().flatten().tolist() == [6]
+    view = memory.view(3)
+    scales = [scale if scale is None else scale.item() for scale in (view.k_scale, view.v_scale)]
+    assert scales == ([0.5, 2.0] if dtype.itemsize == 1 else [None, None])
+
+
 def test_the_null_page_is_never_poisoned(memory: KVMemory) -> None:
     with pytest.raises(ValueError, match="page 0 is the null page"):
         memory.poison("global", [3, 0])

@@ -37,7 +37,7 @@ LIBRARIES = ("triton==3.6.0", "flash_attn_interface==3.0.0", "flashinfer==0.7.2"
 )
 @click.option(
     "--kv-cache-dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "fp8", "fp8_e4m3"]),
+    type=click.Choice(["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"]),
     default="auto",
     help="[auto: bfloat16]",
 )
@@ -103,7 +103,9 @@ def plan(
 
     config = load_config(model)
     kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else 2
-    backend, verdict = backend_of(config, gpu, tp, kv_bytes, page_size, max_running_requests, chunked_prefill_size)
+    backend, verdict = backend_of(
+        config, gpu, tp, kv_cache_dtype, page_size, max_running_requests, chunked_prefill_size
+    )
     target = Target(num_layers=config.num_layers, hidden_size=config.hidden_size, vocab_size=config.vocab_size)
     setup = Setup(
         memory_bytes=memory_of(gpu, memory),
@@ -181,7 +183,7 @@ def backend_of(
     config: ModelConfig,
     gpu: str | None,
     tp: int,
-    kv_bytes: int,
+    kv_cache_dtype: str,
     page_size: int | None,
     max_running: int,
     num_tokens: int,
@@ -189,6 +191,7 @@ def backend_of(
     """Name and verdict of the attention backend that such a device would take, of those installed here. ("", None) for a device without a name."""
     from l4core.attention.select import candidates
     from l4core.engine.capacity import DEVICES
+    from l4core.kv.dtypes import kv_dtype_name
     from l4core.model.slicing import rank_config
     from l4core.plugin_api import AttentionRequirements, Usable
     from l4core.plugin_manager import load_plugins
@@ -197,18 +200,18 @@ def backend_of(
     if gpu is None or gpu not in DEVICES:
         return "", None
     rank = rank_config(config, tp)
+    platform = fake_platform(DEVICES[gpu].platform, parse_libraries(LIBRARIES))
     required = AttentionRequirements(
         num_q_heads=rank.num_q_heads,
         num_kv_heads=rank.num_kv_heads,
         head_dim=rank.head_dim,
         q_dtype="bfloat16",
-        kv_dtype="float8_e4m3fn" if kv_bytes == 1 else "bfloat16",
+        kv_dtype=kv_dtype_name(kv_cache_dtype, "bfloat16", platform.arch),
         page_size=page_size,
         chunk_size=rank.attention_chunk_size if any(rank.chunked_layers) else None,
         max_num_seqs=max_running,
         max_num_tokens=max(num_tokens, max_running),
     )
-    platform = fake_platform(DEVICES[gpu].platform, parse_libraries(LIBRARIES))
     chosen: list[Candidate] = [c for c in candidates(load_plugins().attention_backends, platform, required) if c.chosen]
     if not chosen or not isinstance(chosen[0].verdict, Usable):
         return "", None
