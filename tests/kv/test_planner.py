@@ -7,7 +7,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 
 from l4core.errors import CapacityError, ConfigError
 from l4core.kv.blocks import KVGroup
@@ -153,7 +153,12 @@ def test_a_budget_without_room_for_a_token_is_refused(budget_bytes: int) -> None
 def models(draw: st.DrawFn) -> list[KVGroup]:
     num_global, num_local = draw(st.integers(0, 5)), draw(st.integers(0, 5))
     full = KVGroup(name="global", layer_ids=tuple(range(num_global)), chunk_size=None)
-    local = KVGroup(name="local", layer_ids=tuple(range(num_local)), chunk_size=4 * draw(st.integers(1, 5)))
+    local = KVGroup(
+        name="local",
+        layer_ids=tuple(range(num_local)),
+        chunk_size=4 * draw(st.integers(1, 5)),
+        keep_all=draw(st.integers(0, 3)) == 0,
+    )
     return [group for group in (full, local) if group.layer_ids] or [
         KVGroup(name="global", layer_ids=(0,), chunk_size=None)
     ]
@@ -179,6 +184,39 @@ def test_the_largest_context_is_what_the_manager_can_hold_and_no_more(
     if made.max_context < limit:
         footprint = Footprint(groups=groups, shape=shape, page_size=page_size)
         assert footprint.superpages(made.max_context + 1) > superpages - 1
+
+
+@given(
+    superpages=st.integers(6, 60),
+    page_size=st.sampled_from([1, 2, 4]),
+    limit=st.integers(1, 300),
+    ratio=st.floats(0.01, 1.0),
+    layers=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+)
+def test_a_cap_that_is_accepted_holds_the_largest_context(
+    superpages: int, page_size: int, limit: int, ratio: float, layers: tuple[int, int]
+) -> None:
+    groups = [
+        KVGroup(name="global", layer_ids=tuple(range(layers[0])), chunk_size=None),
+        KVGroup(name="local", layer_ids=tuple(range(10, 10 + layers[1])), chunk_size=8),
+    ]
+    asked = {
+        "groups": groups,
+        "page_size": page_size,
+        "head_dim": 1,
+        "bytes_per_element": 1,
+        "budget_bytes": superpages * superpage_shape(groups).units * page_size,
+        "model_limit": limit,
+        "max_running": 1000,
+    }
+    try:
+        made = plan(local_ratio=ratio, **asked)
+    except ConfigError:
+        assume(False)
+    assert made.max_context == plan(**asked).max_context
+    kv = KVManager(groups, page_size, made.num_superpages, max_local=made.max_local)
+    assert kv.could_finish_alone(made.max_context + 1)
+    assert kv.pages_total == {name: tokens // page_size for name, tokens in made.num_tokens.items()}
 
 
 def test_published_contexts_fit() -> None:
