@@ -30,7 +30,7 @@ from l4core.engine.pace import paced
 from l4core.model.config import ModelConfig
 from l4core.request import Request, SamplingParams
 
-SECONDS = 10
+SECONDS = 8
 """Longest for one target; a prompt that is not through by then is given up, and the row says so."""
 
 
