@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from l4core import LLM
 from l4core.engine.capacity import DEVICES, GIB, Capacity, Setup, capacity, load_config, rank_weight_bytes
 from l4core.errors import CapacityError, ConfigError
 
@@ -93,3 +96,19 @@ def test_ranks_must_share_evenly_and_models_be_known() -> None:
         load_config("llama-5")
     with pytest.raises(CapacityError, match=r"the device has 8\.59 GB"):
         capacity(load_config("scout"), Setup(memory_bytes=8 * GIB))
+
+
+def test_the_engine_counts_as_the_planner_does(make_tiny: Callable[..., Path]) -> None:
+    folder = make_tiny(layers=4, hidden=64, inter=96, inter_mlp=128, experts=3, vocab=300, step=2)
+    options = {"max_running_requests": 8, "chunked_prefill_size": 512, "context_length": 200}
+    with LLM(folder.as_posix(), dtype="bfloat16", device="cpu", progress=False, **options) as llm:
+        budget, page_size = llm._built.budget, llm._built.engine.runner.memory.page_size
+    setup = Setup(
+        memory_bytes=budget.total,
+        page_size=page_size,
+        context_length=200,
+        max_running=8,
+        num_tokens=512,
+        workspace=budget.needs.workspace,
+    )
+    assert capacity(load_config(str(folder)), setup).budget.needs == budget.needs
