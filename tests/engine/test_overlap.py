@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from l4core.engine.engine import Engine
 from l4core.request import FinishReason, Request
 
 NUM = 64
+Params = Callable[[int], SamplingParams]
 BACKEND = "sdpa" if DEVICE == "cpu" else "triton"
 """On a GPU l4-triton: the one backend with IEEE float32 there."""
 
@@ -53,23 +56,34 @@ def looking_back(i: int) -> SamplingParams:
     return plain(i) if i % 9 else SamplingParams(temperature=0.9, seed=i, max_tokens=20, repetition_penalty=1.3)
 
 
-@pytest.mark.parametrize("params", [plain, looking_back])
-@pytest.mark.parametrize("pool", [6000, 700], ids=["ample", "tiny"])
-def test_tokens_are_those_of_the_simple_loop(tiny: Path, params, pool: int) -> None:
-    """64 mixed requests; in the tiny pool they evict each other while batches are in flight. looking_back: penalties stop the overlap."""
-    answers = {}
-    for overlap in (False, True):
-        llm = build(tiny, overlap=overlap, max_total_tokens=pool)
-        found = llm.generate(prompts(), [params(i) for i in range(NUM)], use_tqdm=False)
-        answers[overlap] = [(o.outputs[0].token_ids, o.outputs[0].finish_reason, o.outputs[0].logprobs) for o in found]
-        engine = llm._built.engine
-        while engine.has_work:
-            engine.step()
-        engine.scheduler.check_integrity()
-        assert not any(engine.scheduler.kv.pages_used.values())
-    assert [a[:2] for a in answers[True]] == [a[:2] for a in answers[False]]
-    assert {reason for _, reason, _ in answers[True]} == {"stop", "length"}
-    for mine, theirs in zip(answers[True], answers[False], strict=True):
+Answers = list[tuple[list[int], str | None, list[dict[int, float]] | None]]
+
+
+def answers(llm: LLM, params: Params) -> Answers:
+    found = llm.generate(prompts(), [params(i) for i in range(NUM)], use_tqdm=False)
+    engine = llm._built.engine
+    while engine.has_work:
+        engine.step()
+    engine.scheduler.check_integrity()
+    assert not any(engine.scheduler.kv.pages_used.values())
+    return [(o.outputs[0].token_ids, o.outputs[0].finish_reason, o.outputs[0].logprobs) for o in found]
+
+
+@pytest.fixture(scope="module")
+def simple(tiny: Path) -> Callable[[Params], Answers]:
+    """Of the simple loop with memory for all; made once."""
+    return functools.cache(lambda params: answers(build(tiny, overlap=False), params))
+
+
+@pytest.mark.parametrize(("params", "pool"), [(plain, 6000), (plain, 700), (looking_back, 700)])
+def test_tokens_are_those_of_the_simple_loop(
+    tiny: Path, simple: Callable[[Params], Answers], params: Params, pool: int
+) -> None:
+    """64 mixed requests; in the pool of 700 tokens they evict each other while batches are in flight. looking_back: penalties stop the overlap."""
+    found, wanted = answers(build(tiny, overlap=True, max_total_tokens=pool), params), simple(params)
+    assert [a[:2] for a in found] == [a[:2] for a in wanted]
+    assert {reason for _, reason, _ in found} == {"stop", "length"}
+    for mine, theirs in zip(found, wanted, strict=True):
         for a, b in zip(mine[2] or (), theirs[2] or (), strict=True):
             assert a == pytest.approx(b, abs=1e-4)
 
