@@ -42,13 +42,11 @@ def prompts() -> list[list[int]]:
 
 def plain(i: int) -> SamplingParams:
     """Greedy or sampled; some end by themselves, some by length."""
-    kinds = [{}, {"top_p": 0.8}, {"top_k": 20}, {"logit_bias": {5: 1.0}}, {"min_tokens": 12}, {"logprobs": 1}]
+    early = {"min_tokens": 12, "stop_token_ids": range(250)}  # half of all tokens end it, once they may
+    kinds = [{}, {"top_p": 0.8}, {"top_k": 20}, {"logit_bias": {5: 1.0}}, early, {"logprobs": 1}]
+    stops = {"stop_token_ids": range(3 * i % 200, 3 * i % 200 + 25)} if i % 2 else {}
     return SamplingParams(
-        temperature=(0.0, 0.8, 1.3)[i % 3],
-        seed=i,
-        max_tokens=12 + 11 * i % 37,
-        stop_token_ids=list(range(3 * i % 200, 3 * i % 200 + 25)) if i % 2 else (),
-        **kinds[i % len(kinds)],
+        temperature=(0.0, 0.8, 1.3)[i % 3], seed=i, max_tokens=12 + 11 * i % 37, **(stops | kinds[i % len(kinds)])
     )
 
 
