@@ -16,6 +16,15 @@ from l4core.request import Request
 pytestmark = pytest.mark.gpu
 
 
+SIZES = (1, 3, 10, 14)
+
+
+@pytest.fixture(autouse=True)
+def few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures take most of these tests' time; four sizes have padding and none."""
+    monkeypatch.setattr("l4core.engine.graph_sizes.batch_sizes", lambda largest: list(SIZES))
+
+
 def build(folder: Path, **options: object) -> LLM:
     given = {"dtype": "float32", "device": "cuda", "max_running_requests": 14, "max_total_tokens": 8192}
     return LLM(folder.as_posix(), progress=False, **(given | options))
@@ -56,9 +65,9 @@ def clear(llm: LLM) -> None:
 def test_a_replay_has_the_bits_of_the_same_step_run_eagerly(tiny: Path, dtype: str) -> None:
     llm = build(tiny, dtype=dtype)
     engine, runner = llm._built.engine, llm._built.engine.runner
-    for count, size in ((1, 1), (3, 3), (9, 10), (13, 14)):
+    for count, size in ((1, 1), (2, 3), (3, 3), (9, 10)):
         start(llm, count)
-        for _ in range(30):  # over chunk borders
+        for _ in range(70):  # over chunk borders
             batch = engine.scheduler.schedule()
             assert batch is not None
             step = runner.build(batch)
