@@ -27,12 +27,13 @@ def test_words_hold_their_values(experts: int, outputs: int, groups: int) -> Non
 
 
 @pytest.mark.parametrize("inputs", [128, 320, 40])
-def test_four_bits_lose_half_a_step_at_most(inputs: int) -> None:
+def test_what_four_bits_lose(inputs: int) -> None:
     weight = torch.randn(2, 6, inputs)
     packed, scale = int4.quantize(weight)
     made = int4.dequantize(packed, scale, inputs)
     step = scale.abs().float().transpose(-1, -2).repeat_interleave(128, -1)[..., :inputs]
-    assert ((made - weight).abs() <= 1.04 * step).all()  # the largest of the other sign may miss by a whole one
+    inside = weight.abs() <= 7 * step  # the largest are given up for finer steps
+    assert ((made - weight).abs() <= 0.505 * step)[inside].all()
     assert (made - weight).norm() < 0.11 * weight.norm()
 
 

@@ -12,6 +12,7 @@ import torch
 
 from l4core.experts.quantised import TorchQuantisedExperts
 from l4core.quant.formats import FP8, INT4
+from l4core.testing.compiled import compile_cases
 from quant.expert_problem import make
 
 SCRIPT = Path(__file__).with_name("kernels_script.py")
@@ -48,3 +49,11 @@ def test_torch_computes_the_definition(kept: str, shared: bool) -> None:
     assert problem.error(TorchQuantisedExperts(kept)) < 1e-6
     problem = make(kept, [2, 0, 2, 1, 2], 4, hidden=192, shared=shared, dtype=torch.bfloat16)
     assert problem.error(TorchQuantisedExperts(kept)) < 1.2e-2  # weights are rounded to bfloat16 too
+
+
+@pytest.mark.parametrize("arch", ["sm90", "gfx942"])
+def test_the_kernels_compile(arch: str) -> None:
+    """8-bit kernels for the architectures that multiply e4m3 only."""
+    cases = compile_cases("l4core.testing.compile_quantised", arch)
+    assert {case.outcome for case in cases} == {"passed"}, cases[-1]
+    assert len(cases) == (9 if arch == "sm90" else 5)
