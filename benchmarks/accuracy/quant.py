@@ -57,7 +57,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     model = args.model or cached_folder(find_delta())
-    results: dict[str, Any] = {"model": model.name, "pieces": args.pieces, "length": args.length, "torch": torch.__version__, "rows": []}
+    results: dict[str, Any] = {
+        "model": model.name,
+        "pieces": args.pieces,
+        "length": args.length,
+        "torch": torch.__version__,
+        "rows": [],
+    }
     plain: Read | None = None
     for name, quantization in VARIANTS.items():
         with rounded_activations() if "activations" in name else nullcontext():

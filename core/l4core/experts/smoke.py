@@ -56,5 +56,5 @@ def _tokens(weights: ExpertWeights, dtype: torch.dtype) -> tuple[torch.Tensor, t
     device, num_experts = weights.gate_up.device, weights.gate_up.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.tensor([0, num_experts - 1, 0, num_experts // 2, min(1, num_experts - 1)], dtype=torch.int32)
-    x = torch.randn(ROWS, weights.down.shape[1], generator=generator)
+    x = torch.randn(ROWS, weights.down.shape[-2], generator=generator)  # [E, …, H, …] in every format
     return x.to(device, dtype), ids.to(device), torch.rand(ROWS, generator=generator).to(device)
