@@ -40,7 +40,7 @@ def kernels_for(arch: str, experts: int = 16) -> Iterator[CoreKernel]:
         mode = FEW if count <= FEW_TOKENS else MANY
         tiles = int4_tiles(count, experts)
         for kernel, tile in ((int4_gate_up, tiles.gate_up), (int4_down, tiles.down)):
-            extra = {"RATIO": tile.ratio, "EVEN_K": True}
+            extra: dict[str, Any] = {"RATIO": tile.ratio, "EVEN_K": True}
             yield _kernel(f"int4, {count} tokens", arch, kernel, _INT4, mode, experts, tile, extra)
         if not has_fp8(arch):
             continue
