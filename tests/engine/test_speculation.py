@@ -79,7 +79,12 @@ def plain(folder: Path) -> list[RequestOutput]:
 
 
 def speculate(
-    llm: LLM, outputs: Sequence[RequestOutput], *, acceptance: float | None = None, drafts: int = NUM_DRAFTS
+    llm: LLM,
+    outputs: Sequence[RequestOutput],
+    *,
+    acceptance: float | None = None,
+    drafts: int = NUM_DRAFTS,
+    branches: int = 1,
 ) -> None:
     """Makes `llm` guess from these recorded outputs of `params()`. acceptance None: a fifth of the requests each at 0, ¼, ½, ¾ and 1."""
     answers = {
@@ -96,8 +101,11 @@ def speculate(
         chance,
         num_draft_tokens=drafts,
         vocab_size=vocab_size,
+        branches=branches,
     )
-    llm._built.engine.speculation = PluginSpeculation("recorded", drafter, num_drafts=drafts, vocab_size=vocab_size)
+    llm._built.engine.speculation = PluginSpeculation(
+        "recorded", drafter, num_drafts=drafts, vocab_size=vocab_size, trees=branches > 1
+    )
 
 
 def assert_same(found: Sequence[RequestOutput], wanted: Sequence[RequestOutput]) -> None:
@@ -161,6 +169,29 @@ def test_the_reference_backend(folder: Path, plain: list[RequestOutput]) -> None
     llm = open_llm(folder, attention_backend="reference", **FLAGS)
     speculate(llm, plain)
     assert_same(llm.generate(prompts(count), params(count), use_tqdm=False), plain[:count])
+
+
+@pytest.mark.parametrize(("drafts", "branches"), [(7, 2), (12, 3), (31, 4)])
+def test_trees(folder: Path, plain: list[RequestOutput], drafts: int, branches: int) -> None:
+    """Nodes stand in slots in the order of the draft; those of the accepted path move together, in chunked layers too, over every border."""
+    count = NUM_PROMPTS if FULL else 12
+    llm = open_llm(
+        folder,
+        attention_backend="reference",
+        speculative_algorithm="NGRAM",
+        speculative_num_steps=drafts,
+        max_running_requests=4,
+    )
+    speculate(llm, plain, acceptance=0.8, drafts=drafts, branches=branches)
+    assert_same(llm.generate(prompts(count), params(count), use_tqdm=False), plain[:count])
+
+
+def test_trees_and_chains_in_one_step(folder: Path, plain: list[RequestOutput]) -> None:
+    """Preempted, in pieces, with prefix hits."""
+    options = {"chunked_prefill_size": 16, "max_running_requests": 4, "max_total_tokens": 600, "context_length": 300}
+    llm = open_llm(folder, attention_backend="reference", **options, **FLAGS)
+    speculate(llm, plain, acceptance=0.6, branches=2)
+    assert_same(llm.generate(prompts(8), params(8), use_tqdm=False), plain[:8])
 
 
 def test_a_right_draft_saves_steps(folder: Path, plain: list[RequestOutput]) -> None:

@@ -48,6 +48,11 @@ class BlockTables:
                 where, what = upload_many([np.concatenate(places), pages], torch.int64, table.device)
                 table.view(-1).index_copy_(0, where, what.int())
 
+    def slots(self, name: str, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Slots of these positions of these rows' sequences; all int64 of one length, on the device."""
+        page = self.tables[name][rows, positions // self._page_size % self.width[name]].long()
+        return page * self._page_size + positions % self._page_size
+
     def step(
         self, rows: StepRows, longest: int | None = None
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

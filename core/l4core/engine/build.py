@@ -154,7 +154,13 @@ def choose_dtype(asked: str, checkpoint: str, platform: Platform) -> torch.dtype
 
 
 def requirements(
-    config: EngineConfig, model: ModelConfig, *, q_dtype: torch.dtype, kv_dtype: torch.dtype, num_drafts: int = 0
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    num_drafts: int = 0,
+    trees: bool = False,
 ) -> AttentionRequirements:
     """What this model under these flags asks of an attention backend, on one rank. num_drafts: guesses verified per sequence and step."""
     return AttentionRequirements(
@@ -168,6 +174,7 @@ def requirements(
         max_num_seqs=config.max_running_requests * (num_drafts + 1),
         max_num_tokens=max(config.chunked_prefill_size, config.max_running_requests),
         num_draft_tokens=num_drafts,
+        needs_tree=trees,
     )
 
 
@@ -196,7 +203,14 @@ def _select(
     return select_backend(
         plugins,
         platform,
-        requirements(config, model, q_dtype=dtype, kv_dtype=kv_dtype, num_drafts=num_drafts),
+        requirements(
+            config,
+            model,
+            q_dtype=dtype,
+            kv_dtype=kv_dtype,
+            num_drafts=num_drafts,
+            trees=speculation is not None and speculation.trees,
+        ),
         named=config.attention_backend,
         options=parse_key_values("--attention-option", config.attention_option),
         device=device,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from l4core.engine.draws import PendingDraws
+    from l4core.engine.runner import Runner
     from l4core.engine.verify_rows import Verified
 
 logger = logging.getLogger(__name__)
@@ -35,16 +36,27 @@ class Speculation(Protocol):
         """These requests have ended."""
 
 
-class ObservedDraws:
-    """Draws under way of a batch that a drafter reads: when they have arrived it is shown what the target computed and drew."""
+class SettledDraws:
+    """Draws under way of a batch that needs more than their tokens: keys and values of accepted tree nodes move to their places, and a drafter that
+    reads the target is shown what it computed and drew."""
 
-    def __init__(self, draws: PendingDraws, speculation: Speculation, batch: ScheduledBatch, aux: torch.Tensor) -> None:
-        self._draws, self._speculation, self._batch, self._aux = draws, speculation, batch, aux
+    def __init__(
+        self,
+        draws: PendingDraws,
+        runner: Runner,
+        speculation: Speculation,
+        batch: ScheduledBatch,
+        aux: torch.Tensor | None,
+    ) -> None:
+        self._draws, self._runner, self._speculation, self._batch, self._aux = draws, runner, speculation, batch, aux
 
     def wait(self) -> StepTokens:
         """What the batch brought."""
         verified = self._draws.verified()
-        self._speculation.observe(self._batch, self._aux, verified)
+        self._runner.settle(self._batch, verified)
+        if self._speculation.reads_target:
+            assert self._aux is not None
+            self._speculation.observe(self._batch, self._aux, verified)
         return StepTokens(drawn=[one.tokens for one in verified])
 
 
@@ -53,10 +65,11 @@ class PluginSpeculation:
 
     reads_target = False
 
-    def __init__(self, name: str, drafter: Drafter, *, num_drafts: int, vocab_size: int) -> None:
+    def __init__(self, name: str, drafter: Drafter, *, num_drafts: int, vocab_size: int, trees: bool = False) -> None:
+        """trees: it may propose more than chains."""
         self.num_drafts = self.max_drafts = num_drafts
         self._name, self._drafter, self._vocab_size = name, drafter, vocab_size
-        self._num_drafts = num_drafts
+        self._num_drafts, self._trees = num_drafts, trees
 
     def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
         if not requests:
@@ -73,6 +86,8 @@ class PluginSpeculation:
         ]
         try:
             drafts = drafts_of(*self._drafter.propose(rows), len(rows), self._num_drafts, self._vocab_size)
+            if not self._trees and any(draft.parents for draft in drafts):
+                raise ValueError("propose returned a tree; its entry does not say trees=True")
         except Exception:
             logger.exception("drafter %r failed; it is not asked again, answers go on without it", self._name)
             self.num_drafts = self.max_drafts = 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from l4core.engine.batch import Draft, Inbox, ScheduledBatch, StepTokens
-from l4core.engine.drafter import ObservedDraws, Speculation
+from l4core.engine.drafter import SettledDraws, Speculation
 from l4core.engine.draws import PendingDraws
 from l4core.engine.runner import Runner
 from l4core.engine.scheduler import NO_DRAFTS, Scheduler
@@ -29,7 +29,7 @@ class Engine:
         self.overlap = overlap
         self._parsed: dict[str, object] = {}
         self._looking_back: set[str] = set()
-        self._in_flight: PendingDraws | ObservedDraws | None = None
+        self._in_flight: PendingDraws | SettledDraws | None = None
         scheduler.max_in_flight = 2 if overlap else 1
 
     @property
@@ -87,7 +87,7 @@ class Engine:
         """Whether the next batch can be built without the tokens of the last: not for a drafter, nor for a sampler that looks back at them."""
         return self.overlap and self.speculation is None and not self._looking_back
 
-    def _launch(self, batch: ScheduledBatch | None) -> PendingDraws | ObservedDraws | None:
+    def _launch(self, batch: ScheduledBatch | None) -> PendingDraws | SettledDraws | None:
         """Queue a batch on the device, without waiting for it."""
         if batch is None:
             return None
@@ -95,12 +95,11 @@ class Engine:
             forward = self.runner.build(batch)
             computed = self.runner.execute(forward)
             draws = self.runner.draw(batch, forward, computed, self._parsed)
-            if self.speculation is None or not self.speculation.reads_target:
+            if self.speculation is None or not (self.speculation.reads_target or batch.num_verified):
                 return draws
-            assert computed.aux is not None
-            return ObservedDraws(draws, self.speculation, batch, computed.aux)
+            return SettledDraws(draws, self.runner, self.speculation, batch, computed.aux)
 
-    def _wait_for(self, pending: PendingDraws | ObservedDraws | None) -> StepTokens | None:
+    def _wait_for(self, pending: PendingDraws | SettledDraws | None) -> StepTokens | None:
         with self._abandoning():
             return None if pending is None else pending.wait()
 

@@ -11,13 +11,18 @@ from typing import Literal
 
 import torch
 
-from l4core.attention.chunked import chain_as_decodes, single_chunk_metadata, virtual_batches
+from l4core.attention.chunked import (
+    chain_as_decodes,
+    single_chunk_metadata,
+    tree_chunk_metadata,
+    virtual_batches,
+)
 from l4core.attention.step_tables import StepRows
 from l4core.engine.block_tables import BlockTables
 from l4core.kv.blocks import KVGroup
 from l4core.kv.memory import KVMemory
 from l4core.model.batch import AttentionSegment, ForwardBatch
-from l4core.plugin_api import AttentionBackend, AttentionMetadata, ChunkInfo
+from l4core.plugin_api import AttentionBackend, AttentionMetadata, ChunkInfo, TreeMask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +38,15 @@ class Phase:
     cu_seqlens_q: torch.Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeRows:
+    """A step in which some drafts are trees. positions: int64 [T], where a token stands in its path (its slot comes from StepRows.positions).
+    ancestors: int64 [T], as in TreeMask; read for verified sequences only."""
+
+    positions: torch.Tensor
+    ancestors: torch.Tensor
 
 
 class ForwardPlanner:
@@ -76,9 +90,11 @@ class ForwardPlanner:
         phases: Sequence[Phase],
         logits_rows: torch.Tensor,
         longest: int | None,
+        trees: TreeRows | None = None,
     ) -> ForwardBatch:
         """phases: cover all sequences, in order.  longest: as in BlockTables.step."""
         tables, slots = self.tables.step(rows, longest)
+        positions = rows.positions if trees is None else trees.positions
         segments = []
         for phase in phases:
             mine = slice(phase.first, phase.last)
@@ -90,31 +106,36 @@ class ForwardPlanner:
                 max_seqlen_k=phase.max_seqlen_k,
                 num_seqs=phase.last - phase.first,
                 phase=phase.name,
+                tree=None
+                if trees is None or phase.name != "verify"
+                else TreeMask(ancestors=trees.ancestors[phase.begin : phase.end]),
             )
-            num_rows = phase.end - phase.begin
+            own = positions[phase.begin : phase.end]
             plans = {
-                g.name: self.backend.plan(self._of_group(meta, g, tables[g.name][mine], num_rows)) for g in self._groups
+                g.name: self.backend.plan(self._of_group(meta, g, tables[g.name][mine], own)) for g in self._groups
             }
             segments.append(AttentionSegment(begin=phase.begin, end=phase.end, plans=plans))
         return ForwardBatch(
             token_ids=token_ids,
-            positions=rows.positions,
+            positions=positions,
             slot_mapping=slots,
             segments=segments,
             logits_rows=logits_rows,
         )
 
     def _of_group(
-        self, meta: AttentionMetadata, group: KVGroup, table: torch.Tensor, num_rows: int
+        self, meta: AttentionMetadata, group: KVGroup, table: torch.Tensor, positions: torch.Tensor
     ) -> AttentionMetadata:
         scale = self.memory.table_scale[group.name]
         table = table if scale == 1 else table * scale
         if group.chunk_size is None:
             return replace(meta, block_table=table)
+        if meta.tree is not None:
+            return tree_chunk_metadata(meta, table, positions, group.chunk_size, self._page_size)
         if self._native_chunk:
             return replace(meta, block_table=table, chunk=ChunkInfo(size=group.chunk_size))
         if meta.phase == "verify":  # the only one that may stand on both sides of a chunk border
             if self._empty_rows:
                 return virtual_batches(meta, table, group.chunk_size, self._page_size, 2)
-            return chain_as_decodes(meta, table, num_rows, group.chunk_size, self._page_size)
+            return chain_as_decodes(meta, table, len(positions), group.chunk_size, self._page_size)
         return single_chunk_metadata(meta, table, group.chunk_size, self._page_size)

@@ -20,7 +20,7 @@ from l4core.engine.batch import PENDING, DraftRequest, ScheduledBatch, Scheduled
 from l4core.engine.block_tables import BlockTables
 from l4core.engine.draws import PendingDraws, RowParams
 from l4core.engine.fixed_step import Computed, FixedStep, StepOutputs, StepRequests, StepShape
-from l4core.engine.forward import ForwardPlanner, Phase
+from l4core.engine.forward import ForwardPlanner, Phase, TreeRows
 from l4core.engine.graphs import Graphs
 from l4core.engine.verify_rows import Verified
 from l4core.engine.verify_rows import draw_rows as rows_of
@@ -34,6 +34,7 @@ from l4core.plugin_ops.upload import Download, upload_many
 from l4core.request import TokenLogprobs
 from l4core.sampling.logprobs import prompt_logprobs
 from l4core.sampling.pipeline import Drawing, SamplingPipeline
+from l4core.sampling.verify import ancestors, depths
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Forward: TypeAlias = ForwardBatch | FixedStep
@@ -191,6 +192,7 @@ class Runner:
         """A captured step for a batch of decodes, or of drafts that are equally long."""
         num, length = len(batch.sequences), int(layout.lengths[0])
         is_fixed = layout.borders[1] == num or (layout.borders[1] == 0 and layout.borders[2] == num)
+        is_fixed = is_fixed and not any(s.parents for s in batch.sequences)
         if self.graphs is None or not is_fixed or (layout.lengths != length).any():
             return None
         return self.graphs.find(num, length)
@@ -225,7 +227,40 @@ class Runner:
             for (phase, a, b), cu_seqlens in zip(spans, cus, strict=True)
         ]
         step = StepRows(rows=rows_, starts=starts_, seq_lens=seq_lens_, positions=positions, owner=owner_)
-        return self._planner.plan(token_ids, step, phases, logits_rows, longest=int(seq_lens.max()))
+        return self._planner.plan(token_ids, step, phases, logits_rows, int(seq_lens.max()), self._trees(batch))
+
+    def _trees(self, batch: ScheduledBatch) -> TreeRows | None:
+        """None when every draft is a chain."""
+        if not any(s.parents for s in batch.sequences):
+            return None
+        places, seen = [], []
+        for seq in batch.sequences:
+            first, count = len(seq.token_ids) - seq.num_drafts, seq.num_drafts
+            places.append(seq.start + np.arange(first - 1))
+            places.append(seq.start + first - 1 + np.array(depths(count, seq.parents)))
+            seen.append(np.zeros(first - 1, dtype=np.int64))
+            seen.append(np.array([bits - (bits >> 63 << 64) for bits in ancestors(count, seq.parents)], dtype=np.int64))
+        positions, bitmaps = upload_many([np.concatenate(places), np.concatenate(seen)], torch.int64, self._device)
+        return TreeRows(positions=positions, ancestors=bitmaps)
+
+    @torch.inference_mode()
+    def settle(self, batch: ScheduledBatch, verified: Sequence[Verified]) -> None:
+        """Keys and values of accepted guesses move to the slots behind the sequence's last token: those of a tree lie apart."""
+        owner, sources, targets = [], [], []
+        for index, (seq, one) in enumerate(zip(batch.sequences, verified, strict=True)):
+            for place, row in enumerate(one.path):
+                if seq.parents and row != place:
+                    owner.append(index)
+                    sources.append(seq.start + row)
+                    targets.append(seq.start + place)
+        if not owner:
+            return
+        rows = np.array([batch.sequences[i].row for i in owner], dtype=np.int64)
+        where = [np.array(positions, dtype=np.int64) for positions in (sources, targets)]
+        rows_, sources_, targets_ = upload_many([rows, *where], torch.int64, self._device)
+        for group in self._groups:
+            source, target = (self._tables.slots(group.name, rows_, positions) for positions in (sources_, targets_))
+            self.memory.move(group.layer_ids, source, target)
 
     # --- draw --------------------------------------------------------------------------------------------------------------------------
 

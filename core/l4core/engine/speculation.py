@@ -66,6 +66,11 @@ class SpeculationPlan:
     drafter: Provided[DrafterEntry] | None = None
     draft: DraftModel | None = None
 
+    @property
+    def trees(self) -> bool:
+        """Whether more than chains may have to be verified."""
+        return self.drafter is not None and self.drafter.entry.trees
+
     def describe(self) -> str:
         """For the start-up report."""
         source = f" ({self.drafter.source})" if self.drafter is not None else ""
@@ -114,7 +119,13 @@ def create_speculation(
         vocab_size=vocab_size, num_draft_tokens=plan.num_drafts, device=device, options=options, logger=logger
     )
     drafter = create_object(plan.drafter, Drafter, context)  # type: ignore[type-abstract]
-    return PluginSpeculation(plan.algorithm, drafter, num_drafts=plan.num_drafts, vocab_size=vocab_size)
+    return PluginSpeculation(
+        plan.algorithm,
+        drafter,
+        num_drafts=plan.num_drafts,
+        vocab_size=vocab_size,
+        trees=plan.drafter.entry.trees,
+    )
 
 
 def draft_pace(
@@ -159,7 +170,7 @@ def _num_drafts(config: EngineConfig) -> int:
     """A chain of n steps is verified in n + 1 rows, so the two flags say the same thing."""
     if (config.speculative_eagle_topk or 1) > 1:
         raise NotBuiltError(
-            f"--speculative-eagle-topk {config.speculative_eagle_topk}: trees are not built yet in this version of L4",
+            f"--speculative-eagle-topk {config.speculative_eagle_topk}: EAGLE3's own trees are not built yet in this version of L4",
             fix="--speculative-eagle-topk 1",
         )
     steps, verified = config.speculative_num_steps, config.speculative_num_draft_tokens

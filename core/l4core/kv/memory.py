@@ -82,6 +82,13 @@ class KVMemory:
         """The layer as an attention backend reads it: page i of a block table is row i · table_scale of the view."""
         return self._views[layer_id]
 
+    def move(self, layer_ids: Sequence[int], source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies keys and values from slots to slots, page · page_size + offset; int64 on the device, read before any is written."""
+        size = self.page_size
+        for layer_id in layer_ids:
+            pages = self._pages[layer_id]
+            pages[target // size, :, target % size] = pages[source // size, :, source % size]
+
     def poison(self, group: str, pages: Sequence[int]) -> None:
         """Fills freed pages with NaN, so that a test sees whoever still reads them. Raises ValueError for the null page, which stays finite."""
         if NULL_PAGE in pages:

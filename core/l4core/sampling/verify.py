@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["accepted_path", "depths", "paths"]
+__all__ = ["accepted_path", "ancestors", "depths", "paths"]
 
 
 def accepted_path(guesses: Sequence[int], parents: Sequence[int], drawn: Sequence[int | None]) -> list[int]:
@@ -41,6 +41,14 @@ def depths(count: int, parents: Sequence[int]) -> list[int]:
     found = [0]
     for i in range(count):
         found.append(found[_parent(parents, i) + 1] + 1)
+    return found
+
+
+def ancestors(count: int, parents: Sequence[int]) -> list[int]:
+    """Of each row of a draft of `count` guesses a bitmap of the rows on its path, its own among them: bit j = row j."""
+    found = [1]
+    for i in range(count):
+        found.append(found[_parent(parents, i) + 1] | 1 << (i + 1))
     return found
 
 
