@@ -19,8 +19,7 @@ from l4core.model.eagle3_config import DraftConfig
 from l4core.model.layers import Linear, RMSNorm, SwiGLU
 from l4core.model.llama4 import Embedding
 from l4core.model.rotary import rope_rows
-from l4core.ops.device import has_kernels
-from l4core.ops.heads import HeadRule, Heads, TorchHeads
+from l4core.ops.heads import HeadRule, Heads, TorchHeads, has_heads_kernel
 from l4core.ops.linear import linear
 from l4core.plugin_api import AttentionBackend
 
@@ -114,7 +113,7 @@ class Eagle3(nn.Module):
 
     def _heads(self, batch: ForwardBatch, kv: KVMemory) -> Heads:
         slots, config = batch.slot_mapping[GROUP], self.config
-        fused = has_kernels(self.norm.weight)
+        fused = has_heads_kernel(self.norm.weight, kv.dtype)
         if self._rope is None:
             wide = torch.float32 if fused else torch.promote_types(self.norm.weight.dtype, torch.float32)
             table = rope_rows(config.head_dim, config.rope_theta, config.rope_scaling, self._max_positions, wide)

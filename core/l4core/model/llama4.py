@@ -22,8 +22,7 @@ from l4core.model.huge_pages import advise_huge_pages
 from l4core.model.layers import Linear, RMSNorm, SwiGLU, parameter
 from l4core.model.moe import MoE
 from l4core.model.rotary import Rotary, temperature
-from l4core.ops.device import has_kernels
-from l4core.ops.heads import HeadRule, Heads, TorchHeads
+from l4core.ops.heads import HeadRule, Heads, TorchHeads, has_heads_kernel
 from l4core.ops.linear import linear
 from l4core.plugin_api import AttentionBackend, ExpertKernel
 
@@ -179,8 +178,7 @@ class Llama4(nn.Module):
                 outputs[:, index] = stream
 
     def _prepare(self, batch: ForwardBatch, kv: KVMemory, backend: AttentionBackend) -> _Step:
-        writes_kv = kv.dtype.itemsize > 1 or kv.dtype == torch.float8_e4m3fn  # the other fp8 formats: torch only
-        fused = has_kernels(self.embed.weight) and writes_kv
+        fused = has_heads_kernel(self.embed.weight, kv.dtype)
         heads = self._triton_heads(batch) if fused else self._torch_heads(batch, kv.page_size)
         return _Step(kv=kv, backend=backend, segments=tuple(batch.segments), heads=heads)
 

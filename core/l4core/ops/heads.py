@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from l4core.ops.device import has_kernels
 from l4core.ops.kv_write import kv_write
 from l4core.ops.norm import qk_norm_
 from l4core.ops.rope import rope_
@@ -28,6 +29,11 @@ class HeadRule:
     rope: bool
     chunked: bool
     qk_norm_eps: float | None
+
+
+def has_heads_kernel(weight: torch.Tensor, kv_dtype: torch.dtype) -> bool:
+    """Whether `heads_triton` runs beside such weights and writes such pages; the fp8 formats of gfx942 it does not know, the torch twin does."""
+    return has_kernels(weight) and kv_dtype not in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
 
 class Heads(Protocol):
