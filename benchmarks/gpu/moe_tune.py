@@ -116,8 +116,8 @@ def rows_for(tokens: int, experts: int) -> tuple[int, ...]:
 
 
 def jobs(args: argparse.Namespace) -> list[tuple[str, int, Tile]]:
-    """Every candidate of every launch; with --like those that were among the best six for some number of tokens there."""
-    good = None if args.like is None else good_tiles(json.loads(args.like.read_text()))
+    """Every candidate of every launch; with --like those that were among the best for some number of tokens there."""
+    good = None if args.like is None else good_tiles(json.loads(args.like.read_text()), args.most)
     made = []
     for tokens in args.tokens:
         paths = [("few", max(16, triton.next_power_of_2(tokens)))] if tokens <= 32 else []
@@ -131,7 +131,7 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, int, Tile]]:
     return made
 
 
-def good_tiles(found: list[dict[str, Any]], most: int = 6) -> set[tuple[str, Tile]]:
+def good_tiles(found: list[dict[str, Any]], most: int) -> set[tuple[str, Tile]]:
     made = set()
     for path, tokens in {(f["path"], f["tokens"]) for f in found}:
         mine = sorted((f for f in found if (f["path"], f["tokens"]) == (path, tokens)), key=lambda f: f["us"])
@@ -192,6 +192,7 @@ def main() -> None:
     )
     parser.add_argument("--compile", metavar="I/N", help="only compile each N-th candidate, from the I-th on")
     parser.add_argument("--like", type=Path, help="take the candidates that were best in this file")
+    parser.add_argument("--most", type=int, default=6, help="with --like: how many of each launch")
     parser.add_argument("--write", type=Path, nargs="+", help="write the best of these files into the package and end")
     parser.add_argument("--arch", default="sm90", help="with --write: where they were measured")
     parser.add_argument("--out", type=Path, default=Path("moe_tune.json"))

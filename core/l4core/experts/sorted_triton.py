@@ -170,27 +170,20 @@ def _sort_kernel(
 
 
 @triton.jit
-def _count_blocks(ends, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """→ (blocks of rows of each expert, their running sum, first row of each expert, row behind its last)."""
+def _find_block(ends, columns, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+    """→ (expert, first row, row behind the last, column of this program). Programs in a row share their weights: GROUP blocks of rows go through the
+    columns together. expert = E: there is nothing left for this program."""
     e = tl.arange(0, BLOCK_E)
     end = tl.load(ends + e, mask=e < E, other=0)
     start = tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0)
     blocks = tl.where(e < E, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
-    return blocks, tl.cumsum(blocks, 0), start, end
-
-
-@triton.jit
-def _find_block(
-    tile, ends, columns, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr
-):
-    """→ (expert, first row, row behind the last, column of this tile). Tiles in a row share their weights: GROUP blocks of rows go through the
-    columns together. expert = E: there is no such tile."""
-    e = tl.arange(0, BLOCK_E)
-    blocks, behind, start, end = _count_blocks(ends, E, BLOCK_E, BLOCK_M)
+    behind = tl.cumsum(blocks, 0)
     num_blocks = tl.sum(blocks, 0)
-    first = tile // (GROUP * columns) * GROUP
+    program = tl.program_id(0)
+    turn = program // (GROUP * columns)
+    first = turn * GROUP
     width = tl.maximum(tl.minimum(num_blocks - first, GROUP), 1)
-    inside = tile % (GROUP * columns)
+    inside = program % (GROUP * columns)
     block = first + inside % width
     column = inside // width
     expert = tl.sum((behind <= block).to(tl.int32), 0)
@@ -223,9 +216,7 @@ def _gate_up_kernel(
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    expert, row, end, column = _find_block(
-        tl.program_id(0), ends, (I + BLOCK_N - 1) // BLOCK_N, E, BLOCK_E, BLOCK_M, GROUP
-    )
+    expert, row, end, column = _find_block(ends, (I + BLOCK_N - 1) // BLOCK_N, E, BLOCK_E, BLOCK_M, GROUP)
     if expert < E:
         m = row + tl.arange(0, BLOCK_M)
         inside = m < end
@@ -282,9 +273,7 @@ def _down_kernel(
     TMA: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    expert, row, end, column = _find_block(
-        tl.program_id(0), ends, (H + BLOCK_N - 1) // BLOCK_N, E, BLOCK_E, BLOCK_M, GROUP
-    )
+    expert, row, end, column = _find_block(ends, (H + BLOCK_N - 1) // BLOCK_N, E, BLOCK_E, BLOCK_M, GROUP)
     if expert < E:
         m = row + tl.arange(0, BLOCK_M)
         inside = m < end
