@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import triton
@@ -87,25 +87,35 @@ def _sorted(experts: int, dtype: str, gate_up: Tile, down: Tile) -> Iterator[Cor
     common = {"H": HIDDEN, "I": INTER, "E": experts, "BLOCK_E": experts, "DOT_TYPE": _DOTS[dtype]}
     sorting = {"order": "i32", "ends": "i32"}
     pointers = {"x": dtype, "score": "fp32", "gate_up": dtype, "h": dtype, **sorting}
-    yield _kernel(f"many tokens, {experts} experts, {dtype}", _gate_up_kernel, pointers, common, gate_up, grouped=True)
+    name = f"many tokens, {experts} experts, {dtype}"
+    rows = {"x": (dtype, (gate_up.rows, gate_up.inputs)), "gate_up": (dtype, (1, gate_up.columns, 2, gate_up.inputs))}
+    yield _kernel(name, _gate_up_kernel, pointers, common, gate_up, rows, grouped=True)
     pointers = {"h": dtype, "down": dtype, "out": dtype, **sorting}
-    yield _kernel(
-        f"many tokens, {experts} experts, {dtype}", _down_kernel, pointers, common | {"ADD": True}, down, grouped=True
-    )
+    rows = {"h": (dtype, (down.rows, down.inputs)), "down": (dtype, (down.columns, down.inputs))}
+    yield _kernel(name, _down_kernel, pointers, common | {"ADD": True}, down, rows, grouped=True)
 
 
 def _kernel(
-    name: str, kernel: Any, pointers: dict[str, str], common: dict[str, Any], tile: Tile, *, grouped: bool = False
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    common: dict[str, Any],
+    tile: Tile,
+    descriptors: Mapping[str, tuple[str, Sequence[int]]] | None = None,
+    *,
+    grouped: bool = False,
 ) -> CoreKernel:
+    """descriptors: what the arguments of the same name are where the tile asks for the copy engine."""
     constants = {key: value for key, value in tile.constants(grouped=grouped).items() if not key.startswith("num_")}
     return CoreKernel(
-        name=f"{name}, tile {tile.rows}x{tile.columns}x{tile.inputs}",
+        name=f"{name}, tile {tile.rows}x{tile.columns}x{tile.inputs}{' tma' if tile.tma else ''}",
         kernel=kernel,
         pointers=pointers,
         constants=common | constants,
         scalars={},
         warps=tile.warps,
         stages=tile.stages,
+        descriptors=(descriptors or {}) if tile.tma else {},
     )
 
 

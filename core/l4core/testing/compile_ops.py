@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import triton
@@ -33,7 +33,8 @@ STARTS_EARLY = ("sm90", "sm100", "sm120")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreKernel:
     """One way a kernel is launched. pointers: argument → element type.  scalars: argument → type, i32 where not named.
-    constants: compile-time arguments, None for what is absent.  stages: of the pipelined loop, None = Triton's default."""
+    constants: compile-time arguments, None for what is absent.  stages: of the pipelined loop, None = Triton's default.
+    descriptors: arguments that are tensor descriptors → (element type, block)."""
 
     name: str
     kernel: Any
@@ -42,6 +43,7 @@ class CoreKernel:
     scalars: Mapping[str, str]
     warps: int
     stages: int | None = None
+    descriptors: Mapping[str, tuple[str, Sequence[int]]] = field(default_factory=dict)
 
 
 def _norm(name: str, dtype: str, **absent: None) -> CoreKernel:
@@ -130,11 +132,15 @@ def compile_kernels(arch: str, kernels: Sequence[CoreKernel] = KERNELS) -> Itera
         for index, name in enumerate(one.kernel.arg_names):
             if name in constants:
                 signature[name], constexprs[name] = "constexpr", constants[name]
+            elif name in one.descriptors:
+                element, block = one.descriptors[name]
+                signature[name] = f"tensordesc<{element}[{','.join(map(str, block))}]>"
             elif name in one.pointers:
                 signature[name] = "*" + one.pointers[name]
             else:
                 signature[name] = one.scalars.get(name, "i32")
-            if name in one.pointers or (name.startswith("stride_") and name not in constants):
+            pointer = name in one.pointers and name not in one.descriptors
+            if pointer or (name.startswith("stride_") and name not in constants):
                 divisible[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(one.kernel, signature, constexprs, divisible)
         options |= {} if one.stages is None else {"num_stages": one.stages}
