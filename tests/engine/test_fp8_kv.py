@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from helpers.profile import DEVICE
 from helpers.recording import Recorder, greedy
 from l4core import LLM
 from l4core.errors import ConfigError
@@ -22,8 +23,8 @@ PROMPT = [(7 * i) % 250 for i in range(100)]
 
 
 def open_llm(folder: Path, **options: Any) -> LLM:
-    options = {"max_total_tokens": 512, "page_size": 16, **options}
-    return LLM(folder.as_posix(), dtype="float32", device="cpu", progress=False, **options)
+    options = {"max_total_tokens": 512, "page_size": 16, "disable_cuda_graph": True, **options}
+    return LLM(folder.as_posix(), dtype="float32", device=DEVICE, progress=False, **options)
 
 
 def logits_of(llm: LLM) -> torch.Tensor:
@@ -71,6 +72,7 @@ class Rounding(AttentionBackend):
         ("fp8", torch.float8_e4m3fn, "reference"),
         ("fp8_e5m2", torch.float8_e5m2, "sdpa"),
         ("bfloat16", torch.bfloat16, "sdpa"),
+        *([("fp8", torch.float8_e4m3fn, "triton")] if DEVICE != "cpu" else []),
     ],
 )
 def test_the_engine_attends_over_what_is_stored(tiny: Path, option: str, dtype: torch.dtype, backend: str) -> None:
