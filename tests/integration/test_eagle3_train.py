@@ -1,0 +1,84 @@
+"""examples/eagle3_train: what the teacher hands out is transformers', what is trained is the draft that is served, and a few steps make it better."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.eagle3_definition import Definition
+
+FOLDER = Path(__file__).parents[2] / "examples" / "eagle3_train"
+LAYERS = (1, 3, 5)
+
+
+@pytest.fixture(scope="module")
+def example() -> Any:
+    """The example's three files."""
+    sys.path.insert(0, FOLDER.as_posix())
+    try:
+        import draft
+        import target
+        import train
+    finally:
+        sys.path.remove(FOLDER.as_posix())
+    return SimpleNamespace(draft=draft, target=target, train=train)
+
+
+@pytest.fixture(scope="module")
+def teacher(example: Any, tiny: Path) -> Any:
+    return example.target.Teacher(tiny.as_posix(), LAYERS, context_length=600, dtype="float32", device="cpu")
+
+
+def text(length: int) -> list[int]:
+    return [(11 * i + i // 7) % 250 for i in range(length)]
+
+
+def test_lessons_are_transformers_hidden_states(example: Any, teacher: Any, tiny: Path) -> None:
+    """Two texts in one step, one of them longer than a chunk."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    for lesson, ids in zip(teacher.lessons([(text(90), 40), (text(20), 5)]), (text(90), text(20)), strict=True):
+        with torch.no_grad():
+            out = model(torch.tensor([ids]), output_hidden_states=True)
+        wanted = torch.cat([out.hidden_states[i + 1][0] for i in LAYERS], -1)
+        torch.testing.assert_close(lesson.aux, wanted, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(teacher.logits(lesson.last), out.logits[0], atol=1e-3, rtol=1e-3)
+        assert lesson.ids.tolist() == ids
+
+
+def test_what_is_trained_is_what_is_served(example: Any, teacher: Any, tmp_path: Path) -> None:
+    """Both steps of the unrolled draft, at the last position that has them, against the definition reading the saved files."""
+    made = example.draft.Draft.new(teacher, torch.arange(0, 400, 2), width=96, seed=1)
+    made.save(tmp_path)
+    again = example.draft.Draft.load(tmp_path)
+    assert again.keep.tolist() == list(range(0, 400, 2))
+    ids = text(40)
+    (lesson,) = teacher.lessons([(ids, 0)])
+    embed = teacher.model.embed.weight.detach()
+    with torch.no_grad():
+        first, second = again.unroll(lesson.aux[None, :38], embed[torch.tensor(ids[1:])][None], 2)
+    definition = Definition(tmp_path, embed)
+    hidden = definition.combine(lesson.aux[:38])
+    once = definition.run(ids[1:39], hidden)
+    torch.testing.assert_close(first[0, -1].double(), definition.logits(once[-1:])[0], atol=1e-3, rtol=1e-3)
+    twice = definition.run(ids[1:40], torch.cat((hidden, once[-1:])))
+    torch.testing.assert_close(second[0, -1].double(), definition.logits(twice[-1:])[0], atol=1e-3, rtol=1e-3)
+
+
+def test_some_steps_make_it_better(example: Any, teacher: Any) -> None:
+    made = example.draft.Draft.new(teacher, torch.arange(256), width=64)
+    texts = [(text(30 + n), 5) for n in range(4)]
+    lessons = teacher.lessons(texts)
+    before, _ = example.train.unrolled(made, teacher, lessons, 2)
+    args = argparse.Namespace(lr=2e-3, steps=20, minutes=10.0, batch=4, unroll=2)
+    example.train.fit(made, teacher, texts, args)
+    after, right = example.train.unrolled(made, teacher, lessons, 2)
+    assert float(after.detach()) < 0.97 * float(before.detach())
+    assert len(right) == 2
