@@ -88,7 +88,6 @@ def test_a_closed_one_says_so(tiny: Path) -> None:
         ({"device": "nonsense"}, "--device is 'nonsense'"),
         ({"attention_option": [1]}, "attention_option is \\[1\\]; wanted a list of strings"),
         ({"attention_option": "a=1"}, "wanted a list"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3 is not built yet"),
         ({"max_modl_len": 5}, "unknown option 'max_modl_len'"),
     ],
 )

@@ -136,7 +136,7 @@ class Runner:
             StepRequests(
                 rows=layout.rows,
                 starts=layout.starts,
-                token_ids=_token_ids(batch, layout).reshape(len(layout.rows), -1),
+                token_ids=_token_ids(batch).reshape(len(layout.rows), -1),
                 temperature=self._params.temperature[layout.rows],
                 log_min_p=self._params.log_min_p[layout.rows],
                 seed=self._params.seed[layout.rows],
@@ -204,7 +204,7 @@ class Runner:
         last = np.repeat(cu[1:], layout.logits)
         behind = np.repeat(np.cumsum(layout.logits), layout.logits) - np.arange(len(last))
         token_ids, positions, logits_rows = upload_many(
-            [_token_ids(batch, layout), np.arange(cu[-1]) + (starts - cu[:-1])[owner], last - behind],
+            [_token_ids(batch), np.arange(cu[-1]) + (starts - cu[:-1])[owner], last - behind],
             torch.int64,
             self._device,
         )
@@ -305,6 +305,8 @@ class Runner:
 
     def _prompt_logprobs(self, batch: ScheduledBatch, hidden: torch.Tensor) -> dict[str, list[TokenLogprobs | None]]:
         """Of the requests that ask for them. These wait for the device."""
+        if batch.sequences[-1].is_decode:  # prompts come last
+            return {}
         found, begin = {}, 0
         for seq in batch.sequences:
             end = begin + len(seq.token_ids)
@@ -337,31 +339,34 @@ class _Drawing:
     @classmethod
     def of(cls, batch: ScheduledBatch) -> _Drawing:
         drawing = [s for s in batch.sequences if s.draws]
-        num = len(drawing)
+        counts = _ints([s.num_drafts + 1 for s in drawing])
         return cls(
             sequences=drawing,
-            rows=np.fromiter((s.row for s in drawing), dtype=np.int64, count=num),
-            positions=np.fromiter(
-                (s.start + len(s.token_ids) - s.num_drafts for s in drawing), dtype=np.int64, count=num
-            ),
-            counts=np.fromiter((s.num_drafts + 1 for s in drawing), dtype=np.int64, count=num),
+            rows=_ints([s.row for s in drawing]),
+            positions=_ints([s.start + len(s.token_ids) for s in drawing]) - counts + 1,
+            counts=counts,
         )
 
 
 def _lay_out(batch: ScheduledBatch) -> _Layout:
-    sequences, num = batch.sequences, len(batch.sequences)
-    lengths = np.fromiter((len(s.token_ids) for s in sequences), dtype=np.int64, count=num)
+    sequences = batch.sequences
+    lengths = _ints([len(s.token_ids) for s in sequences])
+    num_drafts = _ints([s.num_drafts for s in sequences])
+    num_decodes, num_verified = sum([s.is_decode for s in sequences]), int(np.count_nonzero(num_drafts))
     return _Layout(
-        rows=np.fromiter((s.row for s in sequences), dtype=np.int64, count=num),
-        starts=np.fromiter((s.start for s in sequences), dtype=np.int64, count=num),
+        rows=_ints([s.row for s in sequences]),
+        starts=_ints([s.start for s in sequences]),
         lengths=lengths,
         cu=np.concatenate(([0], np.cumsum(lengths))),
-        logits=np.fromiter((s.draws + s.num_drafts for s in sequences), dtype=np.int64, count=num),
-        borders=(0, batch.num_decodes, batch.num_decodes + batch.num_verified, num),
+        logits=_ints([s.draws for s in sequences]) + num_drafts,
+        borders=(0, num_decodes - num_verified, num_decodes, len(sequences)),
     )
 
 
-def _token_ids(batch: ScheduledBatch, layout: _Layout) -> Ints:
-    return np.fromiter(
-        chain.from_iterable(s.token_ids for s in batch.sequences), dtype=np.int64, count=int(layout.cu[-1])
-    )
+def _ints(values: list[int]) -> Ints:
+    """From a list: half the time of np.fromiter over a generator."""
+    return np.array(values, dtype=np.int64)
+
+
+def _token_ids(batch: ScheduledBatch) -> Ints:
+    return _ints(list(chain.from_iterable([s.token_ids for s in batch.sequences])))
