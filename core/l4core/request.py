@@ -205,7 +205,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What one step brought to one request: new tokens (with logprobs if asked), prompt logprobs as they are computed, the end if it came."""
+    """What one step brought to one request: new tokens (with logprobs if asked), prompt logprobs as they are computed, the end if it came.
+    num_drafted: guesses verified for it; all new tokens but the last one were among them."""
 
     request_id: str
     new_token_ids: Sequence[int] = ()
@@ -215,6 +216,7 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     stop_token_id: int | None = None
     error: str = ""
     num_cached_tokens: int = 0
+    num_drafted: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
-from l4core.engine.batch import DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.engine.batch import Draft, DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.errors import RequestError
 from l4core.kv.blocks import KVGroup
@@ -601,3 +602,25 @@ def test_limits_and_memory_must_speak_of_one_model() -> None:
         Scheduler(SchedulerLimits(max_running=1, max_tokens_per_step=1, chunk_size=16, max_context=8), kv)
     with pytest.raises(ValueError, match="max_tokens_per_step is 0"):
         SchedulerLimits(max_running=1, max_tokens_per_step=0, chunk_size=8, max_context=8)
+
+
+def test_a_request_whose_guesses_are_wrong_is_given_no_more() -> None:
+    """Another goes on: each is judged by its own."""
+    made = engine()
+    scheduler = made.scheduler
+    scheduler.limits = replace(scheduler.limits, draft_floor=0.3)
+    scheduler.add(ask("wrong", 3, 50))
+    made.step()
+    given = 0
+    while any(seq.request.request_id == "wrong" for seq in scheduler.sequences):
+        drafts = {wanted.request.request_id: Draft(token_ids=[999]) for wanted in scheduler.draftable(1)}
+        for wanted in scheduler.draftable(1):
+            made.memory.enter(wanted)
+        given += "wrong" in drafts
+        batch = scheduler.schedule(drafts)
+        assert batch is not None
+        scheduler.commit(made.execute(batch))
+    assert given == 26, "0.5 · 0.98²⁶ is below 0.3"
+    scheduler.add(ask("fresh", 3, 50))
+    made.step()
+    assert [wanted.request.request_id for wanted in scheduler.draftable(1)] == ["fresh"]

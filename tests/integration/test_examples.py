@@ -64,7 +64,9 @@ def chat(url: str, **body: object) -> httpx.Response:
 def test_backend_and_drafter_give_the_tokens_of_the_built_in_backend_without_drafts(
     url: str, chatml_tiny: Path, installed: dict[str, str]
 ) -> None:
-    mine = chat(url, temperature=0, max_tokens=80).json()["choices"][0]["message"]["content"]
+    reply = chat(url, temperature=0, max_tokens=80).json()
+    mine = reply["choices"][0]["message"]["content"]
+    assert sum(reply["usage"]["completion_tokens_details"].values()) > 0, "guesses were verified"
     flags = [
         "--served-model-name",
         "tiny",

@@ -30,7 +30,7 @@ class TextDelta:
 class Assembler:
     """Feed it every update of one request. What comes after the end is ignored: the engine may run a step ahead of an abort.
 
-    num_cached_tokens: prompt tokens that were not computed anew.
+    num_cached_tokens: prompt tokens that were not computed anew.  num_drafted, num_accepted: guesses verified for it, and those that were right.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
@@ -44,7 +44,7 @@ class Assembler:
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs | None] = []
         self._end = TextDelta()
-        self.num_cached_tokens = 0
+        self.num_cached_tokens = self.num_drafted = self.num_accepted = 0
 
     @property
     def finished(self) -> bool:
@@ -56,6 +56,9 @@ class Assembler:
             return TextDelta()
         self._prompt_logprobs += update.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, update.num_cached_tokens)
+        if update.num_drafted:
+            self.num_drafted += update.num_drafted
+            self.num_accepted += len(update.new_token_ids) - 1
         num_before = len(self._token_ids)
         match = self._take_tokens(update)
         if match is None and update.finish_reason is not None:

@@ -14,12 +14,14 @@ from l4core.request import Request
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
     """max_running: block-table rows.  max_tokens_per_step: tokens computed in one step, decodes first.  chunk_size: attention chunk in tokens,
-    None = no layer is chunked.  max_context: prompt + output of one request. Raises ValueError for a value below 1."""
+    None = no layer is chunked.  max_context: prompt + output of one request.  draft_floor: share of right first guesses, lately, below which a
+    request is given no more: its text is not the drafter's kind, or beyond its context. Raises ValueError for a number below 1."""
 
     max_running: int
     max_tokens_per_step: int
     chunk_size: int | None
     max_context: int
+    draft_floor: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_tokens_per_step", "max_context"):

@@ -49,6 +49,8 @@ from l4core.sampling.pipeline import SamplingPipeline
 
 logger = logging.getLogger(__name__)
 
+DRAFT_FLOOR = 0.05
+"""A request whose first guesses are right less often is given no more; half of what is known of it comes from the last 34 drafts."""
 LARGEST_VERIFIED = 32
 """Sequences of a verify step that gets a graph; in larger batches its rows touch every expert anyway, and launches are small beside it."""
 
@@ -440,6 +442,7 @@ def _wire(
         max_tokens_per_step=config.chunked_prefill_size,
         chunk_size=model_config.attention_chunk_size if any(model_config.chunked_layers) else None,
         max_context=plan.max_context,
+        draft_floor=DRAFT_FLOOR if config.speculative_adaptive == "on" else 0.0,
     )
     kv = KVManager(
         groups,

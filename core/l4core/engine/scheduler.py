@@ -117,7 +117,7 @@ class Scheduler:
         found: list[DraftRequest] = []
         for seq in self._running:
             count = min(max_drafts, seq.last_slot - seq.num_tokens)
-            if not seq.is_decode or count < 1:
+            if not seq.is_decode or count < 1 or seq.first_guess < self.limits.draft_floor:
                 continue
             new = self.kv.reserve(seq.tables, seq.num_tokens + count, leave=len(self._running))
             if new is None:
@@ -434,6 +434,7 @@ class Scheduler:
             return SequenceUpdate(request_id=request_id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
         if entry.num_drafts:
             self._count_drafts(entry, len(token_ids))
+            seq.judge_draft(len(token_ids) > 1)
         if reason is None and drawn.error:
             reason = FinishReason.ERROR
         if reason is not None:
@@ -447,6 +448,7 @@ class Scheduler:
             stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
             error=drawn.error if reason is FinishReason.ERROR else "",
             num_cached_tokens=(seq.num_cached or 0) if is_first else 0,  # told once
+            num_drafted=entry.num_drafts,
         )
 
     def _check_draws(self, entry: ScheduledSequence, drawn: DrawnTokens) -> None:

@@ -25,6 +25,7 @@ class SequenceState:
     that output_token_ids lacks.  num_computed: tokens whose KV is in the pages once those batches are done.  row: block-table row, NO_ROW while
     waiting.  is_decode: only the token drawn last is left to compute.  entry: its part of the batch scheduled last, until that is committed.
     hashes: of its full pages.  num_cached: prompt tokens found computed when it first started, None before.
+    first_guess: share of drafts whose first guess was right, lately.
     num_prompt_logprobs: prompt positions whose logprobs were handed out.  look_again: step before which it need not look for memory.
     """
 
@@ -44,6 +45,7 @@ class SequenceState:
     num_prompt_logprobs: int = 0
     hashes: PageHashes = field(init=False)
     num_cached: int | None = None
+    first_guess: float = 0.5
     look_again: int = 0
 
     def hash_pages(self, salt: str, page_size: int) -> None:
@@ -87,6 +89,10 @@ class SequenceState:
         if entry.draws:
             self.num_tokens -= 1
             self.num_pending -= 1
+
+    def judge_draft(self, is_right: bool) -> None:
+        """Note whether the first guess of a draft was right. What came longer ago counts less: half after 34 drafts."""
+        self.first_guess += 0.02 * (is_right - self.first_guess)
 
     def extend(self, token_ids: Sequence[int]) -> tuple[Sequence[int], FinishReason | None]:
         """Take in tokens up to the one that ends the sequence → those taken in, and why it ends."""

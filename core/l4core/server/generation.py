@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from msgspec import UNSET, UnsetType
+
 from l4core.chat.assemble import Assembler, TextDelta
 from l4core.errors import EngineDeadError, L4Error, RequestError
 from l4core.request import FinishReason, Request, SamplingParams, SequenceUpdate
 from l4core.server.bridge import UpdateStream
-from l4core.server.replies import PromptTokensDetails, Usage
+from l4core.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from l4core.server.service import Service, off_loop_if_long
 
 SEQUENCE_WEIGHT = 512
@@ -153,7 +155,13 @@ class Generation:
             completion_tokens=num_output,
             total_tokens=num_prompt + num_output,
             prompt_tokens_details=PromptTokensDetails(sum(cached.values())),
+            completion_tokens_details=self._guesses(),
         )
+
+    def _guesses(self) -> CompletionTokensDetails | UnsetType:
+        drafted = sum(answer.assembler.num_drafted for answer in self.answers)
+        accepted = sum(answer.assembler.num_accepted for answer in self.answers)
+        return CompletionTokensDetails(accepted, drafted - accepted) if drafted else UNSET
 
     @property
     def num_candidates(self) -> int:

@@ -14,13 +14,21 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    """Guesses of speculation that were verified: right ones, which are part of the answer, and wrong ones, which are not."""
+
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
+
+
 class Usage(msgspec.Struct, kw_only=True):
-    """Tokens of one HTTP call: each prompt once, all answers."""
+    """Tokens of one HTTP call: each prompt once, all answers. completion_tokens_details: where guesses were verified."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class PromptLogprob(msgspec.Struct, kw_only=True):
