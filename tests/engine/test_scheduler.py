@@ -613,9 +613,10 @@ def test_a_request_whose_guesses_are_wrong_is_given_no_more() -> None:
     made.step()
     given = 0
     while any(seq.request.request_id == "wrong" for seq in scheduler.sequences):
-        drafts = {wanted.request.request_id: Draft(token_ids=[999]) for wanted in scheduler.draftable(1)}
-        for wanted in scheduler.draftable(1):
-            made.memory.enter(wanted)
+        wanted = scheduler.draftable(1)
+        for one in wanted:
+            made.memory.enter(one)
+        drafts = {one.request.request_id: Draft(token_ids=[999]) for one in wanted}
         given += "wrong" in drafts
         batch = scheduler.schedule(drafts)
         assert batch is not None
