@@ -1,7 +1,7 @@
 """A decode step and a prefill of Scout's text shape through the real engine, beside the floor: what must be read, at the rate the card copies.
 
     python benchmarks/gpu/decode.py [--layers 8] [--batches 1,8,32,128] [--contexts 1024] [--prefills 8x2048,1x2048] [--json OUT] [--profile]
-                                    [--temperature 1] [--top-p 1] [ENGINE OPTION=VALUE …]
+                                    [--temperature 1] [--top-p 1] [--top-k 0] [ENGINE OPTION=VALUE …]
 
 bfloat16, weights random. Every time is that of `Engine.step` on the host's clock, ids on the host included. Contexts beyond 4,096 tokens are not
 computed: the scheduler fills its pages as for a prompt, and the keys and values are noise. The experts that a step hits are counted in a step of
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--prefills", default="8x2048,1x2048")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0, help="drawn outside the graph")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("options", nargs="*", help="engine options, as LLM() takes them")
@@ -63,7 +64,8 @@ def main() -> None:
     began = time.perf_counter()
     batches = [int(text) for text in args.batches.split(",")]
     options = dict(option.split("=", 1) for option in args.options)
-    bench = Bench(args.layers, batches, options, temperature=args.temperature, top_p=args.top_p)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    bench = Bench(args.layers, batches, options, sampling)
     results: dict[str, Any] = {
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -97,7 +99,7 @@ class Bench:
     """One engine, and what its steps cost. report: its start-up block."""
 
     def __init__(
-        self, layers: int, batches: Sequence[int], options: Mapping[str, str], *, temperature: float, top_p: float
+        self, layers: int, batches: Sequence[int], options: Mapping[str, str], sampling: Mapping[str, Any]
     ) -> None:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(scout(layers)))
@@ -109,7 +111,7 @@ class Bench:
         self._random = random.Random(0)
         self._names = iter(range(1 << 30))
         self._is_noise = False
-        self._temperature, self._top_p = temperature, top_p
+        self._sampling = sampling
 
     def decode(self, batch: int, context: int, rates: Rates, *, profile: bool) -> tuple[float, float, float]:
         """→ (ms a step, floor in ms, distinct experts a layer) with `batch` requests of `context` tokens and growing."""
@@ -150,9 +152,7 @@ class Bench:
             Request(
                 request_id=str(next(self._names)),
                 prompt_token_ids=[self._random.randrange(200_000) for _ in range(length)],
-                params=SamplingParams(
-                    temperature=self._temperature, top_p=self._top_p, seed=i, max_tokens=new, ignore_eos=True
-                ),
+                params=SamplingParams(seed=i, max_tokens=new, ignore_eos=True, **self._sampling),
                 eos_token_ids=(),
                 max_total_tokens=length + new,
             )
