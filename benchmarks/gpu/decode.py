@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import l4core.engine.build as build
+import l4core.engine.resolve as resolve
 from l4core import EngineConfig, SamplingParams
 from l4core.engine.batch import Inbox
 from l4core.engine.engine import Engine
@@ -327,17 +328,17 @@ def _weights_on_the_device() -> Iterator[None]:
 @contextmanager
 def _graphs_of(batches: Sequence[int]) -> Iterator[None]:
     """Graphs of the batches that are measured, and no others: start-up is not what is timed here."""
-    own = build.graph_sizes
+    own = resolve.graph_sizes
 
     def only(*args: Any, **kwargs: Any) -> GraphSizes:
         found = own(*args, **kwargs)
         return GraphSizes(sizes=sorted(batches)) if found.sizes else found
 
-    build.graph_sizes = only
+    resolve.graph_sizes = only
     try:
         yield
     finally:
-        build.graph_sizes = own
+        resolve.graph_sizes = own
 
 
 def measure_rates() -> Rates:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import l4core.engine.build as build
+import l4core.engine.resolve as resolve
 from l4core.config import from_mapping
 from l4core.engine.batch import Inbox, StepTokens
 from l4core.engine.draws import PendingDraws
@@ -102,16 +103,16 @@ def make_engine(options: dict[str, str], num_requests: int) -> Engine:
     }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(text))
-        own, build.graph_sizes = build.graph_sizes, one_graph(num_requests)
+        own, resolve.graph_sizes = resolve.graph_sizes, one_graph(num_requests)
         built = build.build_engine(from_mapping({"model": folder, **given, **options})[0], progress=False)
-        build.graph_sizes = own
+        resolve.graph_sizes = own
     print(*(line for line in built.report if line.startswith(("device", "attention", "graphs", "loop"))), sep="\n")
     return built.engine
 
 
 def one_graph(size: int) -> Callable[..., GraphSizes]:
     """A graph of the batch that is measured, and no other: start-up is not what is timed here."""
-    own = build.graph_sizes
+    own = resolve.graph_sizes
 
     def only(*args: Any, **kwargs: Any) -> GraphSizes:
         found = own(*args, **kwargs)

@@ -5,54 +5,64 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from l4core.attention.select import Selected, select_backend
+from l4core.attention.select import Selected
 from l4core.config import EngineConfig
 from l4core.engine.draft_pace import DraftPace
 from l4core.engine.drafter_eagle3 import Eagle3Speculation
 from l4core.engine.engine import Engine
 from l4core.engine.fixed_step import StepShape
-from l4core.engine.graph_sizes import GraphSizes, graph_sizes
-from l4core.engine.key_values import parse_key_values
-from l4core.engine.memory_budget import Budget, Needs, device_budget
+from l4core.engine.graph_sizes import GraphSizes
+from l4core.engine.memory_budget import Budget, device_budget
+from l4core.engine.resolve import (
+    LARGEST_VERIFIED,
+    choose_dtype,
+    choose_experts,
+    choose_loop,
+    dtype_name,
+    graph_shapes,
+    kv_groups,
+    kv_scales,
+    memory_needs,
+    named_device,
+    plan_memory,
+    select_attention,
+    sizes_of_graphs,
+    torch_dtype,
+)
 from l4core.engine.runner import Runner
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.engine.speculation import SpeculationPlan, create_speculation, draft_pace, plan_speculation
 from l4core.engine.start_report import Choices, start_report
-from l4core.engine.step_memory import needs_of
 from l4core.engine.weight_formats import weight_formats
 from l4core.errors import ConfigError
-from l4core.experts.select import SelectedExperts, select_experts
+from l4core.experts.select import SelectedExperts
 from l4core.experts.smoke import prepare_experts
 from l4core.kv.blocks import KVGroup
-from l4core.kv.dtypes import kv_dtype_name, stored_scale
+from l4core.kv.dtypes import kv_dtype_name
 from l4core.kv.manager import KVManager
 from l4core.kv.memory import KVMemory
-from l4core.kv.planner import KVPlan, plan_kv, ratio_cost
+from l4core.kv.planner import KVPlan
 from l4core.model.config import ModelConfig
-from l4core.model.kv_scales import read_kv_scales
 from l4core.model.llama4 import Layer, Llama4
 from l4core.model.quantised import Formats, exchange_layers, expert_formats
 from l4core.model.repository import resolve_model
 from l4core.model.weights import fill_dummy, load_weights
-from l4core.platform import Platform, copies_ahead, detect
-from l4core.plugin_api import AttentionRequirements, ExpertRequirements, Sampler
+from l4core.platform import detect
+from l4core.plugin_api import Sampler
 from l4core.plugin_manager import Plugins, create_object, load_plugins
-from l4core.quant.formats import PLAIN
 from l4core.sampling.pipeline import SamplingPipeline
 
 logger = logging.getLogger(__name__)
 
 DRAFT_FLOOR = 0.05
 """A request whose first guesses are right less often is given no more; half of what is known of it comes from the last 34 drafts."""
-LARGEST_VERIFIED = 32
-"""Sequences of a verify step that gets a graph; in larger batches its rows touch every expert anyway, and launches are small beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,32 +92,32 @@ def build_engine(
         raise ConfigError("a model without a folder has dummy weights only", fix="--load-format dummy")
     folder = resolve_model(config) if model_config is None else Path()
     model_config = model_config or ModelConfig.from_folder(folder)
-    named = None if config.device == "auto" else _named_device(config.device)
+    named = None if config.device == "auto" else named_device(config.device)
     platform = detect(config.device)
     device = named or torch.device(platform.device_type)
     dtype = choose_dtype(config.dtype, model_config.dtype, platform)
-    kv_dtype = _torch_dtype(kv_dtype_name(config.kv_cache_dtype, dtype_name(dtype), platform.arch))
+    kv_dtype = torch_dtype(kv_dtype_name(config.kv_cache_dtype, dtype_name(dtype), platform.arch))
     plugins = load_plugins()
     speculation = plan_speculation(config, plugins, model_config)
-    selected = _select(config, model_config, platform, plugins, dtype, kv_dtype, speculation)
+    selected = select_attention(config, model_config, platform, plugins, dtype, kv_dtype, speculation)
     formats = weight_formats(config, model_config, folder)
-    kernels = _select_experts(config, model_config, platform, plugins, dtype, formats)
+    kernels = choose_experts(config, model_config, platform, plugins, dtype, formats)
     experts = next(iter(kernels.values()), None)
     weight_bytes = sum(p.nbytes for p in _meta_model(model_config, 1, dtype, formats).parameters())
     draft = None if speculation is None else speculation.draft
     if draft is not None:
         weight_bytes += draft.num_parameters * dtype.itemsize
-    graphs = _graph_sizes(config, platform, selected, kernels.values())
-    needs = _needs(config, model_config, platform, selected, experts, dtype, weight_bytes, graphs, speculation)
+    graphs = sizes_of_graphs(config, platform, selected, kernels.values())
+    needs = memory_needs(config, model_config, platform, selected, experts, dtype, weight_bytes, graphs, speculation)
     budget = device_budget(platform, needs, config.mem_fraction_static)
     groups = kv_groups(config, model_config, num_draft_layers=int(draft is not None))
-    plan = _plan(config, model_config, groups, budget, selected, kv_dtype)
+    plan = plan_memory(config, model_config, groups, budget, selected, kv_dtype)
     budget = replace(budget, kv=plan.bytes_total)
     aux_layers = () if draft is None else draft.config.aux_layers
     model = _load_model(
         config, model_config, folder, device, dtype, plan.max_context, progress, formats, kernels, aux_layers
     )
-    scales = _kv_scales(config, model_config, folder, kv_dtype)
+    scales = kv_scales(config, model_config, folder, kv_dtype)
     engine = _wire(config, model_config, groups, model, plan, selected, plugins, device, kv_dtype, scales, speculation)
     captured = _capture(engine, graphs, speculation, plan.max_running, progress=progress and sys.stderr.isatty())
     report = start_report(
@@ -123,7 +133,7 @@ def build_engine(
             kv_dtype=dtype_name(kv_dtype) + _scales_text(kv_dtype, scales),
             speculation="off" if speculation is None else speculation.describe(),
             graphs=captured,
-            loop=_overlap(config, device, speculation),
+            loop=choose_loop(config, device, speculation),
             seconds=time.perf_counter() - began,
         )
     )
@@ -137,120 +147,6 @@ def build_engine(
         budget=budget,
         drafts=draft_pace(speculation, config, model_config, weight_bytes, dtype.itemsize),
     )
-
-
-def _named_device(name: str) -> torch.device:
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device is {name!r}; torch knows no such device", fix="--device auto") from error
-
-
-def choose_dtype(asked: str, checkpoint: str, platform: Platform) -> torch.dtype:
-    """auto: the checkpoint's dtype, but float32 on a CPU without bfloat16 instructions, where emulation is slower than twice the bytes."""
-    if asked != "auto":
-        return _torch_dtype(asked)
-    if platform.device_type == "cpu" and checkpoint != "float32" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.float32
-    return _torch_dtype(checkpoint)
-
-
-def requirements(
-    config: EngineConfig,
-    model: ModelConfig,
-    *,
-    q_dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    num_drafts: int = 0,
-    trees: bool = False,
-) -> AttentionRequirements:
-    """What this model under these flags asks of an attention backend, on one rank. num_drafts: guesses verified per sequence and step."""
-    return AttentionRequirements(
-        num_q_heads=model.num_q_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        q_dtype=dtype_name(q_dtype),
-        kv_dtype=dtype_name(kv_dtype),
-        page_size=config.page_size,
-        chunk_size=model.attention_chunk_size if any(model.chunked_layers) else None,
-        max_num_seqs=config.max_running_requests * (num_drafts + 1),
-        max_num_tokens=max(config.chunked_prefill_size, config.max_running_requests),
-        num_draft_tokens=num_drafts,
-        needs_tree=trees,
-    )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """torch.bfloat16 → "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def _select(
-    config: EngineConfig,
-    model: ModelConfig,
-    platform: Platform,
-    plugins: Plugins,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    speculation: SpeculationPlan | None,
-) -> Selected:
-    num_drafts = 0 if speculation is None else speculation.num_drafts
-    device = platform.device_type if config.device == "auto" else config.device
-    return select_backend(
-        plugins,
-        platform,
-        requirements(
-            config,
-            model,
-            q_dtype=dtype,
-            kv_dtype=kv_dtype,
-            num_drafts=num_drafts,
-            trees=speculation is not None and speculation.trees,
-        ),
-        named=config.attention_backend,
-        options=parse_key_values("--attention-option", config.attention_option),
-        device=device,
-    )
-
-
-def expert_requirements(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, routed: str = PLAIN, shared: str = PLAIN
-) -> ExpertRequirements:
-    """What this model under these flags asks of an expert kernel, on one rank. routed, shared: formats of the weights."""
-    return ExpertRequirements(
-        num_experts=model.num_experts,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        dtype=dtype_name(dtype),
-        weight_format=routed,
-        shared_format=shared if shared == routed else None,
-        max_num_tokens=max(config.chunked_prefill_size, config.max_running_requests),
-    )
-
-
-def _select_experts(
-    config: EngineConfig,
-    model: ModelConfig,
-    platform: Platform,
-    plugins: Plugins,
-    dtype: torch.dtype,
-    formats: Formats,
-) -> Mapping[tuple[str, str], SelectedExperts]:
-    """(format of the routed experts, of the shared one) → kernel; one in all checkpoints but those that quantise some layers only."""
-    device = platform.device_type if config.device == "auto" else config.device
-    found: dict[tuple[str, str], SelectedExperts] = {}
-    for layer, sparse in enumerate(model.moe_layers):
-        pair = expert_formats(formats, layer)
-        if sparse and pair not in found:
-            req = expert_requirements(config, model, dtype, *pair)
-            found[pair] = select_experts(plugins, platform, req, named=config.expert_kernel, device=device)
-    return found
 
 
 def _meta_model(config: ModelConfig, max_positions: int, dtype: torch.dtype, formats: Formats) -> Llama4:
@@ -301,95 +197,6 @@ def _prepare_experts(
             if config.moe_layers[layer] and expert_formats(formats, layer) == pair
         ]
         prepare_experts(selected, [moe.weights() for moe in mine], pair[0], mine[0].router.weight.dtype)
-
-
-def _needs(
-    config: EngineConfig,
-    model: ModelConfig,
-    platform: Platform,
-    selected: Selected,
-    experts: SelectedExperts | None,
-    dtype: torch.dtype,
-    weight_bytes: int,
-    graphs: GraphSizes,
-    speculation: SpeculationPlan | None,
-) -> Needs:
-    num_tokens = max(config.chunked_prefill_size, config.max_running_requests)
-    workspace = selected.verdict.workspace_bytes + (experts.verdict.workspace_bytes if experts else 0)
-    if speculation is not None and speculation.draft is not None:
-        workspace += num_tokens * speculation.draft.elements_a_token * dtype.itemsize
-    return needs_of(
-        model,
-        weights=weight_bytes,
-        workspace=workspace,
-        num_tokens=num_tokens,
-        max_running=config.max_running_requests,
-        context_length=config.context_length,
-        page_size=selected.page_size,
-        itemsize=dtype.itemsize,
-        device_bytes=platform.memory_bytes,
-        graph_batches=[shape.num_seqs * shape.num_tokens for shape in _shapes(graphs, speculation)],
-        num_drafts=0 if speculation is None else speculation.num_drafts,
-    )
-
-
-def _graph_sizes(
-    config: EngineConfig, platform: Platform, selected: Selected, experts: Iterable[SelectedExperts]
-) -> GraphSizes:
-    sizes = graph_sizes(
-        platform,
-        selected.verdict,
-        backend=selected.entry.name,
-        disabled=config.disable_cuda_graph,
-        largest=config.cuda_graph_max_bs,
-        max_running=config.max_running_requests,
-    )
-    eager = [kernel.name for kernel in experts if not kernel.verdict.graph]
-    if sizes.sizes and eager:
-        return GraphSizes(off=f"the expert kernel {eager[0]} declares none: l4 backends --experts names others")
-    return sizes
-
-
-def _plan(
-    config: EngineConfig,
-    model: ModelConfig,
-    groups: Sequence[KVGroup],
-    budget: Budget,
-    selected: Selected,
-    kv_dtype: torch.dtype,
-) -> KVPlan:
-    plan = plan_kv(
-        groups,
-        page_size=selected.page_size,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        bytes_per_element=kv_dtype.itemsize,
-        budget_bytes=budget.kv,
-        context_length=config.context_length,
-        model_limit=model.max_position_embeddings,
-        max_running=config.max_running_requests,
-        max_total_tokens=config.max_total_tokens,
-        local_ratio=config.swa_full_tokens_ratio,
-    )
-    if cost := ratio_cost(plan, groups):
-        logger.warning(cost)
-    return plan
-
-
-def _kv_scales(
-    config: EngineConfig, model: ModelConfig, folder: Path, kv_dtype: torch.dtype
-) -> Mapping[int, tuple[float, float]]:
-    """Of fp8 KV, layer → (k, v) from the checkpoint; where it has none, values are stored as they are."""
-    if kv_dtype.itemsize > 1 or config.load_format == "dummy":
-        return {}
-    found = read_kv_scales(folder, model)
-    name = dtype_name(kv_dtype)
-    return {layer: (stored_scale(k, name), stored_scale(v, name)) for layer, (k, v) in found.items()}
-
-
-def kv_groups(config: EngineConfig, model: ModelConfig, *, num_draft_layers: int = 0) -> tuple[KVGroup, ...]:
-    """The groups that planner, memory, scheduler and runner share."""
-    return model.kv_groups(hybrid=not config.disable_hybrid_swa_memory, num_draft_layers=num_draft_layers)
 
 
 def _wire(
@@ -454,16 +261,9 @@ def _wire(
     drafter = None
     if speculation is not None:
         drafter = create_speculation(speculation, config, runner, max_context=plan.max_context, device=str(device))
-    return Engine(Scheduler(limits, kv), runner, drafter, overlap=_overlap(config, device, speculation) == "overlapped")
-
-
-def _overlap(config: EngineConfig, device: torch.device, speculation: SpeculationPlan | None) -> str:
-    """Which loop steps the engine, and why it is not the overlapped one."""
-    if config.disable_overlap_schedule:
-        return "simple (--disable-overlap-schedule)"
-    if not copies_ahead(device.type):
-        return f"simple (on device {device.type} nothing runs beside the host)"
-    return "overlapped" if speculation is None else "simple (guesses follow from the last tokens)"
+    return Engine(
+        Scheduler(limits, kv), runner, drafter, overlap=choose_loop(config, device, speculation) == "overlapped"
+    )
 
 
 def _scales_text(kv_dtype: torch.dtype, scales: Mapping[int, tuple[float, float]]) -> str:
@@ -472,20 +272,12 @@ def _scales_text(kv_dtype: torch.dtype, scales: Mapping[int, tuple[float, float]
     return f", scales of {len(scales)} layers from the checkpoint" if scales else ", scale 1 (the checkpoint has none)"
 
 
-def _shapes(graphs: GraphSizes, speculation: SpeculationPlan | None) -> list[StepShape]:
-    """Decodes of every size, and drafts of full length where they may pay: of batches of up to LARGEST_VERIFIED."""
-    shapes = [StepShape(size, 1) for size in graphs.sizes]
-    if speculation is not None:
-        shapes += [StepShape(size, speculation.num_drafts + 1) for size in graphs.sizes if size <= LARGEST_VERIFIED]
-    return shapes
-
-
 def _capture(
     engine: Engine, graphs: GraphSizes, speculation: SpeculationPlan | None, max_running: int, *, progress: bool
 ) -> str:
     """Captures what there is to capture → the line of the report."""
     runner, drafter = engine.runner, engine.speculation
-    shapes = sorted({StepShape(min(s.num_seqs, max_running), s.num_tokens) for s in _shapes(graphs, speculation)})
+    shapes = sorted({StepShape(min(s.num_seqs, max_running), s.num_tokens) for s in graph_shapes(graphs, speculation)})
     if not shapes:
         return f"off ({graphs.off})"
     made = runner.capture(shapes, progress=progress)
