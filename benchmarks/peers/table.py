@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,24 @@ def l4_side(label: str, args: argparse.Namespace, folder: Path, cache: Path) -> 
     command = [sys.executable, str(ROOT / "benchmarks/gpu/decode.py"), "--layers", str(args.layers)]
     command += ["--batches", BATCHES, "--contexts", str(CONTEXT), "--prefills", PREFILLS, "--json", str(out)]
     paths = [*args.l4_path, str(ROOT / "core"), *(str(p) for p in (ROOT / "plugins").iterdir() if p.is_dir())]
+    paths.append(str(metadata(folder / "metadata")))
     env = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": _path(*paths)}
     ready, error = run("l4", [*command, *args.l4_option], env, args.logs / f"{label}.log")
     return _result("l4", out, ready, error)
+
+
+def metadata(folder: Path) -> Path:
+    """What an installation of this clone would say of its packages, so that plugins are found on a machine where nothing can be installed."""
+    for project_file in (ROOT / "pyproject.toml", *(ROOT / "plugins").glob("*/pyproject.toml")):
+        project = tomllib.loads(project_file.read_text())["project"]
+        name, version = project["name"], project["version"]
+        info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True, exist_ok=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        groups = project.get("entry-points", {})
+        lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in found.items()) for group, found in groups.items()]
+        (info / "entry_points.txt").write_text("\n".join(lines))
+    return folder
 
 
 def peer_side(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -60,6 +60,14 @@ def test_an_engine_that_fails_or_hangs_is_a_line(
     assert "no vk.00" in table.unpack(tmp_path, tmp_path / "site")
 
 
+def test_plugins_are_found_where_nothing_is_installed(table: ModuleType, tmp_path: Path) -> None:
+    from importlib.metadata import distributions
+
+    found = {d.name: d.entry_points for d in distributions(path=[str(table.metadata(tmp_path))])}
+    assert {"l4core", "l4-fa3", "l4-triton"} <= found.keys()
+    assert all(len(points.select(group="l4core")) for points in found.values())
+
+
 def test_the_peers_config_is_scouts_with_fewer_layers(table: ModuleType) -> None:
     from l4core.model.config import ModelConfig
 
