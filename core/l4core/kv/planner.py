@@ -12,7 +12,7 @@ from l4core.kv.blocks import KVGroup, check_page_size
 from l4core.kv.superpages import SuperpageShape, superpage_shape
 
 LOCAL = "local"
-MORE_MEMORY = "more memory for KV (--mem-fraction-static)"
+MORE_MEMORY = "more memory for KV (--kv-cache-dtype fp8_e4m3, --quantization, --mem-fraction-static)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
