@@ -41,7 +41,8 @@ def main() -> None:
     began = time.perf_counter()
     options: dict[str, Any] = {"context_length": 8192, "max_running_requests": 64, "max_total_tokens": 200_000}
     options |= dict(_value(option) for option in args.options)
-    built = build(shapes("scout", 1, args.layers), quantization=args.quantization, **options)
+    batches = [int(batch) for batch in args.batches.split(",")]
+    built = build(shapes("scout", 1, args.layers), graph_batches=batches, quantization=args.quantization, **options)
     ready = time.perf_counter() - began
     results: dict[str, Any] = {
         "card": torch.cuda.get_device_name(),
@@ -56,7 +57,7 @@ def main() -> None:
         "rows": [],
     }
     print(*built.report, f"{'ready':<16}{ready:.1f} s", f"{'copies':<16}{rate / 1e12:.2f} TB/s", sep="\n", flush=True)
-    for batch in map(int, args.batches.split(",")):
+    for batch in batches:
         row = measure(built, batch, args.context, args.quantization, rate, profile=args.profile)
         results["rows"].append(row)
         print(

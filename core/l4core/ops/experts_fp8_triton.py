@@ -77,8 +77,8 @@ def fp8_gate_up(
     up = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for _ in range(0, part_k, BLOCK_K):
         xk = narrow_rows(xp, rows, k, K, inside, EVEN_K, A8, DOT)
-        gate = tl.dot(widen(load_weight(wp, k, K, EVEN_K), A8, ASM, DOT), xk, gate)
-        up = tl.dot(widen(load_weight(wp + half, k, K, EVEN_K), A8, ASM, DOT), xk, up)
+        gate = tl.dot(widen(load_weight(wp, k, K, EVEN_K), A8, ASM, DOT), xk, gate, input_precision="ieee")
+        up = tl.dot(widen(load_weight(wp + half, k, K, EVEN_K), A8, ASM, DOT), xk, up, input_precision="ieee")
         wp += BLOCK_K
         xp += BLOCK_K
         k += BLOCK_K
@@ -133,7 +133,7 @@ def fp8_down(
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for _ in range(0, part_k, BLOCK_K):
         xk = narrow_rows(xp, rows, k, K, inside, EVEN_K, A8, DOT)
-        acc = tl.dot(widen(load_weight(wp, k, K, EVEN_K), A8, ASM, DOT), xk, acc)
+        acc = tl.dot(widen(load_weight(wp, k, K, EVEN_K), A8, ASM, DOT), xk, acc, input_precision="ieee")
         wp += BLOCK_K
         xp += BLOCK_K
         k += BLOCK_K

@@ -96,8 +96,8 @@ def int4_gate_up(  # noqa: PLR0915  (one loop, from memory to result)
             if not EVEN_K:
                 here = here & (((g0 + g) * 128 + q * 32 + j)[None, :] < K)
             xq = tl.load(xp + q * 32, mask=here, other=0.0).to(DOT).T
-            part_gate = tl.dot(unpack(wg, q, ASM, DOT), xq, part_gate)
-            part_up = tl.dot(unpack(wu, q, ASM, DOT), xq, part_up)
+            part_gate = tl.dot(unpack(wg, q, ASM, DOT), xq, part_gate, input_precision="ieee")
+            part_up = tl.dot(unpack(wu, q, ASM, DOT), xq, part_up, input_precision="ieee")
         if RATIO:
             gate = part_gate * (gate_scale / next_gate)[:, None]
             up = part_up * (up_scale / next_up)[:, None]
@@ -170,7 +170,7 @@ def int4_down(
             if not EVEN_K:
                 here = here & (((g0 + g) * 128 + q * 32 + j)[None, :] < K)
             xq = tl.load(xp + q * 32, mask=here, other=0.0).to(DOT).T
-            one = tl.dot(unpack(w, q, ASM, DOT), xq, one)
+            one = tl.dot(unpack(w, q, ASM, DOT), xq, one, input_precision="ieee")
         if RATIO:
             acc = one * (scale / next_scale)[:, None]
         else:
