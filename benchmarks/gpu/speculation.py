@@ -64,6 +64,7 @@ def main() -> None:
             "speculative_algorithm": "EAGLE3",
             "speculative_draft_model_path": folder,
             "max_running_requests": "16",
+            "max_total_tokens": "65536",
         }
         bench = SpeculationBench(args.layers, options, args.context)
     print(*bench.bench.report, sep="\n")

@@ -1,7 +1,7 @@
 """Speculation under CUDA graphs changes no token: a tiny random target in float32, EAGLE3 and a recorded drafter at acceptance 0 to 1, against
 the same engine without speculation. Prints a line a case, and what graphs were captured; exits 1 when a token differs.
 
-    python benchmarks/gpu/speculation_check.py [--prompts 50] [--tokens 100] [--running 16] [--case eagle|ngram|recorded|eager]
+    python benchmarks/gpu/speculation_check.py [--prompts 50] [--tokens 100] [--running 16] [--case eagle|tree|ngram|recorded|eager]
 """
 
 from __future__ import annotations
@@ -57,6 +57,12 @@ def main() -> None:
         ngram = {"speculative_algorithm": "NGRAM"}
         cases: dict[str, dict[str, Any]] = {
             "eagle": {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": draft.as_posix()},
+            "tree": {
+                "speculative_algorithm": "EAGLE3",
+                "speculative_draft_model_path": draft.as_posix(),
+                "speculative_eagle_topk": 3,
+                "speculative_num_draft_tokens": 13,
+            },
             "ngram": ngram,
             "recorded": {**ngram, "recorded": True},
             "eager": {**ngram, "recorded": True, "disable_cuda_graph": True},
@@ -82,7 +88,7 @@ class Check:
     def run(self, name: str, options: dict[str, Any]) -> int:
         """→ requests whose tokens differ."""
         recorded = options.pop("recorded", False)
-        llm = self._open({**options, "speculative_num_steps": STEPS})
+        llm = self._open({"speculative_num_steps": STEPS, **options})
         if recorded:
             self._record(llm)
         began = time.perf_counter()
@@ -94,9 +100,9 @@ class Check:
             if mine.outputs[0].token_ids != theirs.outputs[0].token_ids
         ]
         graphs = next(line for line in llm.report if line.startswith("graphs"))
-        how = "recorded" if recorded else options["speculative_algorithm"]
         print(
-            f"{how:<9} {len(different)} of {len(found)} differ {different[:5]} · {seconds:.1f} s · {graphs}", flush=True
+            f"{name:<9} {len(different)} of {len(found)} differ {different[:5]} · {seconds:.1f} s · {graphs}",
+            flush=True,
         )
         for n in different[:3]:
             a, b = found[n].outputs[0].token_ids, self._plain[n].outputs[0].token_ids

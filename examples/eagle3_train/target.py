@@ -34,7 +34,7 @@ class Teacher:
 
     def __init__(self, model: str, layers: Sequence[int] | None, **options: Any) -> None:
         """layers: whose outputs the draft shall read, counted from 0; None = 1, n/2 − 1, n − 4."""
-        self.num_drafts = self.max_drafts = 0
+        self.num_drafts = self.max_drafts = self.num_guesses = self.num_slots = 0
         self.llm = LLM(
             model,
             disable_radix_cache=True,

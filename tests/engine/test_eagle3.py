@@ -21,7 +21,7 @@ from l4core import LLM, SamplingParams
 from l4core.engine.batch import Draft, DraftRequest
 from l4core.engine.draft_steps import FixedExtend, FixedGuess
 from l4core.engine.fixed_step import StepShape
-from l4core.errors import CheckpointError, ConfigError, NotBuiltError
+from l4core.errors import BackendUnavailable, CheckpointError, ConfigError
 from l4core.request import RequestOutput
 from l4core.testing.drafts_eagle3 import make_tiny_draft
 
@@ -217,6 +217,75 @@ def test_sampled_tokens_are_those_without_a_draft(folder: Path, tmp_path: Path, 
         assert mine.outputs[0].finish_reason == theirs.outputs[0].finish_reason
 
 
+@pytest.mark.parametrize(("steps", "topk", "tokens"), [(3, 2, 8), (4, 3, 13), (2, 4, 21)])
+def test_trees(folder: Path, plain: list[RequestOutput], tmp_path: Path, steps: int, topk: int, tokens: int) -> None:
+    """On the one CPU backend with a tree mask; greedy and, with a penalty, sampled."""
+    draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4], draft_vocab=200)
+    options = {
+        "speculative_num_steps": steps,
+        "speculative_eagle_topk": topk,
+        "speculative_num_draft_tokens": tokens,
+        "attention_backend": "reference",
+        "max_running_requests": 3,
+    }
+    llm = open_llm(folder, draft, **options)
+    count = 4
+    for mine, theirs in zip(llm.generate(prompts()[:count], greedy(), use_tqdm=False), plain[:count], strict=True):
+        assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
+    params = SamplingParams(max_tokens=TOKENS, temperature=0.9, top_p=0.9, frequency_penalty=0.3, seed=4)
+    wanted = open_llm(folder).generate(prompts()[:2], params, use_tqdm=False)
+    for mine, theirs in zip(llm.generate(prompts()[:2], params, use_tqdm=False), wanted, strict=True):
+        assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
+
+
+def test_a_tree_begins_with_the_chain(folder: Path, plain: list[RequestOutput], tmp_path: Path) -> None:
+    """Its likeliest path of first choices is what a greedy chain guesses, at every step of a run whose guesses are partly accepted."""
+    draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4])
+    options = {"attention_backend": "reference", "max_running_requests": 2, "speculative_num_steps": 3}
+    llm = open_llm(folder, draft, speculative_eagle_topk=3, speculative_num_draft_tokens=22, **options)
+    speculation: Any = llm._built.engine.speculation
+    recorder = TreeRecorder(speculation, plain)
+    for mine, theirs in zip(llm.generate(prompts()[:3], greedy(), use_tqdm=False), plain[:3], strict=True):
+        assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
+    assert check_guesses(recorder, folder, draft, (1, 2, 4), plain) > 20
+
+
+class TreeRecorder:
+    """Notes the path of first choices of each tree; sends trees in which the true continuation often stands instead of them."""
+
+    def __init__(self, speculation: Any, plain: Sequence[RequestOutput]) -> None:
+        self.guesses: list[tuple[tuple[int, ...], list[int]]] = []
+        self._answers = {tuple(o.prompt_token_ids): o.outputs[0].token_ids for o in plain}
+        self._propose = speculation.propose
+        speculation.propose = self.propose
+
+    def propose(self, requests: Sequence[DraftRequest]) -> dict[str, Draft]:
+        mixed = {}
+        drafts = self._propose(requests)
+        for wanted in requests:
+            draft = drafts.get(wanted.request.request_id)
+            if draft is None or not draft.parents:
+                continue
+            known = (*wanted.request.prompt_token_ids, *wanted.output_token_ids)
+            path = first_choices(draft)
+            self.guesses.append((known, [draft.token_ids[node] for node in path]))
+            true = self._answers[tuple(wanted.request.prompt_token_ids)][len(wanted.output_token_ids) :]
+            tokens = list(draft.token_ids)
+            for node, token in zip(path[: len(known) % 4], true, strict=False):
+                tokens[node] = token
+            mixed[wanted.request.request_id] = Draft(token_ids=tokens, parents=draft.parents)
+        return mixed
+
+
+def first_choices(draft: Draft) -> list[int]:
+    """Children of a node come likeliest first."""
+    path, node = list[int](), -1
+    while node in draft.parents:
+        node = list(draft.parents).index(node)
+        path.append(node)
+    return path
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -225,7 +294,8 @@ def test_flags_that_contradict_each_other_are_refused(folder: Path, tmp_path: Pa
     for error, options, words in (
         (ConfigError, {"speculative_num_steps": 3, "speculative_num_draft_tokens": 5}, "verifies steps \\+ 1"),
         (ConfigError, {"speculative_num_steps": 40}, "attention chunk of 32"),
-        (NotBuiltError, {"speculative_eagle_topk": 4}, "trees are not built"),
+        (ConfigError, {"speculative_eagle_topk": 4, "speculative_num_draft_tokens": 60}, "sees 36 guesses"),
+        (BackendUnavailable, {"speculative_eagle_topk": 4, "attention_backend": "sdpa"}, "a tree mask is asked for"),
         (ConfigError, {"speculative_option": ("layers=1",)}, "unknown to EAGLE3; its options: aux_layers"),
         (CheckpointError, {"speculative_option": ("aux_layers=1,2,6",)}, "the target has layers 0 to 5"),
         (CheckpointError, {"speculative_option": ("aux_layers=1,2",)}, "fc.weight is"),

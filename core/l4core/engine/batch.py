@@ -83,7 +83,7 @@ NO_DRAFT = Draft()
 
 class DraftRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A decoding sequence that may be given a draft of up to max_drafts tokens. It has num_tokens tokens, all but the last computed, and slots for
-    the draft; new_pages: block-table entries for them.  output_token_ids: a view, as in ScheduledSequence."""
+    the draft; new_pages: block-table entries for them.  room: slots it has behind its tokens.  output_token_ids: a view, as in ScheduledSequence."""
 
     request: Request
     row: int
@@ -91,6 +91,7 @@ class DraftRequest(msgspec.Struct, frozen=True, kw_only=True):
     output_token_ids: Sequence[int]
     max_drafts: int
     new_pages: Mapping[str, NewPages]
+    room: int = 0
 
 
 class DrawnTokens(msgspec.Struct, frozen=True, kw_only=True, gc=False):

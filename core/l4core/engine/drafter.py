@@ -20,11 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class Speculation(Protocol):
-    """What `Engine.step` calls. num_drafts: guesses wanted for each sequence in the next step, 0 = none now; max_drafts: at most so many."""
+    """What `Engine.step` calls. num_drafts: how many tokens ahead to guess in the next step, 0 = not now; max_drafts: at most so many.
+    num_slots: KV slots behind a sequence's tokens that it needs while it guesses."""
 
     num_drafts: int
     max_drafts: int
+    num_slots: int
     reads_target: bool
+
+    @property
+    def num_guesses(self) -> int:
+        """Guesses that a sequence may be given in the next step: more than num_drafts where they branch."""
 
     def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
         """Request id → its draft, for those that get one."""
@@ -64,12 +70,17 @@ class PluginSpeculation:
     """Asks a plugin's drafter. One that raises, or answers nonsense, is logged and not asked again."""
 
     reads_target = False
+    num_slots = 0
 
     def __init__(self, name: str, drafter: Drafter, *, num_drafts: int, vocab_size: int, trees: bool = False) -> None:
         """trees: it may propose more than chains."""
         self.num_drafts = self.max_drafts = num_drafts
         self._name, self._drafter, self._vocab_size = name, drafter, vocab_size
         self._num_drafts, self._trees = num_drafts, trees
+
+    @property
+    def num_guesses(self) -> int:
+        return self.num_drafts
 
     def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
         if not requests:

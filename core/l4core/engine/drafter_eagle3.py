@@ -16,6 +16,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import torch
 
@@ -23,6 +24,7 @@ from l4core.attention.step_tables import StepRows
 from l4core.engine.batch import Draft, DraftRequest, ScheduledBatch, ScheduledSequence
 from l4core.engine.draft_pace import GRACE
 from l4core.engine.draft_steps import DraftState, FixedExtend, FixedGuess, Ints
+from l4core.engine.draft_tree import TreeShape, grow
 from l4core.engine.fixed_step import StepShape
 from l4core.engine.forward import Phase
 from l4core.engine.graphs import Graphs
@@ -47,13 +49,25 @@ class Eagle3Speculation:
 
     reads_target = True
 
-    def __init__(self, state: DraftState, *, num_drafts: int) -> None:
-        self.num_drafts = self.max_drafts = num_drafts
+    def __init__(self, state: DraftState, *, num_drafts: int, tree: TreeShape | None = None) -> None:
+        """tree: None = chains."""
+        self.num_drafts = self.max_drafts = num_drafts if tree is None else tree.num_steps
+        self.num_slots = 0 if tree is None else tree.num_slots
+        self._tree = tree
         self._state = state
         self._extends: Graphs[FixedExtend] | None = None
         self._guesses: Mapping[bool, Graphs[FixedGuess]] = {}
         self._ready: dict[str, tuple[int, int]] = {}
         self._idle = 0
+
+    @property
+    def _grows(self) -> bool:
+        """Fewer levels than the tree has are guessed as a chain."""
+        return self._tree is not None and self.num_drafts == self.max_drafts
+
+    @property
+    def num_guesses(self) -> int:
+        return self._tree.num_guesses if self._tree is not None and self._grows else self.num_drafts
 
     def capture(self, shapes: Sequence[StepShape], *, progress: bool) -> None:
         """shapes: those of the target's steps, (sequences, rows)."""
@@ -79,7 +93,10 @@ class Eagle3Speculation:
         if self._idle > GRACE or not any(self._is_whole(seq) for seq in batch.sequences):
             self.forget([seq.request.request_id for seq in batch.sequences])
             return
+        borders = (batch.num_decodes, batch.num_decodes + batch.num_verified)
         sequences, num = batch.sequences, len(batch.sequences)
+        if any(seq.parents for seq in sequences):
+            sequences, aux = _paths_only(sequences, aux, verified)
         rows = np.fromiter((seq.row for seq in sequences), dtype=np.int64, count=num)
         starts = np.fromiter((seq.start for seq in sequences), dtype=np.int64, count=num)
         lengths = np.fromiter((len(seq.token_ids) for seq in sequences), dtype=np.int64, count=num)
@@ -95,20 +112,26 @@ class Eagle3Speculation:
             step.fill(rows, starts, last, np.stack(following), aux)
             self._extends.replay(step)
             return
-        self._extend(batch, rows, starts, lengths, last, counts > 0, np.concatenate(following), aux)
+        self._extend(borders, rows, starts, lengths, last, counts > 0, np.concatenate(following), aux)
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
         ready = [r for r in requests if self._ready.get(r.request.request_id) == (r.row, r.num_tokens)]
         if not ready:
             return {}
+        if (
+            self._tree is not None
+            and self.num_drafts == self.max_drafts
+            and all(r.room >= self.num_slots for r in ready)
+        ):
+            return self._grow(ready, self._tree)
         num = len(ready)
         rows = np.fromiter((r.row for r in ready), dtype=np.int64, count=num)
         lengths = np.fromiter((r.num_tokens for r in ready), dtype=np.int64, count=num)
         params = [r.request.params for r in ready]
         seeds = np.fromiter((((p.seed or 0) + 2**63) % 2**64 - 2**63 for p in params), dtype=np.int64, count=num)
         temperature = np.fromiter((p.temperature for p in params), dtype=np.float64, count=num)
-        most = np.fromiter((r.max_drafts for r in ready), dtype=np.int64, count=num)
+        most = np.fromiter((min(r.max_drafts, self.max_drafts) for r in ready), dtype=np.int64, count=num)
         slots, sampled = lengths + most - 1, bool(temperature.any())
         step = self._guesses[sampled].find(num, self.max_drafts) if self._guesses else None
         if step is not None:
@@ -116,7 +139,16 @@ class Eagle3Speculation:
             table = self._guesses[sampled].replay(step)[:, :num].t().tolist()
         else:
             table = self._guess(rows, lengths, slots, seeds, temperature, int(most.max())).tolist()
-        return {r.request.request_id: Draft(token_ids=own[: r.max_drafts]) for r, own in zip(ready, table, strict=True)}
+        return {
+            r.request.request_id: Draft(token_ids=own[:count])
+            for r, own, count in zip(ready, table, most.tolist(), strict=True)
+        }
+
+    def _grow(self, ready: Sequence[DraftRequest], shape: TreeShape) -> Mapping[str, Draft]:
+        rows = np.fromiter((r.row for r in ready), dtype=np.int64, count=len(ready))
+        lengths = np.fromiter((r.num_tokens for r in ready), dtype=np.int64, count=len(ready))
+        drafts = grow(self._state, rows, lengths, shape)
+        return {r.request.request_id: _cut(draft, r.max_drafts) for r, draft in zip(ready, drafts, strict=True)}
 
     def forget(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
@@ -138,7 +170,7 @@ class Eagle3Speculation:
 
     def _extend(
         self,
-        batch: ScheduledBatch,
+        borders: tuple[int, int],
         rows: Ints,
         starts: Ints,
         lengths: Ints,
@@ -148,7 +180,7 @@ class Eagle3Speculation:
         aux: torch.Tensor,
     ) -> None:
         state = self._state
-        forward = self._plan(rows, starts, lengths, following, batch)
+        forward = self._plan(rows, starts, lengths, following, borders)
         hidden = state.draft(forward, state.draft.combine(aux), state.planner.memory, state.planner.backend)
         if drew.any():
             begins = np.cumsum(lengths) - lengths
@@ -178,16 +210,16 @@ class Eagle3Speculation:
         starts: Ints,
         lengths: Ints,
         token_ids: Ints | torch.Tensor,
-        batch: ScheduledBatch | None = None,
+        borders: tuple[int, int] | None = None,
     ) -> ForwardBatch:
-        """The draft's own batch: sequence b computes `lengths[b]` rows from position `starts[b]`. batch: whose phases they are, None = decodes."""
+        """The draft's own batch: sequence b computes `lengths[b]` rows from position `starts[b]`. borders: where verified sequences
+        begin, and prefill pieces; None = all decode."""
         num = len(lengths)
         cu = np.concatenate(([0], np.cumsum(lengths)))
         owner = np.repeat(np.arange(num), lengths)
         seq_lens = starts + lengths
-        decodes, verifies = (num, 0) if batch is None else (batch.num_decodes, batch.num_verified)
-        borders = (0, decodes, decodes + verifies, num)
-        spans = [(name, a, b) for name, (a, b) in zip(PHASES, pairwise(borders), strict=True) if b > a]
+        at = (0, *(borders or (num, num)), num)
+        spans = [(name, a, b) for name, (a, b) in zip(PHASES, pairwise(at), strict=True) if b > a]
         wide = [np.arange(cu[-1]) + (starts - cu[:-1])[owner]]
         if isinstance(token_ids, np.ndarray):
             wide.append(token_ids)
@@ -213,6 +245,29 @@ class Eagle3Speculation:
         return self._state.planner.plan(tokens, step, phases, positions[:0], longest=int(seq_lens.max()))
 
 
+def _paths_only(
+    sequences: Sequence[ScheduledSequence], aux: torch.Tensor, verified: Sequence[Verified]
+) -> tuple[Sequence[ScheduledSequence], torch.Tensor]:
+    """The same step as if the accepted path of each tree had been its whole draft: that is how its keys and values lie now."""
+    found, kept, begin = [], list[int](), 0
+    for seq, one in zip(sequences, verified, strict=True):
+        end = begin + len(seq.token_ids)
+        if seq.parents:
+            tokens = [seq.token_ids[row] for row in one.path]
+            kept += [begin + row for row in one.path]
+            found.append(msgspec.structs.replace(seq, token_ids=tokens, num_drafts=len(tokens) - 1, parents=()))
+        else:
+            kept += range(begin, end)
+            found.append(seq)
+        begin = end
+    (rows,) = upload_many([np.array(kept, dtype=np.int64)], torch.int64, aux.device)
+    return found, aux.index_select(0, rows)
+
+
+def _cut(draft: Draft, count: int) -> Draft:
+    return Draft(token_ids=draft.token_ids[:count], parents=draft.parents[:count])
+
+
 def _following(seq: ScheduledSequence, one: Verified) -> Ints:
     """int64 [rows of the piece]: the token after each. Rows of refused guesses get token 0: what they compute is overwritten before it is read."""
     first = len(seq.token_ids) - seq.num_drafts  # the last of these is the row that draws, if the piece draws
@@ -232,7 +287,13 @@ def _known(seq: ScheduledSequence, begin: int, end: int) -> Sequence[int]:
 
 
 def create_eagle3(
-    model: DraftModel, runner: Runner, *, num_drafts: int, max_context: int, dummy_seed: int | None
+    model: DraftModel,
+    runner: Runner,
+    *,
+    num_drafts: int,
+    tree: TreeShape | None,
+    max_context: int,
+    dummy_seed: int | None,
 ) -> Eagle3Speculation:
     """The draft on the runner's device, in its dtype, with its weights (random ones of `dummy_seed`, if that is given)."""
     target, config = runner.model, model.config
@@ -259,5 +320,5 @@ def create_eagle3(
         if isinstance(module, Linear):
             module.pack()
     return Eagle3Speculation(
-        DraftState(draft, runner.planner_of(GROUP), max_context=max_context), num_drafts=num_drafts
+        DraftState(draft, runner.planner_of(GROUP), max_context=max_context), num_drafts=num_drafts, tree=tree
     )

@@ -72,7 +72,7 @@ class Engine:
         """Guesses for the sequences that decode next."""
         if self.speculation is None or not self.speculation.num_drafts:
             return NO_DRAFTS
-        requests = self.scheduler.draftable(self.speculation.num_drafts)
+        requests = self.scheduler.draftable(self.speculation.num_guesses, self.speculation.num_slots)
         self.runner.enter(requests)
         return self.speculation.propose(requests)
 

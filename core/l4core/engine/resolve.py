@@ -251,5 +251,5 @@ def graph_shapes(graphs: GraphSizes, speculation: SpeculationPlan | None) -> lis
     """Decodes of every size, and drafts of full length where they may pay: of batches of up to LARGEST_VERIFIED."""
     shapes = [StepShape(size, 1) for size in graphs.sizes]
     if speculation is not None:
-        shapes += [StepShape(size, speculation.num_drafts + 1) for size in graphs.sizes if size <= LARGEST_VERIFIED]
+        shapes += [StepShape(size, speculation.num_levels + 1) for size in graphs.sizes if size <= LARGEST_VERIFIED]
     return shapes

@@ -109,8 +109,9 @@ class Scheduler:
             self._end(seq)
             self._report_end(seq.request, FinishReason.ABORT)
 
-    def draftable(self, max_drafts: int) -> list[DraftRequest]:
+    def draftable(self, max_drafts: int, num_slots: int = 0) -> list[DraftRequest]:
         """Decoding sequences that have slots for drafts, best first; slots that are free are taken for them, nobody is evicted.
+        num_slots: that a drafter needs while it guesses, if more than the draft itself takes.
 
         Slots stay the sequence's when the draft is refused: its own tokens come to lie there.
         """
@@ -119,7 +120,8 @@ class Scheduler:
             count = min(max_drafts, seq.last_slot - seq.num_tokens)
             if not seq.is_decode or count < 1 or seq.first_guess < self.limits.draft_floor:
                 continue
-            new = self.kv.reserve(seq.tables, seq.num_tokens + count, leave=len(self._running))
+            room = min(max(count, num_slots), seq.last_slot - seq.num_tokens)
+            new = self.kv.reserve(seq.tables, seq.num_tokens + room, leave=len(self._running))
             if new is None:
                 continue
             found.append(
@@ -130,6 +132,7 @@ class Scheduler:
                     output_token_ids=seq.output_token_ids,
                     max_drafts=count,
                     new_pages=_entries(new),
+                    room=room,
                 )
             )
         return found

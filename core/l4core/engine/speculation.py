@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from l4core.config import EngineConfig
 from l4core.engine.draft_pace import DraftPace, VerifyCosts
+from l4core.engine.draft_tree import TreeShape
 from l4core.engine.drafter import PluginSpeculation, Speculation
 from l4core.engine.key_values import parse_key_values
 from l4core.errors import ConfigError, NotBuiltError
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from l4core.engine.runner import Runner
 
 EAGLE3 = "EAGLE3"
+MAX_GUESSES = 63
+"""A tree's rows are bits of an int64, the last committed token among them."""
 DEFAULT_STEPS = 3
 """What published EAGLE3 drafts of Llama 4 are served with."""
 
@@ -59,22 +62,29 @@ class DraftModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationPlan:
-    """num_drafts: guesses verified per sequence and step.  drafter: a plugin's, or None for EAGLE3, whose model is `draft`."""
+    """num_drafts: guesses verified per sequence and step.  drafter: a plugin's, or None for EAGLE3, whose model is `draft`; tree: None = chains."""
 
     algorithm: str
     num_drafts: int
     drafter: Provided[DrafterEntry] | None = None
     draft: DraftModel | None = None
+    tree: TreeShape | None = None
+
+    @property
+    def num_levels(self) -> int:
+        """Tokens guessed ahead."""
+        return self.num_drafts if self.tree is None else self.tree.num_steps
 
     @property
     def trees(self) -> bool:
         """Whether more than chains may have to be verified."""
-        return self.drafter is not None and self.drafter.entry.trees
+        return self.tree is not None or (self.drafter is not None and self.drafter.entry.trees)
 
     def describe(self) -> str:
         """For the start-up report."""
         source = f" ({self.drafter.source})" if self.drafter is not None else ""
-        line = f"{self.algorithm}{source} · {self.num_drafts} guesses a step, verified by the target's own draws"
+        shape = "" if self.tree is None else f" in a tree of {self.tree.num_steps} levels, topk {self.tree.topk}"
+        line = f"{self.algorithm}{source} · {self.num_drafts} guesses a step{shape}, verified by the target's own draws"
         return line if self.draft is None else f"{line} · {self.draft.describe()}"
 
 
@@ -92,7 +102,8 @@ def plan_speculation(config: EngineConfig, plugins: Plugins, model: ModelConfig)
             fix=f"--speculative-num-steps {chunk_size - 1}",
         )
     if config.speculative_algorithm == EAGLE3:
-        return SpeculationPlan(algorithm=EAGLE3, num_drafts=num_drafts, draft=_read_draft(config, model))
+        tree = _tree(config) if (config.speculative_eagle_topk or 1) > 1 else None
+        return SpeculationPlan(algorithm=EAGLE3, num_drafts=num_drafts, draft=_read_draft(config, model), tree=tree)
     if config.speculative_draft_model_path is not None:
         raise ConfigError(
             f"--speculative-draft-model-path is for EAGLE3; --speculative-algorithm is {config.speculative_algorithm}",
@@ -111,7 +122,12 @@ def create_speculation(
         from l4core.engine.drafter_eagle3 import create_eagle3
 
         return create_eagle3(
-            plan.draft, runner, num_drafts=plan.num_drafts, max_context=max_context, dummy_seed=_dummy_seed(config)
+            plan.draft,
+            runner,
+            num_drafts=plan.num_drafts,
+            tree=plan.tree,
+            max_context=max_context,
+            dummy_seed=_dummy_seed(config),
         )
     assert plan.drafter is not None
     vocab_size = runner.model.config.vocab_size
@@ -140,7 +156,7 @@ def draft_pace(
     draft = 0 if plan.draft is None else plan.draft.num_parameters * itemsize
     fixed = max(weight_bytes - draft - expert * model.num_experts - embedding, 0)
     costs = VerifyCosts(fixed=fixed, expert=expert, num_experts=model.num_experts if num_moe else 0, draft=draft)
-    return DraftPace(plan.algorithm, plan.num_drafts, costs)
+    return DraftPace(plan.algorithm, plan.num_levels, costs)
 
 
 def _dummy_seed(config: EngineConfig) -> int | None:
@@ -167,13 +183,10 @@ def _refuse_orphans(config: EngineConfig) -> None:
 
 
 def _num_drafts(config: EngineConfig) -> int:
-    """A chain of n steps is verified in n + 1 rows, so the two flags say the same thing."""
-    if (config.speculative_eagle_topk or 1) > 1:
-        raise NotBuiltError(
-            f"--speculative-eagle-topk {config.speculative_eagle_topk}: EAGLE3's own trees are not built yet in this version of L4",
-            fix="--speculative-eagle-topk 1",
-        )
+    """A chain of n steps is verified in n + 1 rows, so the two flags say the same thing; a tree's are independent."""
     steps, verified = config.speculative_num_steps, config.speculative_num_draft_tokens
+    if (config.speculative_eagle_topk or 1) > 1:
+        return _tree(config).num_guesses
     if steps is None:
         return DEFAULT_STEPS if verified is None else verified - 1
     if verified is not None and verified != steps + 1:
@@ -182,6 +195,25 @@ def _num_drafts(config: EngineConfig) -> int:
             fix=f"--speculative-num-draft-tokens {steps + 1}, or leave it out",
         )
     return steps
+
+
+def _tree(config: EngineConfig) -> TreeShape:
+    """Of EAGLE3 with topk > 1."""
+    steps, topk = config.speculative_num_steps or DEFAULT_STEPS, config.speculative_eagle_topk or 1
+    most = topk + (steps - 1) * topk * topk
+    guesses = (config.speculative_num_draft_tokens or min(2 * topk * steps, most) + 1) - 1
+    if config.speculative_algorithm != EAGLE3:
+        raise ConfigError(
+            f"--speculative-eagle-topk {topk} is for EAGLE3; --speculative-algorithm is {config.speculative_algorithm}",
+            fix="drop --speculative-eagle-topk",
+        )
+    if guesses > most or guesses > MAX_GUESSES or topk * (steps - 1) > MAX_GUESSES:
+        raise ConfigError(
+            f"a tree of {steps} steps and topk {topk} sees {most} guesses and grows {topk * (steps - 1)} nodes, and {guesses} are to be verified; "
+            f"at most {MAX_GUESSES} of each can be",
+            fix=f"--speculative-num-draft-tokens {min(most, MAX_GUESSES) + 1} or less, or a smaller topk",
+        )
+    return TreeShape(num_steps=steps, topk=topk, num_guesses=guesses)
 
 
 def _read_draft(config: EngineConfig, model: ModelConfig) -> DraftModel:
