@@ -196,11 +196,15 @@ class EngineConfig:
         maximum=63,
     )
     speculative_eagle_topk: int | None = _opt(
-        None, "branches per draft step; 1 = a chain (default: 1)", SPECULATION, minimum=1
+        None,
+        "EAGLE3: continuations of a guess, and guesses of a step that are gone on from; 1 = a chain (default: 1)",
+        SPECULATION,
+        minimum=1,
+        maximum=32,
     )
     speculative_num_draft_tokens: int | None = _opt(
         None,
-        "tokens verified per sequence and step, the last committed one among them (a chain's: steps + 1)",
+        "tokens verified per sequence and step, the last committed one among them (a chain's: steps + 1; a tree's: 2 · topk · steps + 1)",
         SPECULATION,
         unit="tokens",
         minimum=2,
