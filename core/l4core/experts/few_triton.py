@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from l4core.experts.tiles import Tile
-from l4core.ops.device import COMPILE
 from l4core.ops.dots_triton import dot_type
+from l4core.ops.overlap_triton import launch_options, let_next_start, wait_for_last
 from l4core.plugin_api import ExpertWeights
 
 MIN_COLUMNS = 16
@@ -64,7 +64,7 @@ def few_gate_up(
         BLOCK_TURNS=triton.next_power_of_2(turns.shape[0]),
         DOT_TYPE=dot_type(x),
         **tile.constants(),
-        **COMPILE,
+        **launch_options(x),
     )
     return h, hits, turns
 
@@ -100,7 +100,7 @@ def few_down(
         SHARED=shared,
         DOT_TYPE=dot_type(h),
         **tile.constants(),
-        **COMPILE,
+        **launch_options(h),
     )
     return out
 
@@ -128,13 +128,16 @@ def _few_gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        let_next_start()
+        wait_for_last()
     column = tl.program_id(0)
     group = tl.program_id(1) - SHARED  # −1: the shared expert
     t = tl.arange(0, BLOCK_M)
     inside = t < num_tokens
-    expert = group.to(tl.int64)
-    weight = gate_up
+    expert, weight = group.to(tl.int64), gate_up
     scale = tl.full((BLOCK_M,), 1.0, tl.float32)
     mine = inside
     if column == 0 and tl.program_id(1) == 0:
@@ -155,8 +158,7 @@ def _few_gate_up_kernel(
         x_at = x + t.to(tl.int64)[:, None] * stride_x + k[None, :]
         gate_at = weight + n.to(tl.int64)[:, None] * H + k[None, :]
         up_at = gate_at + I * H
-        gate = _zeros(BLOCK_M, BLOCK_N, SWAP)
-        up = _zeros(BLOCK_M, BLOCK_N, SWAP)
+        gate, up = _zeros(BLOCK_M, BLOCK_N, SWAP), _zeros(BLOCK_M, BLOCK_N, SWAP)
         for begin in range(0, H, BLOCK_K):
             if H % BLOCK_K == 0 and I % BLOCK_N == 0:
                 rows = tl.load(x_at + begin, mask=mine[:, None], other=0.0)
@@ -240,7 +242,11 @@ def _few_down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        let_next_start()
+        wait_for_last()
     column = tl.program_id(0)
     group = tl.program_id(1) - SHARED  # −1: the shared expert
     t = tl.arange(0, BLOCK_M)

@@ -13,8 +13,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from l4core.experts.tiles import Tile
-from l4core.ops.device import COMPILE
 from l4core.ops.dots_triton import dot_type
+from l4core.ops.overlap_triton import launch_options, let_next_start, wait_for_last
 from l4core.plugin_api import ExpertWeights
 
 SORT_BLOCK = 128
@@ -37,6 +37,7 @@ def sort_by_expert(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Te
         SCAN=min(SCAN_BLOCK, max(triton.next_power_of_2(num_tokens), 16)),
         BLOCK_E=block,
         num_warps=4,
+        **launch_options(expert_ids),
     )
     return order, ends
 
@@ -79,7 +80,7 @@ def sorted_gate_up(
         BLOCK_E=triton.next_power_of_2(num_experts),
         DOT_TYPE=dot_type(x),
         **tile.constants(grouped=True),
-        **COMPILE,
+        **launch_options(x),
     )
     return h
 
@@ -113,7 +114,7 @@ def sorted_down(
         DOT_TYPE=dot_type(h),
         ADD=add,
         **tile.constants(grouped=True),
-        **COMPILE,
+        **launch_options(h),
     )
     return out
 
@@ -143,9 +144,20 @@ def _grid(num_tokens: int, num_experts: int, columns: int, tile: Tile) -> tuple[
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _sort_kernel(
-    expert_ids, order, ends, num_tokens, num_experts, BLOCK: tl.constexpr, SCAN: tl.constexpr, BLOCK_E: tl.constexpr
+    expert_ids,
+    order,
+    ends,
+    num_tokens,
+    num_experts,
+    BLOCK: tl.constexpr,
+    SCAN: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A counting sort in one launch: every program counts all tokens, 64 KB at most, and places its own block."""
+    if PDL:
+        let_next_start()
+        wait_for_last()
     begin = tl.program_id(0) * BLOCK
     e = tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_E,), tl.int32)
@@ -215,7 +227,11 @@ def _gate_up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        let_next_start()
+        wait_for_last()
     expert, row, end, column = _find_block(ends, (I + BLOCK_N - 1) // BLOCK_N, E, BLOCK_E, BLOCK_M, GROUP)
     if expert < E:
         m = row + tl.arange(0, BLOCK_M)
@@ -272,7 +288,11 @@ def _down_kernel(
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        let_next_start()
+        wait_for_last()
     expert, row, end, column = _find_block(ends, (H + BLOCK_N - 1) // BLOCK_N, E, BLOCK_E, BLOCK_M, GROUP)
     if expert < E:
         m = row + tl.arange(0, BLOCK_M)

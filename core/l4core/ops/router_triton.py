@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from l4core.ops.device import COMPILE
 from l4core.ops.dots_triton import dot_type
+from l4core.ops.overlap_triton import launch_options, let_next_start, wait_for_last
 
 ROWS = 16
 PIECE = 640
@@ -41,9 +41,11 @@ def route_triton(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, t
         **shape,
         num_warps=4,
         num_stages=STAGES,
-        **COMPILE,
+        **launch_options(x),
     )
-    _pick_kernel[(blocks,)](parts, expert_ids, score, num_tokens, PIECES=pieces, **shape, num_warps=4, **COMPILE)
+    _pick_kernel[(blocks,)](
+        parts, expert_ids, score, num_tokens, PIECES=pieces, **shape, num_warps=4, **launch_options(x)
+    )
     return expert_ids, score
 
 
@@ -61,7 +63,11 @@ def _logits_kernel(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     DOT_TYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        let_next_start()
+        wait_for_last()
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     piece = tl.program_id(1)
     e = tl.arange(0, BLOCK_E)
@@ -88,7 +94,11 @@ def _pick_kernel(
     E: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        let_next_start()
+        wait_for_last()
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, BLOCK_E)
     inside = t < num_tokens
