@@ -1,0 +1,97 @@
+"""The demo checkpoint with and without its draft, in turns, one question at a time: tokens a second and tokens a step.
+
+    python benchmarks/cpu/speculation.py TARGET DRAFT [--rounds 3] [--tokens 80] [--temperature 0] [--json OUT]
+
+`l4 demo-model TARGET --draft-out DRAFT` makes both. The two engines answer each question one after the other, so that a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from l4core import LLM, SamplingParams
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "List the three primary colors.",
+    "Explain photosynthesis in one sentence.",
+    "Give me three tips for sleeping better.",
+    "Write a Python function that adds two numbers.",
+    "Tell me a short story about a dog.",
+    "What is the opposite of hot?",
+    "Who wrote Romeo and Juliet?",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target")
+    parser.add_argument("draft")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=80)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    common: dict[str, Any] = {
+        "dtype": "float32",
+        "context_length": 1024,
+        "disable_radix_cache": True,
+        "progress": False,
+    }
+    flags = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": args.draft}
+    engines = {"plain": LLM(args.target, **common), "draft": LLM(args.target, **common, **flags)}
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.tokens, seed=1)
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    tokens = steps = 0
+    for number in range(args.rounds + 1):  # the first one is not counted
+        for question in QUESTIONS:
+            answers = {}
+            for name, llm in engines.items():
+                count = Steps(llm)
+                began = time.perf_counter()
+                (output,) = llm.chat([{"role": "user", "content": question}], params, use_tqdm=False)
+                took = time.perf_counter() - began
+                answers[name] = output.outputs[0].token_ids
+                made = count.done()
+                if number:
+                    seconds[name].append(took)
+                    if name == "draft":
+                        tokens, steps = tokens + len(answers[name]), steps + made
+            assert answers["plain"] == answers["draft"], question
+    ratios = [a / b for a, b in zip(seconds["plain"], seconds["draft"], strict=True)]
+    result = {
+        "tokens_a_second": {name: round(tokens / sum(took), 2) for name, took in seconds.items()},
+        "speed_up": round(sum(seconds["plain"]) / sum(seconds["draft"]), 3),
+        "speed_up_median": round(statistics.median(ratios), 3),
+        "tokens_a_step": round(tokens / steps, 3),
+        "temperature": args.temperature,
+    }
+    print(json.dumps(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+class Steps:
+    """Counts the engine's steps during one answer."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._engine, self._count = llm._built.engine, 0
+        self._step = self._engine.step
+        self._engine.step = self._counted  # type: ignore[method-assign]
+
+    def _counted(self, *given: Any) -> Any:
+        self._count += 1
+        return self._step(*given)
+
+    def done(self) -> int:
+        self._engine.step = self._step  # type: ignore[method-assign]
+        return self._count
+
+
+if __name__ == "__main__":
+    main()
