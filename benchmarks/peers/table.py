@@ -25,7 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-LIMIT_SECONDS = {"l4": 75, "vllm": 190, "sglang": 240}
+LIMIT_SECONDS = {"l4": 90, "vllm": 180, "sglang": 240}
 BATCHES, CONTEXT, PREFILLS = "1,8,32,128", 1024, "8x2048,4x4000,1x2048"
 
 
