@@ -31,6 +31,10 @@ def test_each_promise_is_shown_by_something_that_exists(promise: str, shown: str
     if command:
         assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), promise
         return
+    script = re.fullmatch(r"`python (\S+\.py)`", shown)
+    if script:
+        assert (ROOT / script[1]).is_file(), promise
+        return
     path, _, name = shown.partition("::")
     if not name:
         assert path.startswith("benchmarks/results/"), f"{promise}: {shown} is neither a test nor a file of results"
