@@ -72,6 +72,7 @@ def starts(layers: int, options: list[str]) -> dict[str, Any]:
                 raise SystemExit(done.stderr[-3000:])
             found[name] = {k: round(v, 2) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
             found[name]["process_s"] = round(time.perf_counter() - began, 2)
+            print(name, found[name], flush=True)
             found["report"] = done.stderr.splitlines()
     return found
 
