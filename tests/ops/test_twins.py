@@ -43,4 +43,5 @@ def test_the_kernels_equal_their_twins_on_a_device() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernels_compile(arch: str) -> None:
     cases = compile_cases("l4core.testing.compile_ops", arch)
-    assert [case.outcome for case in cases] == ["passed"] * len(KERNELS), cases[-1]
+    launched = [kernel for kernel in KERNELS if not kernel.archs or arch in kernel.archs]
+    assert [case.outcome for case in cases] == ["passed"] * len(launched), cases[-1]

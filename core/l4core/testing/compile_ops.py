@@ -34,7 +34,7 @@ STARTS_EARLY = ("sm90", "sm100", "sm120")
 class CoreKernel:
     """One way a kernel is launched. pointers: argument → element type.  scalars: argument → type, i32 where not named.
     constants: compile-time arguments, None for what is absent.  stages: of the pipelined loop, None = Triton's default.
-    descriptors: arguments that are tensor descriptors → (element type, block)."""
+    descriptors: arguments that are tensor descriptors → (element type, block).  archs: where it is launched, empty = everywhere."""
 
     name: str
     kernel: Any
@@ -44,6 +44,7 @@ class CoreKernel:
     warps: int
     stages: int | None = None
     descriptors: Mapping[str, tuple[str, Sequence[int]]] = field(default_factory=dict)
+    archs: tuple[str, ...] = ()
 
 
 def _norm(name: str, dtype: str, **absent: None) -> CoreKernel:
@@ -94,6 +95,7 @@ def _skinny(name: str, tile: SkinnyTile) -> CoreKernel:
         scalars={},
         warps=tile.warps,
         stages=tile.stages,
+        archs=("sm90", "sm100"),
     )
 
 
@@ -124,6 +126,8 @@ def compile_kernels(arch: str, kernels: Sequence[CoreKernel] = KERNELS) -> Itera
     """arch: one of ARCHITECTURES. One record a kernel; Triton's own error where one does not compile."""
     target = GPUTarget("cuda", int(arch[2:]), 32) if arch.startswith("sm") else GPUTarget("hip", arch, 64)
     for one in kernels:
+        if one.archs and arch not in one.archs:
+            continue
         signature, constexprs, divisible = {}, {}, {}
         constants, options = {**one.constants}, {"num_warps": one.warps, **COMPILE}
         if "PDL" in one.kernel.arg_names:
