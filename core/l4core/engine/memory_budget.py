@@ -96,12 +96,15 @@ def share_out(total: int, needs: Needs, fraction: float | None, free: int | None
 
 
 def device_budget(platform: Platform, needs: Needs, fraction: float | None) -> Budget:
-    """`share_out` of this machine's device as it is now; on a CPU without a fraction, half of the memory that the weights leave free.
+    """`share_out` of this machine's device as it is now; on a CPU without a fraction, half of the memory that the weights leave free, and with one
+    that share of the whole memory, whatever is free now: pages count when they are touched, and other programs come and go.
 
     Call it before the weights are on the device. Raises CapacityError as `share_out` does.
     """
     free = free_memory(platform)
-    if fraction is None and platform.device_type == "cpu":
+    if platform.device_type == "cpu" and fraction is not None:
+        return share_out(platform.memory_bytes, needs, fraction)
+    if platform.device_type == "cpu":
         kv = int((free - needs.static - needs.rest) * CPU_SHARE)
         if kv <= 0:
             raise CapacityError(

@@ -22,10 +22,10 @@ from l4core.ops.heads_triton import _heads_kernel
 from l4core.ops.norm_triton import _add_norm_kernel
 from l4core.ops.silu_mul_triton import _silu_mul_kernel
 from l4core.ops.skinny_triton import FEW_ROWS, MORE_ROWS, ONE_ROW, SkinnyTile, _skinny_kernel
+from l4core.testing.compiled import ARCHITECTURES
 
-__all__ = ["ARCHITECTURES", "CoreKernel", "compile_kernels"]
+__all__ = ["CoreKernel", "compile_kernels"]
 
-ARCHITECTURES = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950")
 STARTS_EARLY = ("sm90", "sm100", "sm120")
 """Where kernels are launched before the one ahead of them has ended."""
 

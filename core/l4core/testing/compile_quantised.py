@@ -15,7 +15,8 @@ from l4core.experts.quantised_tiles import FEW_TOKENS, Tile, fp8_tiles, int4_til
 from l4core.ops.expert_rows_triton import ALL, FEW, MANY
 from l4core.ops.experts_fp8_triton import fp8_down, fp8_gate_up
 from l4core.ops.experts_int4_triton import int4_down, int4_gate_up
-from l4core.testing.compile_ops import ARCHITECTURES, CoreKernel, compile_kernels
+from l4core.testing.compile_ops import CoreKernel, compile_kernels
+from l4core.testing.compiled import ARCHITECTURES
 
 __all__ = ["kernels_for"]
 

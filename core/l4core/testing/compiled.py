@@ -21,7 +21,10 @@ from l4core.errors import L4Error
 from l4core.testing.__main__ import module_of
 from l4core.testing.record import CaseResult, Record, describe_machine, write_records
 
-__all__ = ["compile_cases", "main"]
+__all__ = ["ARCHITECTURES", "compile_cases", "main"]
+
+ARCHITECTURES = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950")
+"""What core's own kernels are compiled for."""
 
 
 def compile_cases(module: str, arch: str) -> list[CaseResult]:
