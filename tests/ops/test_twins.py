@@ -41,7 +41,8 @@ def test_the_kernels_equal_their_twins_on_a_device() -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernels_compile(arch: str) -> None:
-    from l4core.testing.compile_ops import KERNELS  # not while tests are collected: it imports Triton, compiled or interpreted for the whole process
+    # Not while tests are collected: this imports Triton, compiled or interpreted for the whole process.
+    from l4core.testing.compile_ops import KERNELS
 
     cases = compile_cases("l4core.testing.compile_ops", arch)
     launched = [kernel for kernel in KERNELS if not kernel.archs or arch in kernel.archs]
