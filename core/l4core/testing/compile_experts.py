@@ -14,7 +14,8 @@ from l4core.experts.few_triton import MIN_COLUMNS, _few_down_kernel, _few_gate_u
 from l4core.experts.sorted_triton import _down_kernel, _gate_up_kernel, _sort_kernel
 from l4core.experts.tiles import Tile, tiles_for
 from l4core.ops.router_triton import BLOCK_K, PIECE, ROWS, STAGES, _logits_kernel, _pick_kernel
-from l4core.testing.compile_ops import ARCHITECTURES, CoreKernel, compile_kernels
+from l4core.testing.compile_ops import CoreKernel, compile_kernels
+from l4core.testing.compiled import ARCHITECTURES
 
 __all__ = ["kernels_for"]
 
