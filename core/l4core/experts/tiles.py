@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -55,22 +56,30 @@ class Tiles:
 
 
 def tiles_for(arch: str, num_experts: int, hidden: int, inter: int, dtype: str) -> Tiles:
-    """What was measured for this architecture and shape, else what its family does well with."""
-    if dtype != "float32":
-        for found in _measured():
-            if (found["arch"], found["num_experts"], found["hidden"], found["inter"]) == (
-                arch,
-                num_experts,
-                hidden,
-                inter,
-            ):
-                return Tiles(rows=tuple(_row(row) for row in found["rows"]))
+    """What was measured for this architecture and hidden size (2-byte dtypes) at the nearest number of experts, then the nearest intermediate size;
+    else what the device's family does well with."""
+    if dtype != "float32" and inter % 8 == 0:  # the copy engine wants rows of whole 16 bytes
+        found = [one for one in _measured() if (one["arch"], one["hidden"]) == (arch, hidden)]
+        if found:
+            nearest = min(found, key=lambda one: (_apart(one["num_experts"], num_experts), _apart(one["inter"], inter)))
+            return _for_experts(nearest, num_experts)
     return _rule(arch, num_experts, dtype)
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The form in which rows stand in tiles.json."""
-    return [asdict(row) for row in rows]
+def _apart(a: int, b: int) -> float:
+    return abs(math.log(a / b))
+
+
+def _for_experts(found: Mapping[str, Any], num_experts: int) -> Tiles:
+    """For many tokens a tile is good for a number of rows an expert, so its bounds grow with the number of experts."""
+    scale = num_experts / found["num_experts"]
+    rows = [_row(row) for row in found["rows"]]
+    few = [row for row in rows if row.few]
+    many = [
+        replace(row, tokens=max(int(row.tokens * scale), few[-1].tokens + 1 + i))
+        for i, row in enumerate(rows[len(few) :])
+    ]
+    return Tiles(rows=(*few, *many))
 
 
 def _measured() -> Sequence[Mapping[str, Any]]:
