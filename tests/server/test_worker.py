@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -179,7 +180,21 @@ def test_the_server_gone_ends_the_process_with_0(server: Server) -> None:
     server.sock.close()
     server.thread.join()
     assert server.status == 0
-    assert server.orphaned.wait()
+    assert server.orphaned.wait(5)
+
+
+def test_a_server_gone_with_answers_unread_is_gone_too(server: Server) -> None:
+    server.start()
+    server.engine.length = 10**9
+    server.send(Submit.of(Inbox(requests=[request("a")])))
+    while (
+        len(server.engine.inboxes) < 3
+    ):  # two steps at least, whose answers nobody reads: the kernel then resets the connection
+        time.sleep(0.001)
+    server.sock.close()
+    server.thread.join()
+    assert server.status == 0
+    assert server.orphaned.wait(5)
 
 
 def test_an_exception_in_a_step_is_the_last_word_with_its_traceback(server: Server) -> None:
