@@ -89,8 +89,6 @@ class Mailbox:
                 message = decode_for_engine(payload)
                 if isinstance(message, Submit):
                     self._frames.put(message.inbox())
-        except ConnectionError:  # closed with answers unread, which is as gone as closed
-            pass
         except Exception as error:  # noqa: BLE001  (handed to the loop, which ends the process with it)
             self._frames.put(error)
             return
