@@ -227,7 +227,8 @@ def main() -> None:
             break
         try:
             us = graph_us(launches(path, tokens, layers, tile), repeats=5)
-        except Exception:  # noqa: BLE001  (as above)
+        except Exception as error:  # noqa: BLE001  (as above)
+            print(path, tokens, tile, type(error).__name__, flush=True)
             continue
         found.append({"path": path, "tokens": tokens, "us": us, "tile": asdict(tile)})
     args.out.write_text(json.dumps(found, indent=1))

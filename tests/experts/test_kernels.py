@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from helpers.kernel_script import run_script
 from l4core.testing.compiled import compile_cases
 
 SCRIPT = Path(__file__).with_name("kernels_script.py")
 KIB = 1024
 SHARED_MEMORY = {"sm80": 163 * KIB, "sm90": 227 * KIB, "sm100": 227 * KIB, "gfx942": 64 * KIB}
-
-
-def run(device: str, **environment: str) -> set[str]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), device],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return set(done.stdout.split())
 
 
 CHECKS = {
@@ -40,12 +26,12 @@ CHECKS = {
 
 
 def test_the_kernels_compute_the_definition() -> None:
-    assert run("cpu", TRITON_INTERPRET="1") == CHECKS
+    assert set(run_script(SCRIPT).split()) == CHECKS
 
 
 @pytest.mark.gpu
 def test_the_kernels_compute_the_definition_on_a_device() -> None:
-    assert run("cuda") == CHECKS
+    assert set(run_script(SCRIPT, "cuda").split()) == CHECKS
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)

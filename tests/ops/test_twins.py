@@ -5,38 +5,24 @@ file is imported."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from helpers.kernel_script import run_script
 from l4core.testing.compiled import ARCHITECTURES, compile_cases
 
 SCRIPT = Path(__file__).with_name("twins_script.py")
 CHECKS = "add_norm silu heads skinny large_weights fp8_bits"
 
 
-def compare(device: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), device],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
-
-
 def test_the_kernels_equal_their_twins() -> None:
-    assert compare("cpu", TRITON_INTERPRET="1") == CHECKS
+    assert run_script(SCRIPT) == CHECKS
 
 
 @pytest.mark.gpu
 def test_the_kernels_equal_their_twins_on_a_device() -> None:
-    assert compare("cuda") == CHECKS
+    assert run_script(SCRIPT, "cuda") == CHECKS
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

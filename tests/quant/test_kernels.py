@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.kernel_script import run_script
 from l4core.errors import BackendUnavailable
 from l4core.experts.quantised import TorchQuantisedExperts
 from l4core.experts.select import SelectedExperts
@@ -26,25 +24,13 @@ SCRIPT = Path(__file__).with_name("kernels_script.py")
 CHECKS = ["few", "many", "rows_in_eight_bits", "linear_layers"]
 
 
-def run(device: str, **environment: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), device],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.split()
-
-
 def test_the_kernels_compute_the_definition() -> None:
-    assert run("cpu", TRITON_INTERPRET="1") == CHECKS
+    assert run_script(SCRIPT).split() == CHECKS
 
 
 @pytest.mark.gpu
 def test_the_kernels_compute_the_definition_on_a_device() -> None:
-    assert run("cuda") == [*CHECKS, "rows"]
+    assert run_script(SCRIPT, "cuda").split() == [*CHECKS, "rows"]
 
 
 @pytest.mark.parametrize("kept", [FP8, INT4])

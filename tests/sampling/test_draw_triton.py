@@ -3,32 +3,19 @@ with a GPU also there, where the noise has the law's bits."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = str(Path(__file__).with_name("draw_triton_script.py"))
+from helpers.kernel_script import run_script
 
-
-def run(device: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", SCRIPT, device],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
+SCRIPT = Path(__file__).with_name("draw_triton_script.py")
 
 
 def test_the_kernels_draw_by_the_law() -> None:
-    assert run("cpu", TRITON_INTERPRET="1") == "140 rows"
+    assert run_script(SCRIPT) == "140 rows"
 
 
 @pytest.mark.gpu
 def test_the_kernels_draw_by_the_law_on_a_gpu() -> None:
-    assert run("cuda") == "794 rows"
+    assert run_script(SCRIPT, "cuda") == "794 rows"
