@@ -3,21 +3,12 @@ process of its own: the interpreter is chosen by an environment variable when a 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from helpers.kernel_script import run_script
 
 SCRIPT = Path(__file__).with_name("chunked_triton_script.py")
 
 
 def test_the_kernel_equals_its_twin() -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "cpu"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "160 cases"
+    assert run_script(SCRIPT) == "160 cases"
