@@ -26,12 +26,12 @@ from l4core.engine.batch import (
     StepTokens,
 )
 from l4core.engine.sequence import NO_ROW, RankedQueue, SequenceState
-from l4core.engine.step_costs import StepBudget, StepCosts, piece_scores
+from l4core.engine.step_costs import StepBudget, StepCosts
+from l4core.engine.step_counts import StepCounts
 from l4core.engine.stops import StopRule
 from l4core.errors import RequestError
 from l4core.kv.manager import NOTHING, KVManager, NewEntries
 from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput, StepStats
-from l4core.sampling.verify import depths
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
@@ -71,8 +71,7 @@ class Scheduler:
         self._updates: list[SequenceUpdate] = []
         self._evicted: list[SequenceState] = []
         self._num_arrived = self._step = 0
-        self._drafts: tuple[list[int], list[int]] = ([], [])
-        self._hits = dict.fromkeys((group.name for group in kv.groups), 0)
+        self._counts = StepCounts(group.name for group in kv.groups)
 
     @property
     def has_work(self) -> bool:
@@ -166,21 +165,15 @@ class Scheduler:
         if len(tokens.drawn) != len(flight):
             raise ValueError(f"{len(tokens.drawn)} draws came for {len(flight)} scheduled sequences")
         updates, self._updates = self._updates, []
-        num_prefill = num_decode = 0
-        scores = 0.0
         for (seq, entry), drawn in zip(flight, tokens.drawn, strict=True):
             if seq.entry is entry:
                 seq.entry = None
-            if entry.is_decode:
-                num_decode += 1
-            else:
-                num_prefill += len(entry.token_ids)
-                scores += piece_scores(entry.start, len(entry.token_ids))
+            self._counts.computed(entry)
             if not seq.finished and (update := self._take_in(seq, entry, drawn)) is not None:
                 updates.append(update)
         if flight:
             self._flights.popleft()
-        return StepOutput(updates=updates, stats=self._stats(num_prefill, num_decode, scores))
+        return StepOutput(updates=updates, stats=self._stats())
 
     @property
     def sequences(self) -> Collection[SequenceState]:
@@ -321,7 +314,7 @@ class Scheduler:
         if seq.num_cached is None:
             seq.num_cached = min(start, seq.prompt_len)
         for group, table in zip(self.kv.groups, seq.tables.tables, strict=True):
-            self._hits[group.name] += max(0, start - table.first_index * self.kv.page_size)
+            self._counts.hit(group.name, max(0, start - table.first_index * self.kv.page_size))
 
     def _schedule_piece(self, seq: SequenceState, budget: StepBudget, *, first: bool = False) -> bool:
         """A piece that the budget allows and that ends at a chunk border at the latest → whether there were pages for it.
@@ -436,7 +429,7 @@ class Scheduler:
         if not token_ids:
             return SequenceUpdate(request_id=request_id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
         if entry.num_drafts:
-            self._count_drafts(entry, len(token_ids))
+            self._counts.verified(entry, len(token_ids))
             seq.judge_draft(len(token_ids) > 1)
         if reason is None and drawn.error:
             reason = FinishReason.ERROR
@@ -465,37 +458,15 @@ class Scheduler:
         if count > entry.num_drafts + 1:
             raise ValueError(f"{request_id}: {count} tokens were drawn to verify {entry.num_drafts} drafts")
 
-    def _count_drafts(self, entry: ScheduledSequence, num_tokens: int) -> None:
-        """For the gauges."""
-        drafted, accepted = self._drafts
-        depth = max(depths(entry.num_drafts, entry.parents)) if entry.parents else entry.num_drafts
-        for counts in (drafted, accepted):
-            counts += [0] * (depth - len(counts))
-        for i in range(depth):
-            drafted[i] += 1
-            accepted[i] += i < num_tokens - 1
-
     def _report_end(self, request: Request, reason: FinishReason, error: str = "") -> None:
         self._updates.append(SequenceUpdate(request_id=request.request_id, finish_reason=reason, error=error))
 
-    def _stats(self, num_prefill: int, num_decode: int, scores: float) -> StepStats:
-        """num_preemptions and the token counts are this step's; the rest are gauges after it."""
+    def _stats(self) -> StepStats:
+        """What was counted since the last call, and gauges after the step."""
         evicted, self._evicted = self._evicted, []
-        hits, self._hits = self._hits, dict.fromkeys(self._hits, 0)
-        (drafted, accepted), self._drafts = self._drafts, ([], [])
-        return StepStats(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_preemptions=len(evicted),
-            num_prefill_tokens=num_prefill,
-            num_decode_tokens=num_decode,
-            num_prefill_scores=scores,
-            pages_used=self.kv.pages_used,
-            pages_total=self.kv.pages_total,
-            pages_cached=self.kv.pages_cached,
-            num_prefix_hits=hits,
-            drafted_at=tuple(drafted),
-            accepted_at=tuple(accepted),
+        counts, self._counts = self._counts, StepCounts(group.name for group in self.kv.groups)
+        return counts.stats(
+            num_running=len(self._running), num_waiting=len(self._waiting), num_preemptions=len(evicted), kv=self.kv
         )
 
 

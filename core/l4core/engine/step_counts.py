@@ -1,0 +1,61 @@
+"""What the scheduler counts of a step, for the gauges of `/metrics`. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from l4core.engine.batch import ScheduledSequence
+from l4core.engine.step_costs import piece_scores
+from l4core.kv.manager import KVManager
+from l4core.request import StepStats
+from l4core.sampling.verify import depths
+
+
+class StepCounts:
+    """Counts of one step, from zero."""
+
+    def __init__(self, groups: Iterable[str]) -> None:
+        """groups: names of the KV groups."""
+        self._num_prefill = self._num_decode = 0
+        self._scores = 0.0
+        self._hits = dict.fromkeys(groups, 0)
+        self._drafted: list[int] = []
+        self._accepted: list[int] = []
+
+    def computed(self, entry: ScheduledSequence) -> None:
+        """A piece of a prompt, or a decode, was computed."""
+        if entry.is_decode:
+            self._num_decode += 1
+        else:
+            self._num_prefill += len(entry.token_ids)
+            self._scores += piece_scores(entry.start, len(entry.token_ids))
+
+    def hit(self, group: str, num_tokens: int) -> None:
+        """Tokens of a prefix whose pages were there."""
+        self._hits[group] += num_tokens
+
+    def verified(self, entry: ScheduledSequence, num_tokens: int) -> None:
+        """Guesses of `entry` brought `num_tokens` tokens, the one behind the last right guess among them. Counted by depth."""
+        depth = max(depths(entry.num_drafts, entry.parents)) if entry.parents else entry.num_drafts
+        for counts in (self._drafted, self._accepted):
+            counts += [0] * (depth - len(counts))
+        for i in range(depth):
+            self._drafted[i] += 1
+            self._accepted[i] += i < num_tokens - 1
+
+    def stats(self, *, num_running: int, num_waiting: int, num_preemptions: int, kv: KVManager) -> StepStats:
+        """The record that leaves the engine. num_running, num_waiting, and what is read from `kv`, are gauges after the step."""
+        return StepStats(
+            num_running=num_running,
+            num_waiting=num_waiting,
+            num_preemptions=num_preemptions,
+            num_prefill_tokens=self._num_prefill,
+            num_decode_tokens=self._num_decode,
+            num_prefill_scores=self._scores,
+            pages_used=kv.pages_used,
+            pages_total=kv.pages_total,
+            pages_cached=kv.pages_cached,
+            num_prefix_hits=self._hits,
+            drafted_at=tuple(self._drafted),
+            accepted_at=tuple(self._accepted),
+        )
