@@ -175,7 +175,23 @@ class EngineConfig:
         unit="milliseconds",
         minimum=0.1,
     )
-    tp: int = _opt(1, "tensor-parallel ranks", PARALLEL, aliases=("tp_size", "tensor_parallel_size"), minimum=1)
+    tp: int = _opt(
+        1,
+        "ranks that compute one model together, one device each",
+        PARALLEL,
+        aliases=("tp_size", "tensor_parallel_size"),
+        unit="ranks",
+        minimum=1,
+    )
+    ep: int = _opt(
+        1,
+        "groups of ranks that the experts are dealt out to; tp must divide by it (default: each rank has a part of every expert)",
+        PARALLEL,
+        aliases=("ep_size", "expert_parallel_size"),
+        unit="groups",
+        minimum=1,
+        not_built=f"--ep: expert parallelism {LATER}",
+    )
     speculative_algorithm: str | None = _opt(
         None,
         "guess tokens and verify them, which changes no token: EAGLE3, NGRAM, or the name of an installed drafter (default: off)",
@@ -240,8 +256,8 @@ class EngineConfig:
                 "--swa-full-tokens-ratio caps local KV, and --disable-hybrid-swa-memory keeps all of it",
                 fix="give one of the two",
             )
-        if self.tp > 1:
-            raise NotBuiltError(f"--tp {self.tp}: tensor parallelism {LATER}", fix="--tp 1")
+        if self.tp % self.ep:
+            raise ConfigError(f"--tp {self.tp} does not divide by --ep {self.ep}", fix=f"--tp {self.ep} or a multiple")
 
 
 @dataclass(frozen=True, kw_only=True)

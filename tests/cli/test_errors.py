@@ -55,10 +55,15 @@ def test_value_out_of_range(run_l4: RunL4) -> None:
 
 
 def test_not_built_yet(run_l4: RunL4) -> None:
-    ended = run_l4("serve", "m", "--tp", "8")
+    ended = run_l4("serve", "m", "--enable-multimodal")
     assert ended.code == 2
-    assert "--tp 8: tensor parallelism is not built yet" in ended.err
-    assert "fix: --tp 1" in ended.err
+    assert "--enable-multimodal is not built yet" in ended.err
+
+
+def test_experts_are_dealt_out_to_groups_of_equal_size(run_l4: RunL4) -> None:
+    ended = run_l4("serve", "m", "--tp", "8", "--ep", "3")
+    assert ended.code == 2
+    assert "--ep" in ended.err
 
 
 def test_a_value_that_is_not_built_yet(run_l4: RunL4) -> None:

@@ -14,7 +14,7 @@ from l4core.errors import NotBuiltError
 SCOUT, MAVERICK = "meta-llama/Llama-4-Scout-17B-16E-Instruct", "meta-llama/Llama-4-Maverick-17B-128E-Instruct"
 
 FLAGS = """
---model-path m --tp 1 --context-length 4096 --mem-fraction-static 0.8 --host 0.0.0.0 --port 30000 --attention-backend sdpa
+--model-path m --tp 8 --context-length 4096 --mem-fraction-static 0.8 --host 0.0.0.0 --port 30000 --attention-backend sdpa
 --chat-template llama-4 --page-size 64 --chunked-prefill-size 8192 --max-running-requests 8 --max-total-tokens 100000
 --kv-cache-dtype auto --dtype bfloat16 --device cpu --trust-remote-code --api-key k --served-model-name n --random-seed 3
 --load-format dummy --disable-cuda-graph --disable-radix-cache --disable-hybrid-swa-memory --log-level warning
@@ -22,7 +22,6 @@ FLAGS = """
 VLLM_FLAGS = "--model m --max-model-len 4096 --gpu-memory-utilization 0.8 --max-num-seqs 8 --max-num-batched-tokens 8192 --enforce-eager"
 NOT_BUILT = {
     "--enable-multimodal": "--enable-multimodal",
-    "--tp-size 8": "--tp 8",
     "--speculative-algorithm STANDALONE": "--speculative-algorithm STANDALONE",
 }
 
@@ -34,7 +33,7 @@ def parse(line: str) -> tuple[EngineConfig, ServerConfig]:
 
 def test_every_flag_of_the_list() -> None:
     engine, server = parse(FLAGS)
-    assert (engine.model, engine.tp, engine.context_length, engine.mem_fraction_static) == ("m", 1, 4096, 0.8)
+    assert (engine.model, engine.tp, engine.context_length, engine.mem_fraction_static) == ("m", 8, 4096, 0.8)
     assert (server.host, server.port, server.api_key, server.log_level) == ("0.0.0.0", 30000, "k", "warning")
     assert (engine.attention_backend, engine.chat_template, engine.page_size) == ("sdpa", "llama-4", 64)
     assert (engine.chunked_prefill_size, engine.max_running_requests, engine.max_total_tokens) == (8192, 8, 100000)
@@ -70,10 +69,10 @@ def test_what_is_not_built_says_so(flag: str, named: str) -> None:
 @pytest.mark.parametrize(
     ("line", "model", "context"),
     [
-        (f"--model-path {SCOUT} --tp 1 --context-length 1000000", SCOUT, 1000000),
-        (f"--model-path {SCOUT} --port 30000 --tp 1 --mem-fraction-static 0.8 --context-length 65536", SCOUT, 65536),
+        (f"--model-path {SCOUT} --tp 8 --context-length 1000000", SCOUT, 1000000),
+        (f"--model-path {SCOUT} --port 30000 --tp 8 --mem-fraction-static 0.8 --context-length 65536", SCOUT, 65536),
         (
-            f"--model-path {MAVERICK} --port 30000 --tp 1 --mem-fraction-static 0.8 --context-length 65536",
+            f"--model-path {MAVERICK} --port 30000 --tp 8 --mem-fraction-static 0.8 --context-length 65536",
             MAVERICK,
             65536,
         ),
@@ -87,7 +86,7 @@ def test_the_guides_commands(line: str, model: str, context: int) -> None:
 def test_the_guides_eagle3_command() -> None:
     engine, _ = parse(
         f"--model-path {MAVERICK} --speculative-algorithm EAGLE3 --speculative-draft-model-path nvidia/Llama-4-Maverick-17B-128E-Eagle3 "
-        "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4 --trust-remote-code --tp 1 "
+        "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4 --trust-remote-code --tp 8 "
         "--context-length 1000000"
     )
     assert (engine.speculative_algorithm, engine.speculative_num_steps) == ("EAGLE3", 3)

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 
 from l4core.attention.select import Selected
-from l4core.config import EngineConfig
+from l4core.config import LATER, EngineConfig
 from l4core.engine.draft_pace import DraftPace
 from l4core.engine.drafter_eagle3 import Eagle3Speculation
 from l4core.engine.engine import Engine
@@ -41,7 +41,7 @@ from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.engine.speculation import SpeculationPlan, create_speculation, draft_pace, plan_speculation
 from l4core.engine.start_report import Choices, start_report
 from l4core.engine.weight_formats import weight_formats
-from l4core.errors import ConfigError
+from l4core.errors import ConfigError, NotBuiltError
 from l4core.experts.select import SelectedExperts
 from l4core.experts.smoke import prepare_experts
 from l4core.kv.blocks import KVGroup
@@ -88,6 +88,8 @@ def build_engine(
     model_config: for benchmarks of shapes that no folder holds (model.slicing.rank_config); weights are then dummy ones.
     """
     began = time.perf_counter()
+    if config.tp > 1:
+        raise NotBuiltError(f"--tp {config.tp}: tensor parallelism {LATER}", fix="--tp 1")
     if model_config is not None and config.load_format != "dummy":
         raise ConfigError("a model without a folder has dummy weights only", fix="--load-format dummy")
     folder = resolve_model(config) if model_config is None else Path()
