@@ -18,6 +18,7 @@ from l4core.engine.batch import Inbox
 from l4core.engine.build import build_engine
 from l4core.engine.pace import paced
 from l4core.errors import ConfigError, L4Error
+from l4core.model.config import ModelConfig
 from l4core.model.moe import MoE
 from l4core.request import Request, SamplingParams
 
@@ -26,11 +27,13 @@ WARMUP = 4
 
 
 class Bench:
-    """One engine. report: its start-up block.  ready_s: seconds until it could take requests.  rates: of the device, beside the loaded model."""
+    """One engine. report: its start-up block.  ready_s: seconds until it could take requests.  rates: of the device, beside the loaded model.
+    kv_bytes: of a stored key or value element."""
 
-    def __init__(self, config: EngineConfig, *, progress: bool = True) -> None:
+    def __init__(self, config: EngineConfig, *, progress: bool = True, model_config: ModelConfig | None = None) -> None:
+        """model_config: shapes that no folder holds, with dummy weights."""
         began = time.perf_counter()
-        built = build_engine(config, progress=progress)
+        built = build_engine(config, progress=progress, model_config=model_config)
         self.ready_s = time.perf_counter() - began
         self.report, self.config, self.context_length = built.report, built.model_config, built.context_length
         self.max_running = config.max_running_requests
@@ -44,7 +47,7 @@ class Bench:
         self._weights = weights_of(
             ((name, t.numel() * t.itemsize) for name, t in tensors), tied=self.config.tie_word_embeddings
         )
-        self._kv_bytes = built.engine.runner.memory.view(0).k.itemsize
+        self.kv_bytes = built.engine.runner.memory.view(0).k.itemsize
         self.rates: Rates = measure_rates(self.device, self.dtype)
 
     @property
@@ -76,7 +79,7 @@ class Bench:
             self._weights,
             batch=batch,
             context=context + WARMUP + steps // 2,
-            kv_bytes=self._kv_bytes,
+            kv_bytes=self.kv_bytes,
             experts=experts,
         )
         gaps = sorted((b - a) * 1e3 for a, b in itertools.pairwise(times))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from l4core.cli.bench_predict import predict
 from l4core.cli.command import CONTEXT, L4Command, write_options
 from l4core.cli.errors import nearest
 from l4core.cli.log import configure_logging
@@ -44,7 +45,8 @@ class BenchGroup(click.Group):
 def bench() -> None:
     """How fast is it, and what would the device's memory allow?
 
-    `serve` loads any OpenAI server; `latency`, `throughput` and `kernels` run a model in this process. See docs/benchmarks.md.
+    `serve` loads any OpenAI server; `latency`, `throughput` and `kernels` run a model in this process; `predict` is
+    for several devices from one. See docs/benchmarks.md.
     """
 
 
@@ -328,3 +330,6 @@ def _shapes(text: str) -> list[tuple[int, int]]:
             raise ConfigError(f"--prefill has {part!r}; wanted PROMPTSxTOKENS", fix="--prefill 8x2048,1x2048")
         shapes.append((int(count), int(length)))
     return shapes
+
+
+bench.add_command(predict)
