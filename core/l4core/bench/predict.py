@@ -203,7 +203,7 @@ def published(model: str, card: str, ranks: int, weights: str, load: Load) -> Pu
     return next((p for p in PUBLISHED if (p.model, p.card, p.ranks, p.weights, p.load) == wanted), None)
 
 
-def assumptions(measured: Measured, whole: Rank, load: Load, link: Link) -> list[str]:
+def assumptions(measured: Measured, whole: Rank, load: Load, link: Link, weights: str = "bfloat16") -> list[str]:
     """Sentences: what stands between the measurement and the prediction."""
     said = [
         f"one of {whole.ranks} ranks was run here: its shapes, random weights, this engine with its scheduler, graphs and draw",
@@ -213,6 +213,11 @@ def assumptions(measured: Measured, whole: Rank, load: Load, link: Link) -> list
         f"{ACTIVATION_BYTES} bytes an activation over {link.bandwidth / 1e9:g} GB/s",
         f"rounds of {load.concurrency} prompts and their answers, every answer of {load.output} tokens; text and HTTP are hidden behind the device",
     ]
+    if weights != "bfloat16":
+        said.insert(
+            1,
+            f"all weights that --quantization {weights} takes are in {weights}; a checkpoint may keep some of them plain",
+        )
     if measured.rates.dtype != "bfloat16":
         said.insert(1, f"it ran in {measured.rates.dtype}; the prediction is for bfloat16 activations")
     if measured.layers < whole.config.num_layers:

@@ -88,7 +88,7 @@ def predict(
                 "published": None if theirs is None else {"tokens_per_s": theirs.tokens_per_s, "source": theirs.source},
             }
         )
-    said = assumptions(measured, whole, load, link)
+    said = assumptions(measured, whole, load, link, weights)
     result = {
         "kind": "predict",
         "model": engine.model,
