@@ -78,22 +78,21 @@ def main() -> None:
     print(*bench.report, f"{'ready':<16}{results['ready_s']:.1f} s", sep="\n")
     print(f"copy {rates.copy / 1e12:.2f} TB/s, bf16 product {rates.matmul / 1e12:.0f} TFLOP/s\n")
     print(f"{'':<26}{'ms':>9}{'floor':>9}{'ratio':>7}{'experts':>9}", flush=True)
+
+    def note(name: str, ms: float, floor: float, experts: float) -> None:
+        """Kept at once: whatever comes later, this was measured."""
+        results["rows"].append({"name": name, "ms": ms, "floor_ms": floor, "ratio": ms / floor, "experts": experts})
+        results["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{name:<26}{ms:9.3f}{floor:9.3f}{ms / floor:7.3f}{experts:9.2f}", flush=True)
+
     for context in map(int, args.contexts.split(",")):
         for batch in batches:
-            _show(
-                results, f"decode bs {batch} at {context}", *bench.decode(batch, context, rates, profile=args.profile)
-            )
+            note(f"decode bs {batch} at {context}", *bench.decode(batch, context, rates, profile=args.profile))
     for text in filter(None, args.prefills.split(",")):
         batch, length = map(int, text.split("x"))
-        _show(results, f"prefill {text}", *bench.prefill(batch, length, rates, profile=args.profile))
-    results["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def _show(results: dict[str, Any], name: str, ms: float, floor: float, experts: float) -> None:
-    results["rows"].append({"name": name, "ms": ms, "floor_ms": floor, "ratio": ms / floor, "experts": experts})
-    print(f"{name:<26}{ms:9.3f}{floor:9.3f}{ms / floor:7.3f}{experts:9.2f}", flush=True)
+        note(f"prefill {text}", *bench.prefill(batch, length, rates, profile=args.profile))
 
 
 class Bench:

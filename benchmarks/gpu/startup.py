@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def one_start(layers: int, options: dict[str, str]) -> dict[str, float]:
     }
 
 
-def starts(layers: int, options: list[str]) -> dict[str, Any]:
-    """One start with an empty kernel cache, one with what the first left."""
-    found = {}
+def starts(layers: int, options: list[str], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """One start with an empty kernel cache, one with what the first left. save: is given what is known after each."""
+    found = dict[str, Any]()
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
             env = {**os.environ, "TRITON_CACHE_DIR": cache}
@@ -74,6 +75,7 @@ def starts(layers: int, options: list[str]) -> dict[str, Any]:
             found[name]["process_s"] = round(time.perf_counter() - began, 2)
             print(name, found[name], flush=True)
             found["report"] = done.stderr.splitlines()
+            save(found)
     return found
 
 
@@ -144,11 +146,15 @@ def main() -> None:
     if args.load:
         record["load"] = {key: round(value, 2) for key, value in load_rate(args.load).items()}
         print(record["load"], flush=True)
+
+    def save(found: dict[str, Any]) -> None:
+        if args.out is not None:
+            args.out.write_text(json.dumps(record | found, indent=1, ensure_ascii=False) + "\n")
+
+    save({})
     if args.layers:
-        record |= starts(args.layers, args.option)
+        record |= starts(args.layers, args.option, save)
         print(json.dumps(record, indent=1, ensure_ascii=False), flush=True)
-    if args.out is not None:
-        args.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,91 +1,129 @@
 """L4 and its peers on one warm GPU machine: the same shapes, one after the other, in one table.
 
-    python benchmarks/peers/table.py [--kit DIR] [--out FILE.json] [--engines l4,vllm,sglang] [--l4-path DIR] [--l4-option NAME=VALUE …]
+    python benchmarks/peers/table.py [--kit DIR] [--runs l4,vllm,l4-fa3,l4,start] [--limit SECONDS] [--out FILE.json] [--logs DIR]
+                                     [--l4-option NAME=VALUE …]
 
-8 of Scout's 48 layers, bfloat16, random weights. L4 runs twice: with an empty kernel cache before the peers, and with a warm one after them; the
-faster time of each row counts, and both times until ready. --kit: a folder with the packed peer (vk.00, vk.01), unpacked once into
---site; without it vLLM must be importable. An engine that is not there, fails or takes too long is a line of the table, not the end of it.
+8 of Scout's 48 layers, bfloat16, random weights, each run a process of its own. Runs, in the order given:
+
+    l4        on l4-triton. Given twice, the faster time of each row counts; that both are close says that the machine held still
+    l4-fa3    on l4-fa3 (FlashAttention-3)
+    start     `startup.py`: L4's seconds until ready, with an empty kernel cache and a warm one
+    vllm, sglang
+
+--kit: a folder with packed peers (vLLM as vk.00, vk.01; FlashAttention-3 as tsfa3.tar.xz), unpacked once into --site; without it they must be
+importable. A run that is not there, fails or takes too long is a line of the table, not the end of it; rows that were measured before are kept,
+and --out is written again after every run.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from side_process import end_children_when_terminated, run, unpack
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-LIMIT_SECONDS = {"l4": 90, "vllm": 180, "sglang": 240}
+LIMIT_SECONDS = {"l4": 80, "l4-fa3": 70, "vllm": 170, "sglang": 240, "start": 110}
+LEAST_SECONDS = 12
+"""With less left, nothing is begun."""
 BATCHES, CONTEXT, PREFILLS = "1,8,32,128", 1024, "8x2048,4x4000,1x2048"
+OURS = ("l4", "l4-fa3")
 
 
-def unpack(kit: Path, site: Path) -> str:
-    """The peer's packages into `site`, if they are not there → "" or what went wrong."""
-    if (site / "vllm").is_dir():
-        return ""
-    pieces = sorted(kit.glob("vk.0?"))
-    if not pieces:
-        return f"no vk.00, vk.01 in {kit}"
-    site.mkdir(parents=True, exist_ok=True)
-    names = " ".join(map(str, pieces))
-    done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; cat {names} | xz -d | tar x -C {site}"], capture_output=True, text=True
-    )
-    return done.stderr.strip()[-300:] if done.returncode else ""
+class Table:
+    """What the command line asked for. folder: for this call's own files."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder = args, folder
+        self.deadline = time.perf_counter() + args.limit
+        self.counts: dict[str, int] = {}
+
+    def measure(self, engine: str) -> dict[str, Any]:
+        """One run → its rows, seconds until ready, and why it did not end well ("" if it did)."""
+        self.counts[engine] = self.counts.get(engine, 0) + 1
+        label = f"{engine}-{self.counts[engine]}" if self.args.runs.split(",").count(engine) > 1 else engine
+        began, out = time.perf_counter(), self.args.logs / f"{label}.json"
+        out.unlink(missing_ok=True)
+        ready, error = None, self._missing(engine)
+        left = self.deadline - time.perf_counter()
+        if not error and left < LEAST_SECONDS:
+            error = "no time was left"
+        if not error:
+            command, env = self._command(engine, out)
+            limit_s = min(LIMIT_SECONDS[engine], left)
+            ready, error = run(label, command, env, self.args.logs / f"{label}.log", limit_s)
+        found = {"rows": []} | _read(out)
+        seconds = time.perf_counter() - began
+        return found | {"engine": engine, "label": label, "ready_s": ready, "error": error, "seconds": seconds}
+
+    def _missing(self, engine: str) -> str:
+        """Unpacks what the run needs → "" or what is not there."""
+        if engine == "vllm" and self.args.kit:
+            return self._unpacked("vk.0?", "vllm")
+        if engine == "l4-fa3" and self.args.kit:
+            why = self._unpacked("tsfa3.tar.xz", "fa3")
+            return "" if (self.args.site / "vllm").is_dir() else why  # vLLM brings a build of it too
+        module = {"l4-fa3": "flash_attn_interface"}.get(engine, engine)
+        if engine in ("l4", "start") or importlib.util.find_spec(module):
+            return ""
+        return f"{module} is not installed here"
+
+    def _unpacked(self, pattern: str, name: str) -> str:
+        pieces = sorted(self.args.kit.glob(pattern))
+        if not pieces and not (self.args.site / name).is_dir():
+            return f"no {pattern} in {self.args.kit}"
+        problem = unpack(pieces, self.args.site / name)
+        return problem and f"the kit could not be unpacked: {problem}"
+
+    def _command(self, engine: str, out: Path) -> tuple[list[str], dict[str, str]]:
+        if engine in ("vllm", "sglang"):
+            return self._peer(engine, out)
+        paths = [str(ROOT / "core"), *(str(p) for p in (ROOT / "plugins").iterdir() if p.is_dir())]
+        paths.append(str(metadata(self.folder / "metadata")))
+        options = list(self.args.l4_option)
+        if engine == "l4-fa3":
+            options.append("attention_backend=fa3")
+            paths += [str(site) for name in ("fa3", "vllm") if (site := self.args.site / name).is_dir()][:1]
+        cache = os.environ.get("TRITON_CACHE_DIR", str(self.folder / "cache"))
+        env = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": _path(*paths)}
+        gpu = ROOT / "benchmarks" / "gpu"
+        if engine == "start":
+            command = [str(gpu / "startup.py"), str(out), "--layers", str(self.args.layers)]
+            return [sys.executable, *command, *(f"--option={option}" for option in options)], env
+        command = [str(gpu / "decode.py"), "--layers", str(self.args.layers), "--json", str(out)]
+        command += ["--batches", BATCHES, "--contexts", str(CONTEXT), "--prefills", PREFILLS]
+        return [sys.executable, *command, *options], env
+
+    def _peer(self, name: str, out: Path) -> tuple[list[str], dict[str, str]]:
+        paths = [str(self.args.site / name)] if name == "vllm" and self.args.kit else []
+        caches = {"VLLM_CACHE_ROOT": "vllm", "TRITON_CACHE_DIR": "peer-triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+        env = {**os.environ, "PYTHONPATH": _path(*paths)} | {k: str(self.folder / v) for k, v in caches.items()}
+        model = self.folder / "model"
+        model.mkdir(exist_ok=True)
+        (model / "config.json").write_text(json.dumps(scout(self.args.layers)))
+        command = [str(HERE / f"{name}_side.py"), str(model), str(out), "--batches", BATCHES]
+        return [sys.executable, *command, "--context", str(CONTEXT), "--prefills", PREFILLS], env
 
 
-def run(name: str, command: Sequence[str], env: dict[str, str], log: Path) -> tuple[float | None, str]:
-    """→ (seconds from its start until it printed that it is ready, "" or why it did not end well). Its output goes to `log`."""
-    began, ready = time.perf_counter(), list[float]()
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            command,
-            env={**env, "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        ) as process,
-    ):
-        timer = threading.Timer(LIMIT_SECONDS[name], process.kill)
-        timer.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            if line.startswith("ready") and not ready:
-                ready.append(time.perf_counter() - began)
-            if not line.startswith(("INFO", "WARNING", "(EngineCore", "DEBUG")) and len(line) < 200:
-                print(f"{name:>7} | {line}", end="", flush=True)
-        status = process.wait()
-        timer.cancel()
-    seconds = time.perf_counter() - began
-    if status:
-        tail = " ".join(log.read_text(errors="replace").split())[-300:]
-        why = "took too long" if seconds >= LIMIT_SECONDS[name] - 1 else f"exit {status}: …{tail}"
-        return (ready or [None])[0], f"{why} after {seconds:.0f} s"
-    return (ready or [None])[0], ""
-
-
-def l4_side(label: str, args: argparse.Namespace, folder: Path, cache: Path) -> dict[str, Any]:
-    out = folder / f"{label}.json"
-    command = [sys.executable, str(ROOT / "benchmarks/gpu/decode.py"), "--layers", str(args.layers)]
-    command += ["--batches", BATCHES, "--contexts", str(CONTEXT), "--prefills", PREFILLS, "--json", str(out)]
-    paths = [*args.l4_path, str(ROOT / "core"), *(str(p) for p in (ROOT / "plugins").iterdir() if p.is_dir())]
-    paths.append(str(metadata(folder / "metadata")))
-    env = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": _path(*paths)}
-    ready, error = run("l4", [*command, *args.l4_option], env, args.logs / f"{label}.log")
-    return _result("l4", out, ready, error)
+def _read(out: Path) -> dict[str, Any]:
+    """What a run has written so far; nothing where it was ended while writing."""
+    try:
+        found: dict[str, Any] = json.loads(out.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return found
 
 
 def metadata(folder: Path) -> Path:
@@ -102,31 +140,8 @@ def metadata(folder: Path) -> Path:
     return folder
 
 
-def peer_side(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    problem = unpack(args.kit, args.site) if name == "vllm" and args.kit else ""
-    if problem:
-        return {"engine": name, "error": f"the kit could not be unpacked: {problem}", "rows": []}
-    paths = [str(args.site)] if name == "vllm" and args.kit else []
-    env = {**os.environ, "PYTHONPATH": _path(*paths), "VLLM_CACHE_ROOT": str(folder / "vllm")}
-    if subprocess.run([sys.executable, "-c", f"import {name}"], env=env, capture_output=True).returncode:
-        return {"engine": name, "error": f"{name} is not installed here", "rows": []}
-    model = folder / "model"
-    model.mkdir(exist_ok=True)
-    (model / "config.json").write_text(json.dumps(scout(args.layers)))
-    out = folder / f"{name}.json"
-    command = [sys.executable, str(HERE / f"{name}_side.py"), str(model), str(out), "--batches", BATCHES]
-    command += ["--context", str(CONTEXT), "--prefills", PREFILLS]
-    ready, error = run(name, command, env, args.logs / f"{name}.log")
-    return _result(name, out, ready, error)
-
-
 def _path(*paths: str) -> str:
     return ":".join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def _result(name: str, out: Path, ready: float | None, error: str) -> dict[str, Any]:
-    found = json.loads(out.read_text()) if out.exists() else {"rows": []}
-    return {**found, "engine": name, "ready_s": ready, "error": error}
 
 
 def scout(layers: int) -> dict[str, Any]:
@@ -137,45 +152,42 @@ def scout(layers: int) -> dict[str, Any]:
     return {**text, "architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
 
 
-def join(cold: dict[str, Any], warm: dict[str, Any], peers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a shape: L4's better time, its floor, each peer's time, distinct experts of each engine."""
-    rows = []
-    ours = {row["name"]: row for run in (cold, warm) for row in run["rows"]}
-    names = [*ours, *(row["name"] for peer in peers for row in peer["rows"] if row["name"] not in ours)]
-    for name in dict.fromkeys(names):
-        times = [row["ms"] for run in (cold, warm) for row in run["rows"] if row["name"] == name]
-        row: dict[str, Any] = {"name": name, "l4": min(times, default=None)}
-        row |= {"floor": ours[name]["floor_ms"], "experts": {"l4": ours[name].get("experts")}} if name in ours else {}
-        for peer in peers:
-            theirs = next((r for r in peer["rows"] if r["name"] == name), {})
-            row[peer["engine"]] = theirs.get("ms")
-            row.setdefault("experts", {})[peer["engine"]] = theirs.get("experts")
-        rows.append(row)
-    return rows
+def join(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a shape: each engine's best time, the floor, each engine's distinct experts a layer."""
+    rows: dict[str, dict[str, Any]] = {}
+    for one in runs:
+        for found in one["rows"]:
+            row = rows.setdefault(found["name"], {"name": found["name"], "ms": {}, "floor": None, "experts": {}})
+            engine = one["engine"]
+            if found["ms"] < row["ms"].get(engine, float("inf")):
+                row["ms"][engine] = found["ms"]
+            row["floor"] = row["floor"] or found.get("floor_ms")
+            if found.get("experts") is not None:
+                row["experts"].setdefault(engine, found["experts"])
+    return list(rows.values())
 
 
 def show(result: dict[str, Any]) -> str:
-    peers = [run["engine"] for run in result["runs"] if run["engine"] != "l4"]
-    head = [
-        "ms",
-        "floor",
-        "L4",
-        "L4 / floor",
-        *(f"{p} | {p} / L4" for p in peers),
-        "experts a layer: L4, " + ", ".join(peers),
-    ]
-    lines = ["| " + " | ".join(head) + " |", "| --- " * (len(head) + len(peers)) + "|"]
+    """ours: the first of L4's engines that has rows; every other column stands beside it."""
+    engines = list(dict.fromkeys(one["engine"] for one in result["runs"] if one["rows"]))
+    ours = next((name for name in engines if name in OURS), "l4")
+    others = [name for name in engines if name != ours]
+    head = ["ms", "floor", ours, f"{ours} / floor", *(cell for name in others for cell in (name, f"{name} / {ours}"))]
+    head.append("experts a layer: " + ", ".join([ours, *others]))
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for row in result["rows"]:
-        ours, floor = row["l4"], row.get("floor")
-        cells = [row["name"], _ms(floor), _ms(ours), f"{ours / floor:.2f}" if ours and floor else "–"]
-        for peer in peers:
-            cells += [_ms(row[peer]), f"{row[peer] / ours:.2f}" if row[peer] and ours else "–"]
-        experts = row.get("experts", {})
-        cells.append(", ".join("–" if experts.get(n) is None else f"{experts[n]:.2f}" for n in ("l4", *peers)))
+        mine, floor = row["ms"].get(ours), row["floor"]
+        cells = [row["name"], _ms(floor), _ms(mine), _ratio(mine, floor)]
+        for name in others:
+            cells += [_ms(row["ms"].get(name)), _ratio(row["ms"].get(name), mine)]
+        counts = [row["experts"].get(name) for name in (ours, *others)]
+        cells.append(", ".join("–" if count is None else f"{count:.2f}" for count in counts))
         lines.append("| " + " | ".join(cells) + " |")
-    readiness = [f"{run['label']} {run['ready_s']:.1f} s" for run in result["runs"] if run.get("ready_s")]
-    lines.append(f"\nReady, dummy weights, from the process's start: {', '.join(readiness) or '–'}.")
-    lines += [f"{run['label']}: {run['error']}" for run in result["runs"] if run.get("error")]
+    ready = [f"{one['label']} {one['ready_s']:.1f} s" for one in result["runs"] if one.get("ready_s")]
+    for one in result["runs"]:
+        ready += [f"L4 {kind} {one[kind]['ready_s']:.1f} s" for kind in ("cold", "warm") if kind in one]
+    lines.append(f"\nReady, dummy weights, from the process's start: {', '.join(ready) or '–'}.")
+    lines += [f"{one['label']}: {one['error']}" for one in result["runs"] if one["error"]]
     return "\n".join(lines)
 
 
@@ -183,52 +195,62 @@ def _ms(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}" if value < 100 else f"{value:.1f}"
 
 
+def _ratio(value: float | None, beside: float | None) -> str:
+    return f"{value / beside:.2f}" if value and beside else "–"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kit", type=Path, help="folder with vk.00, vk.01")
-    parser.add_argument("--site", type=Path, default=Path(tempfile.gettempdir()) / "l4-peers-site")
-    parser.add_argument("--engines", default="l4,vllm,sglang")
+    parser.add_argument("--kit", type=Path, help="folder with vk.00, vk.01, tsfa3.tar.xz")
+    parser.add_argument("--site", type=Path, default=Path(tempfile.gettempdir()) / "l4-peers")
+    parser.add_argument("--runs", default="l4,vllm,l4-fa3,l4,start")
+    parser.add_argument("--limit", type=float, default=900, metavar="SECONDS", help="for all runs together")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--l4-path", action="append", default=[], help="packages for L4 alone, say an unpacked FA3")
     parser.add_argument("--l4-option", action="append", default=[], help="engine option, NAME=VALUE")
-    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()) / "l4-peers-logs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    engines = args.engines.split(",")
+    if unknown := set(args.runs.split(",")) - LIMIT_SECONDS.keys():
+        parser.error(f"--runs names {', '.join(sorted(unknown))}; there are {', '.join(LIMIT_SECONDS)}")
+    end_children_when_terminated()
     args.logs.mkdir(parents=True, exist_ok=True)
-    began, nothing = time.perf_counter(), {"engine": "l4", "rows": []}
-    with tempfile.TemporaryDirectory() as text:
-        folder = Path(text)
-        cold = {
-            **(l4_side("l4-cold", args, folder, folder / "cache") if "l4" in engines else nothing),
-            "label": "L4 cold",
-        }
-        peers = [{**peer_side(name, args, folder), "label": name} for name in ("vllm", "sglang") if name in engines]
-        warm = {
-            **(l4_side("l4-warm", args, folder, folder / "cache") if "l4" in engines else nothing),
-            "label": "L4 warm",
-        }
-    result: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "card": warm.get("card") or cold.get("card"),
-        "torch": warm.get("torch"),
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "shape": f"{args.layers} of 48 Scout layers, bfloat16, random weights, {CONTEXT} tokens of context and growing",
-        "rows": join(cold, warm, [peer for peer in peers if peer["rows"] or peer["error"]]),
-        "runs": [cold, *peers, warm],
-        "seconds": time.perf_counter() - began,
-    }
+    began, runs = time.perf_counter(), list[dict[str, Any]]()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as text:
+        table = Table(args, Path(text))
+        for engine in args.runs.split(","):
+            runs.append(table.measure(engine))
+            print(f"{runs[-1]['label']}: {runs[-1]['seconds']:.0f} s {runs[-1]['error']}", flush=True)
+            result = summary(runs, args.layers, time.perf_counter() - began)
+            if args.out:
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
     print("\n" + show(result))
     print(f"all of it took {result['seconds']:.0f} s; logs in {args.logs}")
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def summary(runs: Sequence[dict[str, Any]], layers: int, seconds: float) -> dict[str, Any]:
+    def first(key: str) -> Any:
+        return next((one[key] for one in runs if one.get(key)), None)
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "card": first("card"),
+        "torch": first("torch"),
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "shape": f"{layers} of 48 Scout layers, bfloat16, random weights, {CONTEXT} tokens of context and growing",
+        "rows": join(runs),
+        "runs": list(runs),
+        "seconds": seconds,
+    }
+
+
+def _commit() -> str | None:
+    """None where there is no git or no repository."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("L4_COMMIT")
     return done.stdout.strip()
 
 
