@@ -124,7 +124,7 @@ def probe_torch_experts(platform: Platform, requirements: ExpertRequirements) ->
     formats = {requirements.weight_format, requirements.shared_format} - {"plain", None}
     if formats:
         return Unusable(reason=f"weights are {', '.join(map(str, formats))}; torch's experts take plain ones")
-    return ExpertsUsable(tier=Tier.PORTABLE, graph=True, provider=f"torch {platform.torch_version}")
+    return ExpertsUsable(tier=Tier.PORTABLE, graph=True, skips=True, provider=f"torch {platform.torch_version}")
 
 
 def probe_triton_experts(platform: Platform, requirements: ExpertRequirements) -> ExpertsUsable | Unusable:
@@ -155,7 +155,7 @@ def probe_torch_quantised(platform: Platform, requirements: ExpertRequirements) 
     """Any device torch knows, weights in fewer bits."""
     if requirements.weight_format not in QUANTISED:
         return Unusable(reason=f"weights are {requirements.weight_format}; wanted {' or '.join(QUANTISED)}")
-    return ExpertsUsable(tier=Tier.PORTABLE, graph=True, provider=f"torch {platform.torch_version}")
+    return ExpertsUsable(tier=Tier.PORTABLE, graph=True, skips=True, provider=f"torch {platform.torch_version}")
 
 
 def _triton_experts(platform: Platform, requirements: ExpertRequirements, kept: str) -> ExpertsUsable | Unusable:

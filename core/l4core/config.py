@@ -190,7 +190,6 @@ class EngineConfig:
         aliases=("ep_size", "expert_parallel_size"),
         unit="groups",
         minimum=1,
-        not_built=f"--ep: expert parallelism {LATER}",
     )
     speculative_algorithm: str | None = _opt(
         None,

@@ -253,9 +253,10 @@ class AttentionBackend(ABC):
 class ExpertRequirements:
     """What the mixture-of-experts layers of this model, on this rank, under these flags, need. One expert a token, and a shared one.
 
-    num_experts: routed ones.  hidden_size: H.  intermediate_size: I of one expert on this rank, the shared one's too.  dtype: torch's name of the
-    compute dtype.  weight_format: how routed weights are kept, one of the names in `ExpertWeights`.  shared_format: the shared expert's,
-    None when the kernel is not given it (the layer then adds it by itself).  max_num_tokens: rows of one call at most.
+    num_experts: routed ones on this rank.  hidden_size: H.  intermediate_size: I of one expert on this rank, the shared one's too.
+    dtype: torch's name of the compute dtype.  weight_format: how routed weights are kept, one of the names in `ExpertWeights`.
+    shared_format: the shared expert's, None when the kernel is not given it (the layer then adds it by itself).
+    max_num_tokens: rows of one call at most.
     """
 
     num_experts: int
@@ -272,12 +273,15 @@ class ExpertRequirements:
 class ExpertsUsable:
     """Verdict: the kernel can do all that was required. graph: it may be captured, so it reads nothing back to the host.
     workspace_bytes: device memory it holds for life, plus the most one call takes beside x and the result.
-    named_only: never chosen by itself, whatever its tier; `note` says why."""
+    named_only: never chosen by itself, whatever its tier; `note` says why.
+    skips: `forward` takes an id of −1, of a token whose expert another rank holds, gives 0 for it and reads no weight. To other kernels core gives
+    some id and a score of 0, with which any expert's result is 0."""
 
     tier: Tier
     graph: bool = False
     workspace_bytes: int = 0
     named_only: bool = False
+    skips: bool = False
     provider: str = ""
     note: str = ""
 
@@ -333,7 +337,8 @@ class ExpertKernel(ABC):
     def forward(
         self, x: torch.Tensor, expert_ids: torch.Tensor, score: torch.Tensor, weights: ExpertWeights
     ) -> torch.Tensor:
-        """x [T, H], rows contiguous; expert_ids int32 [T] in [0, E); score [T], float32 or wider: s, which scales what the routed expert reads.
+        """x [T, H], rows contiguous; expert_ids int32 [T] in [0, E), and −1 where the verdict has `skips`; score [T], float32 or wider: s, which
+        scales what the routed expert reads.
         → [T, H] in x's dtype; it may be a transposed view and may be changed by the caller. T ≥ 1."""
 
 

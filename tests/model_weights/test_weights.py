@@ -13,6 +13,7 @@ from tiny_folder import (
     empty_parameters,
     hf_tensors,
     prefixed,
+    split_experts,
     tiny_config,
     whole_parameters,
     write_checkpoint,
@@ -21,6 +22,8 @@ from tiny_folder import (
 from l4core.errors import CheckpointError, NotBuiltError
 from l4core.model import weights
 from l4core.model.weights import fill_dummy, load_weights
+from l4core.parallel.ranks import Ranks
+from l4core.testing.thread_ranks import run_ranks
 
 CONFIG = tiny_config()
 Q0 = "model.layers.0.self_attn.q_proj.weight"
@@ -80,18 +83,30 @@ def test_values_are_converted_to_the_dtype_of_the_parameters(
         assert torch.equal(params[name], want.to(wanted)), name
 
 
-def test_each_of_eight_ranks_reads_only_its_share(tmp_path: Path) -> None:
-    tensors = full_names()
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("one_each", [False, True])
+def test_each_of_eight_ranks_reads_only_its_share(tmp_path: Path, ep: int, one_each: bool) -> None:
+    config = tiny_config(num_local_experts=4)
+    fused = hf_tensors(config)
+    tensors = prefixed(split_experts(fused) if one_each else fused, wrapped=False)
     folder = write_checkpoint(tmp_path, tensors, shards=2)
-    whole = whole_parameters(CONFIG, hf_tensors(CONFIG))
-    for rank in range(8):
-        params = params_for(tensors, rank=rank, world=8)
-        report = load(folder, params, rank=rank, world=8)
+    whole = whole_parameters(config, fused)
+    gate, up = whole["layers.1.moe.experts.gate_up"].split(24, dim=2)
+    down = whole["layers.1.moe.experts.down"]
+    ways = 8 // ep
+
+    def one(ranks: Ranks) -> None:
+        params = empty_parameters(config, as_stored(tensors), rank=ranks.rank, world=8, ep=ep)
+        report = load_weights(params, folder, config, progress=False, ranks=ranks, ep=ep)
         assert report.bytes_read == sum(p.nbytes for p in params.values())
-        gate, up = whole["layers.1.moe.experts.gate_up"].split(24, dim=2)
-        mine = slice(3 * rank, 3 * rank + 3)
-        assert torch.equal(params["layers.1.moe.experts.gate_up"], torch.cat([gate[:, :, mine], up[:, :, mine]], dim=2))
-        assert torch.equal(params["layers.1.moe.experts.down"], whole["layers.1.moe.experts.down"][:, mine])
+        group, part, width = ranks.rank // ways, ranks.rank % ways, 24 // ways
+        own = slice(group * len(gate) // ep, (group + 1) * len(gate) // ep)
+        mine = slice(width * part, width * (part + 1))
+        experts = torch.cat([gate[own, :, mine], up[own, :, mine]], dim=2)
+        assert torch.equal(params["layers.1.moe.experts.gate_up"], experts)
+        assert torch.equal(params["layers.1.moe.experts.down"], down[own, mine])
+
+    run_ranks(8, one)
 
 
 def test_parameters_may_be_views_with_any_strides(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 
 from l4core.attention.select import Selected
-from l4core.config import LATER, EngineConfig
+from l4core.config import EngineConfig
 from l4core.engine.draft_pace import DraftPace
 from l4core.engine.drafter_eagle3 import Eagle3Speculation
 from l4core.engine.engine import Engine
@@ -41,7 +41,7 @@ from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.engine.speculation import SpeculationPlan, create_speculation, draft_pace, plan_speculation
 from l4core.engine.start_report import Choices, start_report
 from l4core.engine.weight_formats import weight_formats
-from l4core.errors import ConfigError, NotBuiltError
+from l4core.errors import ConfigError
 from l4core.experts.select import SelectedExperts
 from l4core.experts.smoke import prepare_experts
 from l4core.kv.blocks import KVGroup
@@ -50,10 +50,14 @@ from l4core.kv.manager import KVManager
 from l4core.kv.memory import KVMemory
 from l4core.kv.planner import KVPlan
 from l4core.model.config import ModelConfig
+from l4core.model.layout import parameters
 from l4core.model.llama4 import Layer, Llama4
 from l4core.model.quantised import Formats, exchange_layers, expert_formats
 from l4core.model.repository import resolve_model
+from l4core.model.slicing import check_groups, rank_config
 from l4core.model.weights import fill_dummy, load_weights
+from l4core.parallel.agree import check_sums, least
+from l4core.parallel.ranks import ALONE, Ranks
 from l4core.platform import detect
 from l4core.plugin_api import Sampler
 from l4core.plugin_manager import Plugins, create_object, load_plugins
@@ -81,15 +85,20 @@ class BuiltEngine:
 
 
 def build_engine(
-    config: EngineConfig, *, progress: bool = True, model_config: ModelConfig | None = None
+    config: EngineConfig,
+    *,
+    ranks: Ranks = ALONE,
+    progress: bool = True,
+    model_config: ModelConfig | None = None,
 ) -> BuiltEngine:
     """Raises ConfigError, CheckpointError, CapacityError, BackendUnavailable or PluginError; each names its fix.
 
+    ranks: those that compute the model together. Each has an engine of its own on its own device, and all are given the same inboxes.
     model_config: for benchmarks of shapes that no folder holds (model.slicing.rank_config); weights are then dummy ones.
     """
     began = time.perf_counter()
-    if config.tp > 1:
-        raise NotBuiltError(f"--tp {config.tp}: tensor parallelism {LATER}", fix="--tp 1")
+    if config.tp != ranks.size:
+        raise ConfigError(f"--tp is {config.tp}, and {ranks.size} ranks are here", fix=f"--tp {ranks.size}")
     if model_config is not None and config.load_format != "dummy":
         raise ConfigError("a model without a folder has dummy weights only", fix="--load-format dummy")
     folder = resolve_model(config) if model_config is None else Path()
@@ -97,28 +106,31 @@ def build_engine(
     named = None if config.device == "auto" else named_device(config.device)
     platform = detect(config.device)
     device = named or torch.device(platform.device_type)
+    rank = rank_config(model_config, ranks.size)
     dtype = choose_dtype(config.dtype, model_config.dtype, platform)
     kv_dtype = torch_dtype(kv_dtype_name(config.kv_cache_dtype, dtype_name(dtype), platform.arch))
     plugins = load_plugins()
     speculation = plan_speculation(config, plugins, model_config)
-    selected = select_attention(config, model_config, platform, plugins, dtype, kv_dtype, speculation)
+    selected = select_attention(config, rank, platform, plugins, dtype, kv_dtype, speculation)
     formats = weight_formats(config, model_config, folder)
-    kernels = choose_experts(config, model_config, platform, plugins, dtype, formats)
+    check_groups(parameters(model_config, ()), formats, ranks.size, config.ep)
+    check_sums(ranks, model_config.hidden_size, dtype, device)
+    kernels = choose_experts(config, model_config, platform, plugins, dtype, formats, ranks)
     experts = next(iter(kernels.values()), None)
-    weight_bytes = sum(p.nbytes for p in _meta_model(model_config, 1, dtype, formats).parameters())
+    make = ModelMaker(config=model_config, dtype=dtype, formats=formats, ranks=ranks, ep=config.ep)
+    weight_bytes = sum(p.nbytes for p in make(1).parameters())
     draft = None if speculation is None else speculation.draft
     if draft is not None:
         weight_bytes += draft.num_parameters * dtype.itemsize
     graphs = sizes_of_graphs(config, platform, selected, kernels.values())
-    needs = memory_needs(config, model_config, platform, selected, experts, dtype, weight_bytes, graphs, speculation)
-    budget = device_budget(platform, needs, config.mem_fraction_static)
+    needs = memory_needs(config, rank, platform, selected, experts, dtype, weight_bytes, graphs, speculation)
+    budget = device_budget(platform, needs, config.mem_fraction_static, sharing=ranks.size)
+    budget = replace(budget, kv=least(ranks, budget.kv, device))
     groups = kv_groups(config, model_config, num_draft_layers=int(draft is not None))
-    plan = plan_memory(config, model_config, groups, budget, selected, kv_dtype)
+    plan = plan_memory(config, rank, groups, budget, selected, kv_dtype)
     budget = replace(budget, kv=plan.bytes_total)
     aux_layers = () if draft is None else draft.config.aux_layers
-    model = _load_model(
-        config, model_config, folder, device, dtype, plan.max_context, progress, formats, kernels, aux_layers
-    )
+    model = _load_model(config, make, folder, device, plan.max_context, progress, kernels, aux_layers)
     scales = kv_scales(config, model_config, folder, kv_dtype)
     engine = _wire(config, model_config, groups, model, plan, selected, plugins, device, kv_dtype, scales, speculation)
     captured = _capture(engine, graphs, speculation, plan.max_running, progress=progress and sys.stderr.isatty())
@@ -126,6 +138,7 @@ def build_engine(
         Choices(
             config=config,
             model=model_config,
+            ranks=ranks,
             platform=platform,
             attention=selected,
             experts=experts,
@@ -147,40 +160,50 @@ def build_engine(
         plugins=plugins,
         context_length=plan.max_context,
         budget=budget,
-        drafts=draft_pace(speculation, config, model_config, weight_bytes, dtype.itemsize),
+        drafts=draft_pace(speculation, config, rank, weight_bytes, dtype.itemsize),
     )
 
 
-def _meta_model(config: ModelConfig, max_positions: int, dtype: torch.dtype, formats: Formats) -> Llama4:
-    with torch.device("meta"):
-        return exchange_layers(Llama4(config, max_positions=max_positions).to(dtype), formats)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelMaker:
+    """What a model is made of before it has memory. config: of the whole model; the one made is this rank's share."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    formats: Formats
+    ranks: Ranks = ALONE
+    ep: int = 1
+
+    def __call__(self, max_positions: int) -> Llama4:
+        """On the meta device."""
+        with torch.device("meta"):
+            model = Llama4(self.config, max_positions=max_positions, ranks=self.ranks, ep=self.ep)
+            return exchange_layers(model.to(self.dtype), self.formats)
 
 
 def _load_model(
     config: EngineConfig,
-    model_config: ModelConfig,
+    make: ModelMaker,
     folder: Path,
     device: torch.device,
-    dtype: torch.dtype,
     max_positions: int,
     progress: bool,
-    formats: Formats,
     kernels: Mapping[tuple[str, str], SelectedExperts],
     aux_layers: tuple[int, ...],
 ) -> Llama4:
     """The model with its weights on the device; they are written straight into place, so there is never a second copy."""
-    model = (
-        _meta_model(model_config, max_positions, dtype, formats).to_empty(device=device).requires_grad_(False).eval()
-    )
+    model_config, formats, ranks = make.config, make.formats, make.ranks
+    model = make(max_positions).to_empty(device=device).requires_grad_(False).eval()
     model.aux_layers = aux_layers
     for layer, block in enumerate(model.layers):
         if model_config.moe_layers[layer]:
-            cast(Layer, block).moe.kernel = kernels[expert_formats(formats, layer)].kernel
+            cast(Layer, block).moe.take_kernel(kernels[expert_formats(formats, layer)])
     parameters = dict(model.named_parameters())
     if config.load_format == "dummy":
-        fill_dummy(parameters, config.random_seed)
+        fill_dummy(parameters, config.random_seed, ranks.rank)
     else:
-        load_weights(parameters, folder, model_config, progress=progress and sys.stderr.isatty(), formats=formats)
+        bar = progress and sys.stderr.isatty()
+        load_weights(parameters, folder, model_config, ranks=ranks, ep=make.ep, progress=bar, formats=formats)
     del parameters  # packing lets plain weights go
     _prepare_experts(model, model_config, formats, kernels)
     model.pack()
@@ -217,7 +240,7 @@ def _wire(
     memory = KVMemory(
         groups,
         plan,
-        num_kv_heads=model_config.num_kv_heads,
+        num_kv_heads=rank_config(model_config, model.ranks.size).num_kv_heads,
         head_dim=model_config.head_dim,
         dtype=kv_dtype,
         device=device,

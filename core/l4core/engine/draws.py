@@ -31,7 +31,9 @@ class RowParams:
     temperature, log_min_p: float64.  seed: int64, modulo 2^64.  top_p: int64, shares as in plugin_ops.masks.  Padding's row comes last, greedy.
     """
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_rows: int, *, masks: bool = True) -> None:
+        """masks: whether the kernels draw with top-p and min-p."""
+        self._masks = masks
         self.temperature = np.zeros(num_rows, dtype=np.float64)
         self.seed = np.zeros(num_rows, dtype=np.int64)
         self.top_p = np.full(num_rows, share(1.0), dtype=np.int64)
@@ -65,15 +67,22 @@ class RowParams:
         start = self._plain_from[rows]
         for i in np.flatnonzero(start == _UNKNOWN).tolist():
             request = sequences[i].request
-            start[i] = self._plain_from[rows[i]] = _first_plain(request, parsed[request.request_id])
+            start[i] = self._plain_from[rows[i]] = _first_plain(request, parsed[request.request_id], masks=self._masks)
         return positions >= start
 
+    def are_masked(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether top-p or min-p bears on what the rows draw."""
+        masked = (self.top_p[rows] < share(1.0)) | (self.log_min_p[rows] > -np.inf)
+        return masked & (self.temperature[rows] > 0)
 
-def _first_plain(request: Request, parsed: object) -> int:
+
+def _first_plain(request: Request, parsed: object, *, masks: bool) -> int:
     """Position from which on the kernels can draw for the request."""
     params = request.params
     wants_more = params.logprobs is not None or (params.temperature > 0 and params.seed is None)
-    only_masks = params.sampler == "default" and params.top_k < 1 and not params.logit_bias and not has_penalty(params)
+    only_masks = (
+        masks and params.sampler == "default" and params.top_k < 1 and not params.logit_bias and not has_penalty(params)
+    )
     if wants_more or not (parsed is UNCHANGED or only_masks):
         return _NEVER
     return len(request.prompt_token_ids) + params.min_tokens if params.min_tokens else 0

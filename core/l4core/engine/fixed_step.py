@@ -8,7 +8,7 @@ or by a drafter on the device), the target's own draw of every row comes out, an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from l4core.attention.step_tables import StepRows
 from l4core.engine.forward import ForwardPlanner, Phase
 from l4core.model.llama4 import Llama4
 from l4core.platform import copies_ahead
+
+if TYPE_CHECKING:
+    from l4core.engine.fixed_step_triton import Unpacked
 
 
 class StepShape(NamedTuple):
@@ -30,7 +33,7 @@ class StepShape(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
     """What a forward pass left on the device; that of a fixed step is overwritten by the next one. hidden: [T, H], after the last norm.
-    aux: [T, n · H], outputs of the model's aux layers, or None.  logits: [R, V] in the compute dtype, of the rows that draw, or None.
+    aux: [T, n · H], outputs of the model's aux layers, or None.  logits: [R, V / ranks] in the compute dtype, of the rows that draw, or None.
     drawn: int64 [2, R] as draw_triton.draw_rows gives it, or None."""
 
     hidden: torch.Tensor
@@ -59,7 +62,7 @@ class StepOutputs:
     def __init__(self, num_rows: int, model: Llama4, device: torch.device) -> None:
         """num_rows: token rows of the largest shape."""
         dtype = model.embed.weight.dtype
-        self.logits = torch.empty(num_rows, model.config.vocab_size, dtype=dtype, device=device)
+        self.logits = torch.empty(num_rows, model.num_logits, dtype=dtype, device=device)
         self.aux = model.new_aux(num_rows)
         self._drawn = torch.empty(2 * num_rows, dtype=torch.int64, device=device)
 
@@ -113,7 +116,6 @@ class FixedStep:
     def run(self) -> Computed:
         """Everything from the inputs to the drawn tokens; no host sync, and no allocation that outlives it but the hidden states."""
         from l4core.engine.fixed_step_triton import unpack
-        from l4core.sampling.draw_triton import draw_rows
 
         num_seqs, num_tokens = self.shape
         num_rows, outputs = num_seqs * num_tokens, self._outputs
@@ -139,15 +141,18 @@ class FixedStep:
         aux = None if outputs.aux is None else outputs.aux[:num_rows]
         hidden = self._model(forward, self._planner.memory, self._planner.backend, aux)
         logits = self._model.head(hidden, out=outputs.logits[:num_rows])
-        drawn = draw_rows(
-            logits,
-            given.temperature,
-            given.seeds,
-            given.draw_positions,
-            given.top_p,
-            given.log_min_p,
-            out=outputs.drawn(num_rows),
-            last_tokens=self._last_tokens if num_tokens == 1 else None,
-            rows=self.inputs[0] if num_tokens == 1 else None,
-        )
+        drawn = self._draw(logits, given)
         return Computed(hidden=hidden, aux=aux, logits=logits, drawn=drawn)
+
+    def _draw(self, logits: torch.Tensor, given: Unpacked) -> torch.Tensor:
+        """By the law, with top-p and min-p where this rank has all logits of a row (else the runner gathers them for the rows that want it)."""
+        from l4core.sampling.draw_shards import draw_over_ranks
+        from l4core.sampling.draw_triton import draw_rows
+
+        is_decode, ranks = self.shape.num_tokens == 1, self._model.ranks
+        out = self._outputs.drawn(len(logits))
+        last_tokens, rows = (self._last_tokens, self.inputs[0]) if is_decode else (None, None)
+        law = (logits, given.temperature, given.seeds, given.draw_positions)
+        if ranks.size > 1:
+            return draw_over_ranks(*law, self._model.first_id, ranks, out, last_tokens, rows)
+        return draw_rows(*law, given.top_p, given.log_min_p, out=out, last_tokens=last_tokens, rows=rows)

@@ -95,15 +95,18 @@ def share_out(total: int, needs: Needs, fraction: float | None, free: int | None
     return budget
 
 
-def device_budget(platform: Platform, needs: Needs, fraction: float | None) -> Budget:
+def device_budget(platform: Platform, needs: Needs, fraction: float | None, *, sharing: int = 1) -> Budget:
     """`share_out` of this machine's device as it is now; on a CPU without a fraction, half of the memory that the weights leave free, and with one
     that share of the whole memory, whatever is free now: pages count when they are touched, and other programs come and go.
 
+    sharing: ranks on this machine, which on a CPU have its memory in common.
     Call it before the weights are on the device. Raises CapacityError as `share_out` does.
     """
     free = free_memory(platform)
+    if platform.device_type == "cpu":
+        free //= sharing
     if platform.device_type == "cpu" and fraction is not None:
-        return share_out(platform.memory_bytes, needs, fraction)
+        return share_out(platform.memory_bytes // sharing, needs, fraction)
     if platform.device_type == "cpu":
         kv = int((free - needs.static - needs.rest) * CPU_SHARE)
         if kv <= 0:

@@ -24,6 +24,8 @@ from l4core.kv.planner import KVPlan, plan_kv, ratio_cost
 from l4core.model.config import ModelConfig
 from l4core.model.kv_scales import read_kv_scales
 from l4core.model.quantised import Formats, expert_formats
+from l4core.model.slicing import expert_share
+from l4core.parallel.ranks import ALONE, Ranks
 from l4core.platform import Platform, copies_ahead
 from l4core.plugin_api import AttentionRequirements, ExpertRequirements
 from l4core.plugin_manager import Plugins
@@ -116,16 +118,22 @@ def select_attention(
 
 
 def expert_requirements(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, routed: str = PLAIN, shared: str = PLAIN
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    routed: str = PLAIN,
+    shared: str = PLAIN,
+    ranks: Ranks = ALONE,
 ) -> ExpertRequirements:
-    """What this model under these flags asks of an expert kernel, on one rank. routed, shared: formats of the weights."""
+    """What this model under these flags asks of an expert kernel, on one rank. model: the whole one.  routed, shared: formats of the weights."""
+    held = expert_share(model.num_experts, ranks.rank, ranks.size, config.ep)
     return ExpertRequirements(
-        num_experts=model.num_experts,
+        num_experts=held.count,
         hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
+        intermediate_size=model.intermediate_size // held.world,
         dtype=dtype_name(dtype),
         weight_format=routed,
-        shared_format=shared if shared == routed else None,
+        shared_format=shared if shared == routed and held.world == ranks.size else None,
         max_num_tokens=max(config.chunked_prefill_size, config.max_running_requests),
     )
 
@@ -137,6 +145,7 @@ def choose_experts(
     plugins: Plugins,
     dtype: torch.dtype,
     formats: Formats,
+    ranks: Ranks = ALONE,
 ) -> Mapping[tuple[str, str], SelectedExperts]:
     """(format of the routed experts, of the shared one) → kernel; one in all checkpoints but those that quantise some layers only."""
     device = platform.device_type if config.device == "auto" else config.device
@@ -144,7 +153,7 @@ def choose_experts(
     for layer, sparse in enumerate(model.moe_layers):
         pair = expert_formats(formats, layer)
         if sparse and pair not in found:
-            req = expert_requirements(config, model, dtype, *pair)
+            req = expert_requirements(config, model, dtype, *pair, ranks)
             found[pair] = select_experts(plugins, platform, req, named=config.expert_kernel, device=device)
     return found
 

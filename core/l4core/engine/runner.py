@@ -22,6 +22,7 @@ from l4core.engine.draws import PendingDraws, RowParams
 from l4core.engine.fixed_step import Computed, FixedStep, StepOutputs, StepRequests, StepShape
 from l4core.engine.forward import ForwardPlanner, Phase, TreeRows
 from l4core.engine.graphs import Graphs
+from l4core.engine.row_law import RowLaw
 from l4core.engine.verify_rows import Verified
 from l4core.engine.verify_rows import draw_rows as rows_of
 from l4core.kv.blocks import KVGroup
@@ -101,7 +102,7 @@ class Runner:
             native_chunk=native_chunk,
             empty_rows=empty_rows,
         )
-        self._params = RowParams(max_running + 1)
+        self._params = RowParams(max_running + 1, masks=self._has_kernels)
         self._last_tokens = torch.zeros(max_running + 1, dtype=torch.int64, device=device)
 
     def capture(self, shapes: Iterable[StepShape], *, progress: bool) -> Graphs[FixedStep]:
@@ -166,9 +167,10 @@ class Runner:
         drawn = others = None
         if drawing.sequences:
             logits = computed.logits if computed.logits is not None else self._head(forward, computed)
-            drawn = computed.drawn if computed.drawn is not None else self._draw_by_kernel(forward, drawing, logits)
+            drawn = computed.drawn if computed.drawn is not None else self._draw_by_law(forward, drawing, logits)
             if drawn is not None:
                 plain = self._params.are_plain(drawing.sequences, drawing.rows, drawing.positions, parsed)
+                drawn = self._draw_masked(forward, drawing, plain, logits, drawn)
             if not plain.all():
                 others = self._draw_by_pipeline(drawing, ~plain, logits, parsed)
         return PendingDraws(
@@ -268,20 +270,49 @@ class Runner:
         assert isinstance(forward, ForwardBatch)
         return self.model.head(computed.hidden.index_select(0, forward.logits_rows))
 
-    def _draw_by_kernel(self, forward: Forward, drawing: _Drawing, logits: torch.Tensor) -> torch.Tensor | None:
-        """Every row by its temperature alone; None where there are no kernels."""
-        if not self._has_kernels:
+    def _draw_by_law(self, forward: Forward, drawing: _Drawing, logits: torch.Tensor) -> torch.Tensor | None:
+        """Every row by its temperature alone, and top-p and min-p where this rank has whole rows. None where one rank has no kernels: the pipeline
+        draws all rows then."""
+        ranks = self.model.ranks
+        if ranks.size == 1 and not self._has_kernels:
             return None
-        from l4core.sampling.draw_triton import draw_rows
-
-        assert isinstance(forward, ForwardBatch)
-        rows, params = np.repeat(drawing.rows, drawing.counts), self._params
-        seeds, top_p = upload_many([params.seed[rows], params.top_p[rows]], torch.int64, self._device)
-        floats = [params.temperature[rows], params.log_min_p[rows]]
-        temperature, log_min_p = upload_many([x.astype(np.float32) for x in floats], torch.float32, self._device)
-        drawn = draw_rows(logits, temperature, seeds, forward.positions[forward.logits_rows] + 1, top_p, log_min_p)
+        law = self._law(forward, drawing)
+        drawn = law.draw(logits) if ranks.size == 1 else law.draw_over(logits, self.model.first_id, ranks)
         self._remember(drawing, np.ones(len(drawing.rows), dtype=bool), drawn[0])
         return drawn
+
+    def _draw_masked(
+        self,
+        forward: Forward,
+        drawing: _Drawing,
+        plain: npt.NDArray[np.bool_],
+        logits: torch.Tensor,
+        drawn: torch.Tensor,
+    ) -> torch.Tensor:
+        """Over several ranks: plain rows with top-p or min-p are drawn from all their logits. → drawn, with those exchanged."""
+        masked = plain & self._params.are_masked(drawing.rows)
+        if self.model.ranks.size == 1 or not masked.any():
+            return drawn
+        (index,) = upload_many([np.flatnonzero(np.repeat(masked, drawing.counts))], torch.int64, self._device)
+        whole = self.model.whole_rows(logits.index_select(0, index))
+        again = self._law(forward, drawing).of_rows(index).draw(whole)
+        self._remember(drawing, masked, again[0])
+        return drawn.index_copy(1, index, again)
+
+    def _law(self, forward: Forward, drawing: _Drawing) -> RowLaw:
+        """How each row of logits draws, on the device."""
+        rows, params = np.repeat(drawing.rows, drawing.counts), self._params
+        integers = [params.seed[rows], params.top_p[rows]]
+        if isinstance(forward, FixedStep):  # chains only
+            first = np.repeat(np.cumsum(drawing.counts) - drawing.counts, drawing.counts)
+            integers.append(np.repeat(drawing.positions, drawing.counts) + np.arange(len(rows)) - first)
+            seeds, top_p, positions = upload_many(integers, torch.int64, self._device)
+        else:
+            seeds, top_p = upload_many(integers, torch.int64, self._device)
+            positions = forward.positions[forward.logits_rows] + 1
+        floats = [params.temperature[rows], params.log_min_p[rows]]
+        temperature, log_min_p = upload_many([x.astype(np.float32) for x in floats], torch.float32, self._device)
+        return RowLaw(temperature=temperature, seeds=seeds, positions=positions, top_p=top_p, log_min_p=log_min_p)
 
     def _draw_by_pipeline(
         self, drawing: _Drawing, which: npt.NDArray[np.bool_], logits: torch.Tensor, parsed: Mapping[str, object]
@@ -293,7 +324,7 @@ class Runner:
             logits = logits.index_select(0, index)
         else:
             logits = logits[: len(rows)]
-        others = self.pipeline.start(logits.float().contiguous(), rows)
+        others = self.pipeline.start(self.model.whole_rows(logits).float().contiguous(), rows)
         self._remember(drawing, which, others.tokens)
         return others
 

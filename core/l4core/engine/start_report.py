@@ -10,6 +10,7 @@ from l4core.engine.memory_budget import Budget
 from l4core.experts.select import SelectedExperts
 from l4core.kv.planner import KVPlan
 from l4core.model.config import ModelConfig
+from l4core.parallel.ranks import Ranks
 from l4core.platform import Platform
 
 
@@ -19,6 +20,7 @@ class Choices:
 
     config: EngineConfig
     model: ModelConfig
+    ranks: Ranks
     platform: Platform
     attention: Selected
     experts: SelectedExperts | None
@@ -46,6 +48,7 @@ def start_report(made: Choices) -> tuple[str, ...]:
             f"{made.config.model} · {made.model.architecture} · {made.model.num_layers} layers{sparse} · {made.budget.needs.weights / 1e9:.2f} GB",
         ),
         ("device", device),
+        *([("ranks", _ranks(made))] if made.ranks.size > 1 else []),
         ("dtype", f"{made.dtype} · KV {made.kv_dtype}"),
         ("attention", made.attention.describe()),
         *([("experts", made.experts.describe())] if made.experts else []),
@@ -67,3 +70,8 @@ def start_report(made: Choices) -> tuple[str, ...]:
     if made.config.trust_remote_code:
         lines.append(("trust", "--trust-remote-code is accepted; code from a checkpoint is never executed"))
     return tuple(f"{label:<16}{value}" for label, value in lines)
+
+
+def _ranks(made: Choices) -> str:
+    dealt = f", experts dealt out to {made.config.ep} groups" if made.config.ep > 1 else ""
+    return f"{made.ranks.size} compute the model together{dealt} · weights and memory are of rank {made.ranks.rank}"

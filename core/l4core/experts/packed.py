@@ -25,12 +25,15 @@ class PackedExperts:
         groups = group_rows(expert_ids, len(self._down))
         assert groups.spans is not None
         rows = torch.split(groups.pack(x * score.to(x.dtype).unsqueeze(1)), [count for _, count in groups.spans])
-        pieces = [
-            linear(silu_mul(linear(piece, self._gate_up[expert])), self._down[expert])
-            for piece, (expert, _) in zip(rows, groups.spans, strict=True)
-        ]
+        pieces = [self._expert(piece, expert) for piece, (expert, _) in zip(rows, groups.spans, strict=True)]
         routed = groups.unpack(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
         gate_up, down = self._shared
         if gate_up is None or down is None:
             return routed
         return linear(silu_mul(linear(x, gate_up)), down).add_(routed)
+
+    def _expert(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
+        """expert: −1 = another rank's, which adds nothing here."""
+        if expert < 0:
+            return torch.zeros_like(rows)
+        return linear(silu_mul(linear(rows, self._gate_up[expert])), self._down[expert])

@@ -55,7 +55,7 @@ class TorchQuantisedExperts(ExpertKernel):
 
     @staticmethod
     def _hit(expert_ids: torch.Tensor, num_experts: int) -> Iterable[int]:
-        return sorted(set(expert_ids.tolist())) if expert_ids.is_cpu else range(num_experts)
+        return sorted(set(expert_ids.tolist()) - {-1}) if expert_ids.is_cpu else range(num_experts)
 
     def _mlp(
         self,

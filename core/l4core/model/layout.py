@@ -13,7 +13,8 @@ Names on the left are ours (see Llama4), on the right the checkpoint's without i
     layers.N.moe.experts.down         ….experts.down_proj [E, I, H], or experts.E.down_proj.weight [H, I] transposed
 
 q and k rows keep the checkpoint's order (RoPE on interleaved pairs). Tensor parallelism cuts q, k, v by head, gate and up each on I,
-o and down on their input side, embedding and head on vocabulary rows; router and norms are whole on every rank.
+o and down on their input side, embedding and head on vocabulary rows; router and norms are whole on every rank. Expert parallelism deals out whole
+experts to groups of ranks, which cut theirs among themselves.
 """
 
 from __future__ import annotations
@@ -52,12 +53,18 @@ class Part:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
     """One parameter of ours. parts: in stacking order.  stack: dimension of the parameter along which they follow one another.
-    shape: of the whole parameter (world 1)."""
+    shape: of the whole parameter (world 1).  routed: its first dimension is that of the routed experts, which expert parallelism deals out."""
 
     name: str
     shape: Shape
     parts: tuple[Part, ...]
     stack: int = 0
+    routed: bool = False
+
+    @property
+    def cut_on_inputs(self) -> bool:
+        """Whether ranks cut the matrix on the side of its inputs, so that their results are added up."""
+        return self.name.endswith((".attn.o.weight", ".down.weight", ".experts.down"))
 
 
 def parameters(config: ModelConfig, stored: Container[str]) -> Iterator[Parameter]:
@@ -113,8 +120,10 @@ def _moe(config: ModelConfig, layer: int, stored: Container[str]) -> Iterator[Pa
     one_each = (first in stored or f"{first}_packed" in stored) and theirs + FUSED_EXPERTS not in stored
     make = _experts_one_each if one_each else _experts_fused
     gate_up, down = make(theirs + "experts.", experts, hidden, inter)
-    yield Parameter(name=ours + "experts.gate_up", shape=(experts, hidden, 2 * inter), parts=tuple(gate_up), stack=2)
-    yield Parameter(name=ours + "experts.down", shape=(experts, inter, hidden), parts=tuple(down), stack=1)
+    yield Parameter(
+        name=ours + "experts.gate_up", shape=(experts, hidden, 2 * inter), parts=tuple(gate_up), stack=2, routed=True
+    )
+    yield Parameter(name=ours + "experts.down", shape=(experts, inter, hidden), parts=tuple(down), stack=1, routed=True)
 
 
 def _experts_fused(theirs: str, experts: int, hidden: int, inter: int) -> tuple[list[Part], list[Part]]:

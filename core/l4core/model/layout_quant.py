@@ -120,7 +120,7 @@ def _per_input(parameter: Parameter, ending: str, inputs: int) -> Parameter:
     lead = () if parts[0].expert is None else (parameter.shape[0],)
     stack = len(lead) + (1 if parameter.parts[0].split == 1 else 0)
     name = f"{parameter.name.removesuffix('.weight')}{'.weight' if parameter.name.endswith('.weight') else '_weight'}{ending}"
-    return Parameter(name=name, shape=(*lead, rows, parts[0].shape[1]), parts=parts, stack=stack)
+    return Parameter(name=name, shape=(*lead, rows, parts[0].shape[1]), parts=parts, stack=stack, routed=bool(lead))
 
 
 def _fewer_inputs(part: Part, ending: str, inputs: int) -> Part:
@@ -170,7 +170,9 @@ def _per_tensor(parameter: Parameter, parts: list[Part], kind: str) -> Parameter
     if parts[0].expert is None:
         return Parameter(name=scale_name(parameter.name, kind), shape=(len(parts),), parts=made)
     experts = parameter.shape[0]
-    return Parameter(name=scale_name(parameter.name, kind), shape=(experts, len(parts) // experts), parts=made, stack=1)
+    return Parameter(
+        name=scale_name(parameter.name, kind), shape=(experts, len(parts) // experts), parts=made, stack=1, routed=True
+    )
 
 
 def _per_channel(parameter: Parameter, parts: list[Part], kind: str) -> Parameter:
@@ -187,4 +189,6 @@ def _per_channel(parameter: Parameter, parts: list[Part], kind: str) -> Paramete
     )
     rows = sum(part.shape[0] for part in parts if part.expert == parts[0].expert)
     lead = () if parts[0].expert is None else (parameter.shape[0],)
-    return Parameter(name=scale_name(parameter.name, kind), shape=(*lead, rows, 1), parts=made, stack=len(lead))
+    return Parameter(
+        name=scale_name(parameter.name, kind), shape=(*lead, rows, 1), parts=made, stack=len(lead), routed=bool(lead)
+    )

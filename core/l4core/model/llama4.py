@@ -22,8 +22,10 @@ from l4core.model.huge_pages import advise_huge_pages
 from l4core.model.layers import Linear, RMSNorm, SwiGLU, parameter
 from l4core.model.moe import MoE
 from l4core.model.rotary import Rotary, temperature
+from l4core.model.slicing import rank_config
 from l4core.ops.heads import HeadRule, Heads, TorchHeads, has_heads_kernel
 from l4core.ops.linear import linear
+from l4core.parallel.ranks import ALONE, Ranks
 from l4core.plugin_api import AttentionBackend, ExpertKernel
 
 
@@ -67,34 +69,46 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, layer_id: int, experts: ExpertKernel | None) -> None:
+    """On one of several ranks attention has some of the heads and the feed-forward a part of its width; what each makes is summed over the ranks."""
+
+    def __init__(self, config: ModelConfig, layer_id: int, experts: ExpertKernel | None, ranks: Ranks, ep: int) -> None:
         super().__init__()
+        rank = rank_config(config, ranks.size)
+        self.ranks = ranks
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = Attention(config, layer_id)
+        self.attn = Attention(rank, layer_id)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.moe_layers[layer_id]
         if self.is_moe:
-            self.moe = MoE(config, experts)
+            self.moe = MoE(config, experts, rank=ranks.rank, world=ranks.size, ep=ep)
         else:
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size_mlp)
+            self.mlp = SwiGLU(config.hidden_size, rank.intermediate_size_mlp)
 
     def forward(self, stream: torch.Tensor, normed: torch.Tensor, step: _Step) -> torch.Tensor:
         """stream: the residual stream [T, H], changed in place; normed: its `attn_norm`. → what is still to be added to the stream, which the
         next norm does in the same pass."""
-        normed = self.mlp_norm(stream, self.attn(normed, step))
+        normed = self.mlp_norm(stream, self.ranks.all_reduce(self.attn(normed, step)))
         feed_forward = self.moe if self.is_moe else self.mlp
-        update: torch.Tensor = feed_forward(normed)
-        return update
+        return self.ranks.all_reduce(feed_forward(normed))
 
 
 class Embedding(nn.Module):
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    """Each rank has the rows of its share of the vocabulary; the others' add zeros."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, ranks: Ranks = ALONE) -> None:
+        """vocab_size: of all ranks."""
         super().__init__()
-        self.weight = parameter(vocab_size, hidden_size)
+        self.ranks = ranks
+        self.weight = parameter(vocab_size // ranks.size, hidden_size)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids int64 [T] → [T, H]."""
-        return F.embedding(token_ids, self.weight)
+        if self.ranks.size == 1:
+            return F.embedding(token_ids, self.weight)
+        rows = token_ids - self.ranks.rank * self.weight.shape[0]
+        elsewhere = (rows < 0) | (rows >= self.weight.shape[0])
+        own = F.embedding(rows.masked_fill_(elsewhere, 0), self.weight).masked_fill_(elsewhere.unsqueeze(1), 0.0)
+        return self.ranks.all_reduce(own)
 
 
 class Llama4(nn.Module):
@@ -107,19 +121,25 @@ class Llama4(nn.Module):
         max_positions: int,
         experts: ExpertKernel | None = None,
         aux_layers: tuple[int, ...] = (),
+        ranks: Ranks = ALONE,
+        ep: int = 1,
     ) -> None:
-        """max_positions: the largest context that will be served; only a RoPE layer with full attention has a table of that size.
+        """config: of the whole model; parameters have the shapes of this rank's share (model.slicing).
+        max_positions: the largest context that will be served; only a RoPE layer with full attention has a table of that size.
         experts: the kernel of the mixture of experts, None = torch's.  aux_layers: ids of layers whose outputs `forward` hands out, for a
-        drafter."""
+        drafter.  ranks: that compute the model together, in `ep` groups for the experts."""
         super().__init__()
         self.config = config
+        self.ranks = ranks
         self.aux_layers = aux_layers
         self.rotary = Rotary(config, max_positions)
-        self.embed = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, layer_id, experts) for layer_id in range(config.num_layers))
+        self.embed = Embedding(config.vocab_size, config.hidden_size, ranks)
+        self.layers = nn.ModuleList(
+            Layer(config, layer_id, experts, ranks, ep) for layer_id in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.vocab_size, config.hidden_size)
+            self.lm_head = Linear(config.vocab_size // ranks.size, config.hidden_size)
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Llama4:
         """torch's own, with large weights on a CPU in huge pages."""
@@ -163,14 +183,31 @@ class Llama4(nn.Module):
         )
 
     def head(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [R, H] → logits [R, V] in the compute dtype; written to `out` where given, else they may be a transposed view."""
+        """hidden [R, H] → logits [R, V / ranks] of this rank's share of the vocabulary, in the compute dtype; written to `out` where given, else they
+        may be a transposed view."""
         weight = self.embed.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return linear(hidden, weight, out)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [R, H] → logits [R, V], float32 (float64 for a float64 model), contiguous."""
-        logits = self.head(hidden)
+        """hidden [R, H] → logits [R, V] of the whole vocabulary, float32 (float64 for a float64 model), contiguous."""
+        logits = self.whole_rows(self.head(hidden))
         return logits.to(_wide(logits.dtype)).contiguous()
+
+    def whole_rows(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits [R, V / ranks] as `head` gives them → [R, V], gathered from all ranks."""
+        if self.ranks.size == 1:
+            return logits
+        return self.ranks.all_gather(logits).transpose(0, 1).reshape(logits.shape[0], -1)
+
+    @property
+    def num_logits(self) -> int:
+        """Columns of `head`'s logits: this rank's share of the vocabulary."""
+        return self.embed.weight.shape[0]
+
+    @property
+    def first_id(self) -> int:
+        """Token id of the first of them."""
+        return self.ranks.rank * self.num_logits
 
     def _hand_out(self, stream: torch.Tensor, layer_id: int, outputs: torch.Tensor) -> None:
         for index, wanted in enumerate(self.aux_layers):

@@ -7,11 +7,16 @@ from torch import nn
 
 from l4core.experts.packed import PackedExperts
 from l4core.experts.portable import TorchExperts
+from l4core.experts.select import SelectedExperts
 from l4core.model.config import ModelConfig
 from l4core.model.layers import Linear, SwiGLU, parameter
+from l4core.model.slicing import expert_share
 from l4core.ops.packed import can_pack
 from l4core.ops.router import route
 from l4core.plugin_api import ExpertKernel, ExpertWeights
+
+SKIPPED = -1
+"""Expert id of a token whose expert another rank holds."""
 
 
 class Experts(nn.Module):
@@ -20,9 +25,8 @@ class Experts(nn.Module):
 
     format = "plain"
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, num_experts: int, hidden: int, inter: int) -> None:
         super().__init__()
-        num_experts, hidden, inter = config.num_experts, config.hidden_size, config.intermediate_size
         self.gate_up = parameter(num_experts, hidden, 2 * inter, transposed=True)  # gate columns first
         self.down = parameter(num_experts, inter, hidden, transposed=True)
 
@@ -35,28 +39,53 @@ class MoE(nn.Module):
     """out = shared(x) + expert_e(s · x), e the arg-max of the router's logits, s = sigmoid of that logit in float32. Because the expert is
     nonlinear, s on its output would be another function.
 
+    On one of several ranks the result is a summand: the router is whole, so all ranks choose alike, of the shared expert and of the routed ones that
+    it holds (slicing.expert_share) a rank has a part, and for a token whose expert is elsewhere it adds the shared expert only.
+
     kernel: computes everything after the router; chosen once for the model (experts.select), torch's where none is given."""
 
-    def __init__(self, config: ModelConfig, kernel: ExpertKernel | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, kernel: ExpertKernel | None = None, *, rank: int = 0, world: int = 1, ep: int = 1
+    ) -> None:
+        """config: of the whole model.  rank: of `world`, in `ep` groups for the experts."""
         super().__init__()
-        self.router = Linear(config.num_experts, config.hidden_size)
-        self.shared = SwiGLU(config.hidden_size, config.intermediate_size)
-        self.experts = Experts(config)
+        hidden, inter = config.hidden_size, config.intermediate_size
+        self.router = Linear(config.num_experts, hidden)
+        self.shared = SwiGLU(hidden, inter // world)
+        self.held = expert_share(config.num_experts, rank, world, ep)
+        self.experts = Experts(self.held.count, hidden, inter // self.held.world)
         self.kernel = kernel or TorchExperts()
+        self.world = world
         self.packed: PackedExperts | None = None
+        self.skips = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, H] → [T, H]; the result may be a transposed view."""
         expert_ids, score = route(x, self.router.weight)
+        if self.held.count < self.router.weight.shape[0]:
+            expert_ids, score = self._held_here(expert_ids, score)
         if self.packed is not None:
             return self.packed(x, expert_ids, score)
         out = self.kernel.forward(x, expert_ids, score, self.weights())
         return out if self.shared_in_kernel else out.add_(self.shared(x))
 
+    def take_kernel(self, selected: SelectedExperts) -> None:
+        """Use this kernel from now on."""
+        self.kernel, self.skips = selected.kernel, selected.verdict.skips
+
+    def _held_here(self, expert_ids: torch.Tensor, score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids as this rank counts its experts. Of one that is elsewhere −1; for a kernel that does not know that any id and a score of 0, with
+        which an expert's result is 0."""
+        here = expert_ids - self.held.first
+        elsewhere = (here < 0) | (here >= self.held.count)
+        if self.skips:
+            return here.masked_fill_(elsewhere, SKIPPED), score
+        return here.clamp_(0, self.held.count - 1), score.masked_fill(elsewhere, 0.0)
+
     @property
     def shared_in_kernel(self) -> bool:
-        """True iff the kernel computes the shared expert too, which it does for one kept in the format of the routed ones."""
-        return self.shared.gate_up.format == self.experts.format
+        """True iff the kernel computes the shared expert too, which it does for one of the format and the width of the routed ones."""
+        return self.shared.gate_up.format == self.experts.format and self.held.world == self.world
 
     def pack(self) -> None:
         """Torch's experts on a CPU, loaded before: their weights go into the order a CPU reads fastest, and the plain ones are let go."""

@@ -16,7 +16,7 @@ from l4core.model.config import ModelConfig
 from l4core.model.layout import Parameter, parameters
 from l4core.model.layout_quant import COMPRESSED_INT4, kv_scales, packed, scale_name, scales, scheme_of
 from l4core.model.safetensors_index import ITEM_SIZES, Problem, StoredTensor
-from l4core.model.slicing import Region, check_world, rank_shape, regions
+from l4core.model.slicing import Region, check_groups, check_world, rank_shape, regions
 from l4core.quant import formats
 
 VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
@@ -30,12 +30,15 @@ STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One parameter of a rank. dtype: torch's name, as stored (the loader converts plain weights).  regions: sources by their full names."""
+    """One parameter of a rank. dtype: torch's name, as stored (the loader converts plain weights).  regions: sources by their full names.
+    routed, cut_on_inputs: as in layout.Parameter."""
 
     name: str
     shape: Shape
     dtype: str
     regions: tuple[Region, ...]
+    routed: bool = False
+    cut_on_inputs: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -66,21 +69,22 @@ class WeightPlan:
 
 
 def plan_weights(
-    stored: Mapping[str, StoredTensor], config: ModelConfig, *, rank: int = 0, world: int = 1
+    stored: Mapping[str, StoredTensor], config: ModelConfig, *, rank: int = 0, world: int = 1, ep: int = 1
 ) -> WeightPlan:
-    """Plans one rank's copies. stored: every tensor of the checkpoint by its full name.
+    """Plans one rank's copies. stored: every tensor of the checkpoint by its full name.  ep: groups of ranks for the experts (slicing.expert_share).
 
     Raises CheckpointError for a dtype that none computes in, ConfigError when `world` ranks cannot share the model, NotBuiltError for a
     quantisation whose layout is not known.
     """
-    check_world(config, world)
+    check_world(config, world, ep)
     if config.dtype not in COMPUTE_DTYPES:
         raise CheckpointError(f"config.json: dtype is {config.dtype!r}; wanted {' or '.join(COMPUTE_DTYPES)}")
     scheme = scheme_of(config.quantization_config)
     names = _Names(stored)
-    planner = _Planner(config, names, rank, world, scheme)
+    planner = _Planner(config, names, rank, world, ep, scheme)
     for parameter in parameters(config, names.text):
         planner.add_weight(parameter)
+    check_groups(parameters(config, names.text), planner.formats, world, ep)
     scales_of_kv = list(kv_scales(config, names.text)) if config.quantization_config else []
     for parameter in scales_of_kv:
         planner.check(parameter, SCALE)
@@ -143,8 +147,9 @@ def short_name(name: str) -> str | None:
 class _Planner:
     """Collects targets and problems of one rank."""
 
-    def __init__(self, config: ModelConfig, names: _Names, rank: int, world: int, scheme: str | None) -> None:
-        self.config, self.stored, self.rank, self.world, self.scheme = config, names.text, rank, world, scheme
+    def __init__(self, config: ModelConfig, names: _Names, rank: int, world: int, ep: int, scheme: str | None) -> None:
+        self.config, self.stored, self.scheme = config, names.text, scheme
+        self.rank, self.world, self.ep = rank, world, ep
         self.names = {short: tensor.name for short, tensor in names.text.items()}
         self.prefixes = _prefixes_in_use(names.text)
         self.targets: list[Target] = []
@@ -194,9 +199,18 @@ class _Planner:
 
     def add(self, parameter: Parameter, dtype: str, accepted: tuple[str, ...]) -> None:
         self.check(parameter, accepted)
-        here = tuple(regions(parameter, self.rank, self.world, self.names))
-        shape = rank_shape(parameter, self.rank, self.world)
-        self.targets.append(Target(name=parameter.name, shape=shape, dtype=dtype, regions=here))
+        here = tuple(regions(parameter, self.rank, self.world, self.names, self.ep))
+        shape = rank_shape(parameter, self.rank, self.world, self.ep)
+        self.targets.append(
+            Target(
+                name=parameter.name,
+                shape=shape,
+                dtype=dtype,
+                regions=here,
+                routed=parameter.routed,
+                cut_on_inputs=parameter.cut_on_inputs,
+            )
+        )
 
     def require_scales(self, scheme: str) -> None:
         if not self.formats and not self.problems:

@@ -27,10 +27,11 @@ from l4core.model.boxes import Box, extent, pieces, span, strides, tiles, volume
 from l4core.model.config import ModelConfig
 from l4core.model.layout_quant import WEIGHT_SCALE, scale_name, with_folder_scheme
 from l4core.model.safetensors_index import ITEM_SIZES, FolderIndex, Problem, StoredTensor, read_folder
-from l4core.model.slicing import Region
+from l4core.model.slicing import Region, rank_config
 from l4core.model.staging import Staging
 from l4core.model.weight_plan import Target, WeightPlan, plan_weights
-from l4core.model.weights_quant import changes, split_plan
+from l4core.model.weights_quant import Quantising, split_plan
+from l4core.parallel.ranks import ALONE, Ranks
 from l4core.quant.formats import PLAIN
 
 PIECE_BYTES = 32 << 20
@@ -67,26 +68,28 @@ def load_weights(
     folder: Path,
     config: ModelConfig,
     *,
-    rank: int = 0,
-    world: int = 1,
+    ranks: Ranks = ALONE,
+    ep: int = 1,
     progress: bool = True,
     formats: Mapping[str, str] = MappingProxyType({}),
 ) -> LoadReport:
     """Fills every parameter of the model from the shards in `folder`. progress: a bar in bytes on stderr.
 
     model_params: by our names, this rank's shapes, any device and any of float64, float32, bfloat16, float16 (values are converted).
+    ranks: those that share the model, in `ep` groups for the experts (slicing.expert_share); all of them load at once.
     formats: weights of the model that are kept in fewer bits → format; their scales are called like them, with `weight_scale`. Weights that are
     plain in the checkpoint are quantised one matrix at a time, those that are not must have the format already.
     Raises CheckpointError naming the tensor or shard at fault; then no parameter was written.
     """
     config = with_folder_scheme(config, folder)
     index = read_folder(folder)
-    plan = plan_weights(index.tensors, config, rank=rank, world=world)
+    plan = plan_weights(index.tensors, config, rank=ranks.rank, world=ranks.size, ep=ep)
     raise_problems(folder, [*index.problems, *plan.problems])
     straight, rest = split_plan(plan, model_params)
     _check_formats(plan, formats)
     _check_params(plan, straight, rest, formats, model_params)
-    bytes_read = _copy_all(straight, rest, index, model_params, formats, config, progress=progress)
+    quantising = Quantising(formats, rank_config(config, ranks.size), ranks, ep)
+    bytes_read = _copy_all(straight, rest, index, model_params, quantising, progress=progress)
     return LoadReport(
         num_tensors=len(plan.used), bytes_read=bytes_read, num_vision=len(plan.vision), num_tied=len(plan.tied)
     )
@@ -146,8 +149,7 @@ def _copy_all(
     rest: Sequence[Target],
     index: FolderIndex,
     model_params: Mapping[str, torch.Tensor],
-    formats: Mapping[str, str],
-    config: ModelConfig,
+    quantising: Quantising,
     *,
     progress: bool,
 ) -> int:
@@ -167,7 +169,7 @@ def _copy_all(
             for call in _pieces(model_params[name], region, index.tensors[region.source], files, staging)
         )
         copied = _run(calls, bar.update)
-        for change in changes(rest, formats, model_params, config):
+        for change in quantising.changes(rest, model_params):
             calls = (
                 call
                 for place, its_regions in change.sources
@@ -236,14 +238,14 @@ def _run(calls: Iterable[Callable[[], int]], advance: Callable[[int], object]) -
     return done
 
 
-def fill_dummy(model_params: Mapping[str, torch.Tensor], seed: int) -> None:
+def fill_dummy(model_params: Mapping[str, torch.Tensor], seed: int, rank: int = 0) -> None:
     """Random weights of standard deviation 0.02, norms = 1. A tensor's values follow from the seed and its name alone: they are drawn in float32 on
     the CPU, so every device and, up to rounding, every dtype gets the same model. Beyond DUMMY_PERIOD elements they repeat. Weights in fewer bits
-    are drawn as they are kept, with one scale for all."""
-    _run((_dummy_call(name, param.detach(), seed) for name, param in model_params.items()), lambda _: None)
+    are drawn as they are kept, with one scale for all. rank: of several; each has values of its own but for the router, which is the same on all."""
+    _run((_dummy_call(name, param.detach(), seed, rank) for name, param in model_params.items()), lambda _: None)
 
 
-def _dummy_call(name: str, param: torch.Tensor, seed: int) -> Callable[[], int]:
+def _dummy_call(name: str, param: torch.Tensor, seed: int, rank: int) -> Callable[[], int]:
     def call() -> int:
         if name.endswith("norm.weight"):
             param.fill_(1.0)
@@ -251,7 +253,8 @@ def _dummy_call(name: str, param: torch.Tensor, seed: int) -> Callable[[], int]:
         if name.endswith("weight_scale"):
             param.fill_(DUMMY_STD / INT4_STD if param.dtype == torch.bfloat16 else DUMMY_FP8_SCALE)
             return param.numel()
-        digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+        label = f"{seed}:{name}" if rank == 0 or name.endswith("router.weight") else f"{seed}:{name}:{rank}"
+        digest = hashlib.blake2b(label.encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         drawn = _draw(min(param.numel(), DUMMY_PERIOD), param.dtype, generator).to(param.device)
         twice = torch.cat((drawn, drawn))  # a piece that begins anywhere in the period

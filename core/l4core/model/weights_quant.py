@@ -18,11 +18,9 @@ from l4core.model.config import ModelConfig
 from l4core.model.layout_quant import INPUT_SCALE, WEIGHT_SCALE, scale_name
 from l4core.model.slicing import Region
 from l4core.model.weight_plan import Target, WeightPlan
+from l4core.parallel.ranks import Ranks
 from l4core.quant import fp8, int4
-from l4core.quant.formats import FP8, INT4
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-QUANTISE: Mapping[str, Callable[[torch.Tensor], Pair]] = {FP8: fp8.quantize, INT4: int4.quantize}
+from l4core.quant.formats import FP8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,48 +48,61 @@ def _fits(target: Target, param: torch.Tensor | None) -> bool:
     return (param.dtype == torch.float8_e4m3fn) == (target.dtype == "float8_e4m3fn") and param.dtype != torch.int16
 
 
-def changes(
-    rest: Sequence[Target], formats: Mapping[str, str], params: Mapping[str, torch.Tensor], config: ModelConfig
-) -> Iterator[Change]:
-    """What has to be done for `rest`, one matrix after the other; each allocates what it needs when it is reached.
+class Quantising:
+    """How the weights of one load get from the checkpoint's format to the model's. formats: of the model.  config: of this rank.  ranks: all that
+    load; they make the same changes in the same order, in `ep` groups for the experts."""
 
-    formats: of the model.
-    """
-    by_name = {target.name: target for target in rest}
-    for name, kept in formats.items():
-        scale = scale_name(name, WEIGHT_SCALE)
-        weight = params[name]
-        if name in by_name:
-            yield from _quantise(by_name.pop(name), kept, weight, params[scale])
-        elif scale_name(name, "weight_packed") in by_name:
-            words, scales = (
-                by_name.pop(scale_name(name, "weight_packed")),
-                by_name.pop(scale_name(name, "weight_scale")),
-            )
-            yield from _repack(words, scales, weight, params[scale])
-        elif scale in by_name:
-            yield _spread(by_name.pop(scale), params[scale], config)
-    if by_name:
-        raise CheckpointError(f"parameter {next(iter(by_name))} is known to the checkpoint layout only")
+    def __init__(self, formats: Mapping[str, str], config: ModelConfig, ranks: Ranks, ep: int) -> None:
+        self.formats, self.config = formats, config
+        self._ranks, self._ep = ranks, ep
 
+    def changes(self, rest: Sequence[Target], params: Mapping[str, torch.Tensor]) -> Iterator[Change]:
+        """What has to be done for `rest`, one matrix after the other; each allocates what it needs when it is reached."""
+        by_name = {target.name: target for target in rest}
+        for name, kept in self.formats.items():
+            scale = scale_name(name, WEIGHT_SCALE)
+            weight = params[name]
+            if name in by_name:
+                yield from self._quantise(by_name.pop(name), kept, weight, params[scale])
+            elif scale_name(name, "weight_packed") in by_name:
+                words, scales = (
+                    by_name.pop(scale_name(name, "weight_packed")),
+                    by_name.pop(scale_name(name, "weight_scale")),
+                )
+                yield from _repack(words, scales, weight, params[scale])
+            elif scale in by_name:
+                yield _spread(by_name.pop(scale), params[scale], self.config)
+        if by_name:
+            raise CheckpointError(f"parameter {next(iter(by_name))} is known to the checkpoint layout only")
 
-def _quantise(target: Target, kept: str, weight: torch.Tensor, scale: torch.Tensor) -> Iterator[Change]:
-    """Plain in the file."""
-    dtype = getattr(torch, target.dtype)
-    for expert in _experts(target):
-        shape = target.shape[1:] if expert is not None else target.shape
-        # Out by in, as the formats want it; an expert's place in the plan is in by out.
-        rows = torch.empty(shape[::-1] if expert is not None else shape, dtype=dtype, device=weight.device)
-        place = rows.t().unsqueeze(0) if expert is not None else rows
+    def _quantise(self, target: Target, kept: str, weight: torch.Tensor, scale: torch.Tensor) -> Iterator[Change]:
+        """Plain in the file."""
+        dtype = getattr(torch, target.dtype)
+        for expert in _experts(target):
+            shape = target.shape[1:] if expert is not None else target.shape
+            # Out by in, as the formats want it; an expert's place in the plan is in by out.
+            rows = torch.empty(shape[::-1] if expert is not None else shape, dtype=dtype, device=weight.device)
+            place = rows.t().unsqueeze(0) if expert is not None else rows
 
-        def finish(rows: torch.Tensor = rows, expert: int | None = expert) -> None:
-            made, its_scale = QUANTISE[kept](rows)
-            here = weight if expert is None else weight[expert]
-            here.copy_(made.t() if expert is not None and kept == FP8 else made)
-            (scale if expert is None else scale[expert]).copy_(its_scale)
+            def finish(rows: torch.Tensor = rows, expert: int | None = expert) -> None:
+                largest = self._largest(rows, target) if kept == FP8 else None
+                made, its_scale = int4.quantize(rows) if largest is None else fp8.quantize(rows, largest)
+                here = weight if expert is None else weight[expert]
+                here.copy_(made.t() if expert is not None and kept == FP8 else made)
+                (scale if expert is None else scale[expert]).copy_(its_scale)
 
-        sources = ((place, _regions_of(target, expert)),)
-        yield Change(name=target.name, expert=expert, sources=sources, finish=finish)
+            sources = ((place, _regions_of(target, expert)),)
+            yield Change(name=target.name, expert=expert, sources=sources, finish=finish)
+
+    def _largest(self, rows: torch.Tensor, target: Target) -> torch.Tensor:
+        """Of each whole row, of which this rank may have a part: so the scale is the one that a rank alone would find."""
+        largest = rows.abs().amax(-1, keepdim=True)
+        if not target.cut_on_inputs:
+            return largest
+        every = self._ranks.all_gather(largest)  # [ranks, rows, 1]
+        cut = self._ranks.size // (self._ep if target.routed else 1)
+        first = self._ranks.rank // cut * cut
+        return every[first : first + cut].amax(0)
 
 
 def _repack(words: Target, scales: Target, weight: torch.Tensor, scale: torch.Tensor) -> Iterator[Change]:

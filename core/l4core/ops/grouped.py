@@ -40,10 +40,11 @@ class Groups:
 
 
 def group_rows(expert_ids: torch.Tensor, num_experts: int) -> Groups:
-    """expert_ids: int64 [T], the expert of each row. No host sync on an accelerator."""
+    """expert_ids: integers [T], the expert of each row, −1 = none: its result is 0 in `grouped_linear`. No host sync on an accelerator."""
     if expert_ids.is_cpu:
         return _group_on_cpu(expert_ids, num_experts)
-    packed_ids, order = expert_ids.sort(stable=True)
+    ids = torch.where(expert_ids < 0, num_experts, expert_ids)
+    packed_ids, order = ids.sort(stable=True)
     return Groups(order=order, place=order.argsort(), expert_ids=packed_ids, num_experts=num_experts, spans=None)
 
 
@@ -52,7 +53,8 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, groups: Groups) -> tor
     if groups.spans is not None:
         return _hit_experts(x, weight, groups.spans)
     if x.dtype == torch.bfloat16:
-        return F.grouped_mm(x, weight, offs=group_ends(groups.expert_ids, groups.num_experts))
+        out = F.grouped_mm(x, weight, offs=group_ends(groups.expert_ids, groups.num_experts))
+        return out.masked_fill_((groups.expert_ids == groups.num_experts).unsqueeze(1), 0.0)  # it leaves them unwritten
     return _every_expert(x, weight, groups.expert_ids)
 
 
@@ -86,14 +88,21 @@ def _group_on_cpu(expert_ids: torch.Tensor, num_experts: int) -> Groups:
 
 def _hit_experts(x: torch.Tensor, weight: torch.Tensor, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
     out_by_in = weight.transpose(1, 2)  # [E, N, K]
+
+    def product(rows: torch.Tensor, expert: int) -> torch.Tensor:
+        return rows.new_zeros(rows.shape[0], weight.shape[2]) if expert < 0 else linear(rows, out_by_in[expert])
+
     if len(spans) == 1:
-        return linear(x, out_by_in[spans[0][0]])
+        return product(x, spans[0][0])
     pieces = torch.split(x, [count for _, count in spans])
     if x.shape[0] <= JOIN_ROWS:
-        return torch.cat([linear(rows, out_by_in[expert]) for rows, (expert, _) in zip(pieces, spans, strict=True)])
+        return torch.cat([product(rows, expert) for rows, (expert, _) in zip(pieces, spans, strict=True)])
     out = x.new_empty(x.shape[0], weight.shape[2])
     for rows, target, (expert, _) in zip(pieces, torch.split(out, [count for _, count in spans]), spans, strict=True):
-        linear(rows, out_by_in[expert], out=target)
+        if expert < 0:
+            target.zero_()
+        else:
+            linear(rows, out_by_in[expert], out=target)
     return out
 
 

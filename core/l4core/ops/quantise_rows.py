@@ -8,9 +8,10 @@ E4M3_MAX = 448.0
 TINY = 1e-12
 
 
-def quantise_rows_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., K] → (e4m3 [..., K], scale float32 [..., 1]); x ≈ e4m3 · scale, the largest of a row becomes 448. The definition."""
-    scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=TINY) / E4M3_MAX
+def quantise_rows_torch(x: torch.Tensor, largest: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., K] → (e4m3 [..., K], scale float32 [..., 1]); x ≈ e4m3 · scale, the largest of a row becomes 448. The definition.
+    largest [..., 1]: that value, where x is a part of its row."""
+    scale = (x.abs().amax(-1, keepdim=True) if largest is None else largest).float().clamp_(min=TINY) / E4M3_MAX
     return (x.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from l4core.ops.quantise_rows import quantise_rows_torch
 
 
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight [..., N, K] → (e4m3 [..., N, K], scale float32 [..., N, 1]); weight ≈ e4m3 · scale."""
-    return quantise_rows_torch(weight)
+def quantize(weight: torch.Tensor, largest: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [..., N, K] → (e4m3 [..., N, K], scale float32 [..., N, 1]); weight ≈ e4m3 · scale. largest [..., N, 1]: of the absolute values of a
+    row, where `weight` is a part of it."""
+    return quantise_rows_torch(weight, largest)
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
