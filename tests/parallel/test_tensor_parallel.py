@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from helpers.rank_serving import Served, compare, mixed_requests, serve, serve_over
+from l4core.errors import ConfigError
+from l4core.parallel.agree import ROWS
 from l4core.parallel.ranks import ALONE
 from l4core.request import Request
 from l4core.testing.checkpoints import make_tiny_checkpoint
@@ -43,3 +45,42 @@ def test_ranks_compute_what_one_computes(
     scout: Path, scout_alone: Served, requests: Sequence[Request], size: int
 ) -> None:
     compare(serve_over(size, scout, requests), scout_alone)
+
+
+def test_sixteen_ranks_of_two_kv_heads(maverick: Path, requests: Sequence[Request]) -> None:
+    """Eight ranks have a copy of each KV head; every second layer is dense."""
+    some = requests[:16]
+    compare(serve_over(16, maverick, some), serve(maverick, some, ALONE))
+
+
+@pytest.mark.parametrize(("size", "ep"), [(2, 2), (4, 2), (8, 4)])
+def test_experts_dealt_out_to_groups_of_ranks(
+    scout: Path, scout_alone: Served, requests: Sequence[Request], size: int, ep: int
+) -> None:
+    compare(serve_over(size, scout, requests, ep=ep), scout_alone)
+
+
+@pytest.mark.parametrize(("quantization", "size", "ep"), [("fp8", 4, 1), ("fp8", 4, 2), ("int4", 2, 1), ("int4", 4, 2)])
+def test_quantised_weights(tmp_path: Path, requests: Sequence[Request], quantization: str, size: int, ep: int) -> None:
+    """int4 groups of 128 inputs stay whole: an expert of 512 is cut into at most four parts."""
+    folder = make_tiny_checkpoint(tmp_path, **{**SCOUT, "inter": 512})
+    some = requests[:12]
+    ranks = serve_over(size, folder, some, quantization=quantization, ep=ep)
+    compare(ranks, serve(folder, some, ALONE, quantization=quantization))
+
+
+def test_sums_and_gathers_of_a_step_are_counted(scout: Path) -> None:
+    """Two sums a layer and one for the embedding; one gather for the draw of a step, and one when the engine starts and one for each sum it
+    tries there."""
+    asked = mixed_requests(1, vocab=512, max_tokens=9)
+    served = serve_over(2, scout, asked, keep=False)[0]
+    assert served.num_steps == 9
+    assert served.counts == {"all_reduce": 9 * (2 * 4 + 1) + len(ROWS), "all_gather": 9 + 1 + len(ROWS)}
+
+
+def test_int4_groups_are_not_cut(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path, **SCOUT)
+    with pytest.raises(
+        ConfigError, match=r"2 ranks cannot share the 128 inputs of layers.0.moe.shared.down.weight evenly"
+    ):
+        serve_over(2, folder, (), quantization="int4")
