@@ -67,6 +67,17 @@ def _requests(frontend: Frontend, prompt: list[int], context: int = 100, **param
     return frontend.requests("r", prompt, SamplingParams(**params), context)
 
 
+def test_min_tokens_needs_a_token_that_does_not_end_the_answer(frontend: Frontend) -> None:
+    """The eos id 3 and the stop ids together are the whole vocabulary."""
+    others = [i for i in range(VOCABULARY) if i != 3]
+    with pytest.raises(RequestError, match="every token of the vocabulary") as caught:
+        _requests(frontend, [1], min_tokens=1, stop_token_ids=others)
+    assert caught.value.status == 400
+    assert caught.value.param == "min_tokens"
+    for params in ({"min_tokens": 0}, {"min_tokens": 1, "ignore_eos": True}, {"stop_token_ids": others[1:]}):
+        assert _requests(frontend, [1], **({"min_tokens": 1, "stop_token_ids": others} | params))
+
+
 def test_a_prompt_becomes_a_request(frontend: Frontend) -> None:
     prompt = frontend.text_ids("Hello there")
     (request,) = frontend.requests("r", prompt, SamplingParams(max_tokens=7, seed=5, top_p=0.5), 100, priority=3)

@@ -47,6 +47,8 @@ def test_text_that_cannot_fit_is_refused_at_once(http: httpx.Client, text: str) 
         ("/v1/completions", {"prompt": text}, "prompt"),
         ("/v1/completions", {"prompt": ["hello", text]}, "prompt"),
         (CHAT, {"messages": [{"role": "user", "content": text}]}, "messages"),
+        ("/tokenize", {"prompt": text}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": text}]}, "messages"),
     ):
         reply = http.post(path, json=body, timeout=8.0)
         assert reply.status_code == 400

@@ -123,6 +123,12 @@ class Frontend:
         prompt = list(prompt_token_ids)
         self._check_prompt(prompt, context_length)
         self._check_params(params)
+        eos_token_ids = () if params.ignore_eos else self.eos_token_ids
+        if params.min_tokens and len({*eos_token_ids, *params.stop_token_ids}) >= self._vocab_size:
+            raise RequestError(
+                "every token of the vocabulary would end the answer, so min_tokens leaves none to draw",
+                param="min_tokens",
+            )
         max_tokens = _max_tokens(len(prompt), params.max_tokens, context_length)
         seed = self._draw_seed() if params.seed is None else params.seed
         return [
@@ -130,7 +136,7 @@ class Frontend:
                 request_id=f"{request_id}:{k}",
                 prompt_token_ids=prompt,
                 params=dataclasses.replace(params, n=1, seed=(seed + k) & SEED_MASK, max_tokens=max_tokens),
-                eos_token_ids=() if params.ignore_eos else self.eos_token_ids,
+                eos_token_ids=eos_token_ids,
                 max_total_tokens=len(prompt) + max_tokens,
                 priority=priority,
                 cache_salt=cache_salt,

@@ -37,7 +37,7 @@ async def chat_completions(service: Service, http: Request) -> Response:
     body = await read_request(http, ChatRequest, service.max_body_bytes)
     service.check_model(body.model)
     params = chat_params(body, service.loaded.frontend.default_params())
-    prompt = await chat_ids(service, body.messages, context_length=service.loaded.context_length)
+    prompt = await chat_ids(service, body.messages)
     generation = await Generation.start(
         service, [prompt], params, prefix="chatcmpl", priority=body.priority, cache_salt=body.cache_salt
     )
@@ -48,15 +48,13 @@ async def chat_completions(service: Service, http: Request) -> Response:
         raise
 
 
-async def chat_ids(service: Service, messages: Sequence[Message], context_length: int | None = None) -> list[int]:
-    """Messages → token ids, by the chat template. context_length: refuse early what cannot fit. Raises RequestError, also for what the template
-    does not take."""
+async def chat_ids(service: Service, messages: Sequence[Message]) -> list[int]:
+    """Messages → token ids, by the chat template. Raises RequestError for what cannot fit, before it is rendered, and for what the template does
+    not take."""
     plain = [msgspec.to_builtins(message) for message in messages]
     told = [{name: value for name, value in message.items() if value is not None} for message in plain]
-    frontend = service.loaded.frontend
-    return await off_loop_if_long(
-        sum(map(_weight, messages)), lambda: frontend.chat_ids(told, context_length=context_length)
-    )
+    frontend, context = service.loaded.frontend, service.loaded.context_length
+    return await off_loop_if_long(sum(map(_weight, messages)), lambda: frontend.chat_ids(told, context_length=context))
 
 
 def _weight(message: Message) -> int:

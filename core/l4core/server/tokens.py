@@ -15,7 +15,7 @@ from l4core.server.service import Service, off_loop_if_long, text_ids
 
 
 async def tokenize(service: Service, http: Request) -> Response:
-    """Ids of a prompt, or of messages as the chat template renders them."""
+    """Ids of a prompt, or of messages as the chat template renders them. A text that cannot fit into the context is refused, as it is everywhere."""
     body = await read_request(http, TokenizeRequest, service.max_body_bytes)
     service.check_model(body.model)
     ids = await _ids(service, body)
@@ -38,6 +38,7 @@ async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
         return await chat_ids(service, body.messages)
     assert text is not None
     frontend, add_special = service.loaded.frontend, body.add_special_tokens is not False
+    frontend.check_length(len(text), service.loaded.context_length, param="prompt")
     return await off_loop_if_long(len(text), lambda: text_ids(frontend, text, add_special=add_special))
 
 
