@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import l4core.engine.build as build
 import l4core.engine.resolve as resolve
 from l4core import EngineConfig, SamplingParams
+from l4core.bench.floor import decode_bytes, prefill_floor_ms, weights_by_config
 from l4core.engine.batch import Inbox
 from l4core.engine.engine import Engine
 from l4core.engine.graph_sizes import GraphSizes
@@ -108,6 +109,7 @@ class Bench:
         self.engine: Engine = built.engine
         self.report = built.report
         self.config = built.model_config
+        self._weights = weights_by_config(self.config)
         self._random = random.Random(0)
         self._names = iter(range(1 << 30))
         self._is_noise = False
@@ -128,7 +130,7 @@ class Bench:
             self._profile(f"decode bs {batch} at {context}")
         experts = self._count_experts()
         self._clear()
-        return ms, self._decode_bytes(batch, context, experts) / rates.copy * 1e3, experts
+        return ms, self.decode_bytes(batch, context, experts) / rates.copy * 1e3, experts
 
     def prefill(self, batch: int, length: int, rates: Rates, *, profile: bool) -> tuple[float, float, float]:
         """→ (ms until every request has its first token: best of four, floor, distinct experts a layer)."""
@@ -143,7 +145,14 @@ class Bench:
             requests = self._requests(batch, length, 1)
             with _profiler(f"prefill {batch}x{length}", 1):
                 self._run_prompts(requests)
-        return min(times), self._prefill_floor(batch, length, rates), float(self.config.num_experts or 0)
+        floor_ms = prefill_floor_ms(
+            self.config, self._weights, batch=batch, length=length, copy=rates.copy, matmul=rates.matmul
+        )
+        return min(times), floor_ms, float(self.config.num_experts or 0)
+
+    def decode_bytes(self, batch: int, context: int, experts: float) -> float:
+        """That a step must read which hits so many experts a layer."""
+        return decode_bytes(self.config, self._weights, batch=batch, context=context, experts=experts)
 
     # --- requests ----------------------------------------------------------------------------------------------------------------------
 
@@ -220,45 +229,10 @@ class Bench:
         runner.graphs = graphs
         return statistics.fmean(len(ids.unique()) for ids in found) if found else 0.0
 
-    def _linear_bytes(self) -> tuple[int, int, int]:
-        """(attention and shared expert of a layer, one routed expert, head), in bytes."""
-        c = self.config
-        heads = (2 * c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim * c.hidden_size
-        expert = 3 * c.hidden_size * c.intermediate_size
-        return 2 * (heads + expert), 2 * expert, 2 * c.hidden_size * c.vocab_size
-
-    def _decode_bytes(self, batch: int, context: int, experts: float) -> float:
-        c, (layer, expert, head) = self.config, self._linear_bytes()
-        chunk = c.attention_chunk_size or context
-        keys = sum((context % chunk or chunk) if chunked else context for chunked in c.chunked_layers)
-        kv = 4 * c.num_kv_heads * c.head_dim * keys * batch
-        return c.num_layers * (layer + experts * expert) + head + kv
-
-    def _prefill_floor(self, batch: int, length: int, rates: Rates) -> float:
-        """ms: of each kind of product the longer of computing and reading, and the attention."""
-        c, (layer, expert, head) = self.config, self._linear_bytes()
-        tokens = batch * length
-        chunk = c.attention_chunk_size or length
-        visible = [
-            sum(n * n / 2 for n in _pieces(length, chunk if chunked else length)) * batch
-            for chunked in c.chunked_layers
-        ]
-
-        def seconds(weight_bytes: float, rows: float, read: float | None = None) -> float:
-            return max(weight_bytes * rows / rates.matmul, (weight_bytes if read is None else read) / rates.copy)
-
-        linear = c.num_layers * (seconds(layer, tokens) + seconds(expert, tokens, expert * c.num_experts))
-        attention = sum(4 * c.num_q_heads * c.head_dim * n for n in visible) / rates.matmul
-        return (linear + attention + seconds(head, batch)) * 1e3
-
     def _profile(self, name: str) -> None:
         with _profiler(name, 3):
             for _ in range(3):
                 self.engine.step()
-
-
-def _pieces(length: int, size: int) -> list[int]:
-    return [min(size, length - start) for start in range(0, length, size)]
 
 
 @contextmanager

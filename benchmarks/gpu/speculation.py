@@ -137,7 +137,7 @@ class SpeculationBench:
             counts.append(self._experts(step, batch * rows))
             times.append(_ms(lambda: graphs.replay(step)))
         experts = statistics.fmean(counts[4:])
-        floor = self.bench._decode_bytes(batch, self._context, experts) / rates.copy * 1e3
+        floor = self.bench.decode_bytes(batch, self._context, experts) / rates.copy * 1e3
         return statistics.median(times[4:]), floor, experts
 
     def _fill_target(self, step: Any, batch: int, rows: int, starts: np.ndarray) -> None:
