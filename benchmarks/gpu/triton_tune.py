@@ -30,7 +30,7 @@ HEADS, KV_HEADS, DIM, PAGE = 40, 8, 128, 64
 DECODES = [(b, s) for s in (1024, 8192, 131072) for b in (1, 8, 32, 128) if b * s <= 32 * 131072]
 PREFILLS = [(8, 2048), (2, 8192)]
 CHUNK = 8192
-TRAITS = launch.Traits(soft_fp8=False, interpreted=False)
+TRAITS = launch.Traits(converts_fp8=True, starts_early=True, interpreted=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +245,7 @@ def tflops(batch: int, keys: int, ms: float | str) -> float | None:
 
 
 def table(pool: Pool, with_fa3: bool) -> Iterator[dict[str, Any]]:
-    tiles = tiles_for("sm90", "bfloat16", DIM)
+    tiles = tiles_for("sm90", "bfloat16", DIM, "bfloat16")
     config = DecodeConfig(
         tile=tiles.split(HEADS // KV_HEADS), programs_per_sm=tiles.programs_per_sm, min_tiles=tiles.min_tiles
     )

@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from l4_triton import launch
 from l4_triton.probe import OLDEST
-from l4_triton.tiles import MAX_PROGRAMS, Tile, Tiles, converts_fp8, tiles_for
+from l4_triton.tiles import MAX_PROGRAMS, Tile, Tiles, converts_fp8, starts_early, tiles_for
 from l4core.plugin_api import AttentionBackend, AttentionContext, AttentionMetadata, BackendUnavailable, KVView, Plan
 
 INTERPRETED_PROCESSORS = 2
@@ -71,8 +71,9 @@ def create(context: AttentionContext) -> AttentionBackend:
     if interpreted and not on_cpu:
         context.logger.warning("TRITON_INTERPRET is set: attention runs in Python, thousands of times slower")
     arch = "" if interpreted else context.platform.arch
-    tiles = tiles_for(arch, context.requirements.q_dtype, context.requirements.head_dim)
-    traits = launch.Traits(soft_fp8=not converts_fp8(arch), interpreted=interpreted)
+    req = context.requirements
+    tiles = tiles_for(arch, req.q_dtype, req.head_dim, req.kv_dtype)
+    traits = launch.Traits(converts_fp8=converts_fp8(arch), starts_early=starts_early(arch), interpreted=interpreted)
     return TritonBackend(context, tiles, _processors(context.device), traits)
 
 

@@ -23,10 +23,10 @@ from triton.compiler import ASTSource
 from l4_triton.kernels.decode import decode_kernel
 from l4_triton.kernels.merge import merge_kernel
 from l4_triton.kernels.prefill import prefill_kernel
-from l4_triton.launch import BLOCK_PARTS, COMPILE
-from l4_triton.tiles import ARCHITECTURES, Tile, converts_fp8, tiles_for
+from l4_triton.launch import COMPILE, dot_type, merge_block
+from l4_triton.tiles import ARCHITECTURES, Tile, converts_fp8, starts_early, tiles_for
 
-_POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float8_e4m3fn": "*fp8e4nv"}
+_POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 _FIXED = {
     "lse": "*fp32",
     "part_out": "*fp32",
@@ -88,14 +88,14 @@ def compile_all(arch: str, variants: Sequence[Variant] = VARIANTS) -> Iterator[d
     target = target_of(arch)
     merged: set[tuple[object, ...]] = set()
     for variant in variants:
-        tiles = tiles_for(arch, variant.q_dtype, variant.head_dim)
+        tiles = tiles_for(arch, variant.q_dtype, variant.head_dim, variant.kv_dtype)
         if variant.rows:
             tile = tiles.split(variant.rows * variant.group)
             shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "MIN_TILES": tiles.min_tiles}
             yield _compile(decode_kernel, variant, shape, arch, target, tile)
             key = (variant.q_dtype, variant.head_dim, variant.chunk > 0)
             if key not in merged:
-                yield _compile(merge_kernel, variant, shape | {"BLOCK_PARTS": max(BLOCK_PARTS)}, arch, target, None)
+                yield _compile(merge_kernel, variant, shape | merge_block(1, variant.head_dim), arch, target, None)
             merged.add(key)
         else:
             shape = {"BLOCK_M": tiles.prefill.block_m, "BLOCK_N": tiles.prefill.block_n}
@@ -105,8 +105,9 @@ def compile_all(arch: str, variants: Sequence[Variant] = VARIANTS) -> Iterator[d
 def _compile(
     kernel: Any, variant: Variant, shape: dict[str, int], arch: str, target: GPUTarget, tile: Tile | None
 ) -> dict[str, Any]:
-    source = _source(kernel, variant, shape, soft=variant.kv_dtype == "float8_e4m3fn" and not converts_fp8(arch))
-    options = COMPILE | ({} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages})
+    source = _source(kernel, variant, shape, arch)
+    options: dict[str, Any] = {"launch_pdl": True} if starts_early(arch) and kernel is not prefill_kernel else {}
+    options |= COMPILE | ({} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages})
     done = triton.compile(source, target=target, options=options)
     binary = done.asm["cubin" if target.backend == "cuda" else "hsaco"]
     return {
@@ -118,21 +119,24 @@ def _compile(
     }
 
 
-def _source(kernel: Any, variant: Variant, shape: dict[str, int], *, soft: bool) -> ASTSource:
+def _source(kernel: Any, variant: Variant, shape: dict[str, int], arch: str) -> ASTSource:
     """The kernel with the argument types a launch would give it; pointers and strides are multiples of 16, as core's are."""
+    fp8 = variant.kv_dtype == "float8_e4m3fn"
     constants: dict[str, Any] = shape | {
         "GROUP": variant.group,
         "HEAD_DIM": variant.head_dim,
         "PAGE": variant.page,
         "CHUNK": variant.chunk,
         "TREE": variant.tree,
-        "SOFT_FP8": soft,
-        "DOT_TYPE": getattr(tl, variant.q_dtype),
+        "PAIRS": fp8,
+        "CONVERTS": converts_fp8(arch),
+        "PDL": starts_early(arch),
+        "DOT_TYPE": dot_type(getattr(tl, variant.q_dtype), fp8),
         "SEQS": 128,
     }
     given = {"ancestors", "sees_prefix"} if variant.tree else set()
-    given |= {"k_scale", "v_scale"} if variant.kv_dtype == "float8_e4m3fn" else set()
-    q, stored = _POINTERS[variant.q_dtype], "*u8" if soft else _POINTERS[variant.kv_dtype]
+    given |= {"k_scale", "v_scale"} if fp8 else set()
+    q, stored = _POINTERS[variant.q_dtype], "*u16" if fp8 else _POINTERS[variant.kv_dtype]
     types = _FIXED | {"q": q, "out": q, "k": stored, "v": stored}
     signature, constexprs, divisible = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):

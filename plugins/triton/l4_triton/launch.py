@@ -16,9 +16,17 @@ from l4_triton.tiles import Tile
 from l4core.plugin_api import AttentionMetadata, KVView
 
 LOG2_E = 1.4426950408889634
-BLOCK_PARTS, FEW_SEQS = (64, 16), 32
-"""Parts that the merge takes at a time, for up to FEW_SEQS sequences and for more: a long sequence alone has hundreds of parts and five rows to merge
-them in (H200, 800,000 tokens, 5 heads on 1: 107 instead of 116 µs with both passes; 257 sequences the other way: 49 and 52)."""
+FEW_SEQS = 32
+"""Sequences up to which there may be few programs to merge, each with many parts: a long sequence alone has hundreds of parts and five rows."""
+
+
+def merge_block(num_seqs: int, head_dim: int) -> dict[str, int]:
+    """Parts and dimensions that a program of the merge takes at a time."""
+    if num_seqs > FEW_SEQS:
+        return {"BLOCK_PARTS": 16, "DIMS": head_dim}
+    return {"BLOCK_PARTS": 512, "DIMS": 16}
+
+
 COMPILE = {"enable_fp_fusion": True}
 """Multiply and add in one rounding, said aloud: Triton's default for it changes in 3.10."""
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -26,9 +34,12 @@ _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traits:
-    """Of a device. soft_fp8: e4m3 is widened by moving bits.  interpreted: dots of bfloat16 are wrong under the interpreter, so made in float32."""
+    """Of a device. converts_fp8: by an instruction of NVIDIA's; else e4m3 is widened by moving bits.
+    starts_early: kernels may be started before the one ahead has ended (kernels.early).
+    interpreted: dots of bfloat16 are wrong under the interpreter, so made in float32."""
 
-    soft_fp8: bool
+    converts_fp8: bool
+    starts_early: bool
     interpreted: bool
 
 
@@ -95,6 +106,7 @@ def decode(
     items = kv_heads * triton.cdiv(rows, tile.block_m)
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "MIN_TILES": min_tiles}
     arguments, constants = _common(q, kv, meta, out, lse, traits)
+    early = {"PDL": True, "launch_pdl": True} if traits.starts_early else {"PDL": False}
     decode_kernel[(partials.programs,)](
         **arguments,
         **constants,
@@ -105,9 +117,11 @@ def decode(
         part_lse=partials.lse,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **early,
         **COMPILE,
     )
-    merge_kernel[(meta.num_seqs, items, min(rows, tile.block_m))](
+    merge = merge_block(meta.num_seqs, constants["HEAD_DIM"])
+    merge_kernel[(meta.num_seqs, items, min(rows, tile.block_m) * constants["HEAD_DIM"] // merge["DIMS"])](
         out,
         lse,
         partials.out,
@@ -121,10 +135,16 @@ def decode(
         out.stride(1),
         **{name: constants[name] for name in ("GROUP", "HEAD_DIM", "CHUNK", "SEQS")},
         **blocks,
-        BLOCK_PARTS=BLOCK_PARTS[meta.num_seqs > FEW_SEQS],
+        **merge,
         num_warps=4,
+        **early,
         **COMPILE,
     )
+
+
+def dot_type(q: tl.dtype, fp8: bool) -> tl.dtype:
+    """e4m3 becomes float16; bfloat16 would be a second conversion, and keep less of the queries and weights."""
+    return tl.float16 if fp8 and q == tl.bfloat16 else q
 
 
 def _common(
@@ -132,8 +152,7 @@ def _common(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments and constants that both kernels take."""
     fp8 = kv.k.dtype.itemsize == 1
-    soft = fp8 and traits.soft_fp8
-    k, v = (x.view(torch.uint8) if soft else x for x in (kv.k, kv.v))
+    k, v = (x.view(torch.uint16) if fp8 else x for x in (kv.k, kv.v))
     tree = meta.tree
     arguments = {
         "q": q,
@@ -169,8 +188,9 @@ def _common(
         "PAGE": kv.k.shape[1],
         "CHUNK": 0 if meta.chunk is None else meta.chunk.size,
         "TREE": tree is not None,
-        "SOFT_FP8": soft,
-        "DOT_TYPE": tl.float32 if traits.interpreted else _TYPES[q.dtype],
+        "PAIRS": fp8,
+        "CONVERTS": traits.converts_fp8,
+        "DOT_TYPE": tl.float32 if traits.interpreted else dot_type(_TYPES[q.dtype], fp8),
         "SEQS": _seqs(meta.num_seqs),
     }
     return arguments, constants

@@ -29,7 +29,8 @@ def probe(platform: Platform, requirements: AttentionRequirements) -> Usable | U
     refusal = _refuse(requirements)
     if refusal is not None:
         return refusal
-    rows = tiles_for("" if on_cpu else platform.arch, requirements.q_dtype, requirements.head_dim).verify.block_m
+    req = requirements
+    rows = tiles_for("" if on_cpu else platform.arch, req.q_dtype, req.head_dim, req.kv_dtype).verify.block_m
     return Usable(
         tier=Tier.REFERENCE if on_cpu else Tier.TUNED,
         graph=not on_cpu,

@@ -44,6 +44,9 @@ _HOPPER = Tiles(  # measured on an H100, benchmarks/gpu/triton_tune.py
     decode=Tile(block_m=FEW_ROWS, block_n=64, warps=4, stages=3),
     verify=Tile(block_m=64, block_n=64, warps=4, stages=3),
 )
+_HOPPER_FP8 = replace(  # measured on an H200, benchmarks/gpu/long_decode.py
+    _HOPPER, decode=Tile(block_m=FEW_ROWS, block_n=64, warps=2, stages=4), programs_per_sm=4
+)
 _BLACKWELL = replace(
     _HOPPER,
     decode=Tile(block_m=FEW_ROWS, block_n=64, warps=8, stages=3),
@@ -88,11 +91,13 @@ _TILES = {
 }
 ARCHITECTURES = tuple(_TILES)
 """Exactly those the kernels are compiled for; one that does not exist yet cannot have been tried."""
-_NATIVE_FP8 = {"sm89", "sm90", "sm100", "sm103", "sm110", "sm120", "sm121", "gfx950", "gfx1200", "gfx1201"}
+_STARTS_EARLY = {"sm90", "sm100", "sm103", "sm110", "sm120", "sm121"}
+_CONVERTS_FP8 = {"sm89", *_STARTS_EARLY}
 
 
-def tiles_for(arch: str, q_dtype: str, head_dim: int) -> Tiles:
-    """arch: as in Platform; any other than ARCHITECTURES is a CPU's, where the interpreter runs. Wide elements and heads take smaller tiles."""
+def tiles_for(arch: str, q_dtype: str, head_dim: int, kv_dtype: str) -> Tiles:
+    """arch: as in Platform; any other than ARCHITECTURES is a CPU's, where the interpreter runs. Wide elements and heads take smaller tiles, and
+    fp8 keys more programs, for they have something to compute."""
     tiles = _TILES.get(arch, _INTERPRETED)
     if tiles is _INTERPRETED:
         return tiles
@@ -106,12 +111,19 @@ def tiles_for(arch: str, q_dtype: str, head_dim: int) -> Tiles:
             decode=replace(tiles.decode, block_n=32, stages=2),
             verify=replace(tiles.verify, block_m=FEW_ROWS, block_n=32, stages=2),
         )
+    if tiles is _HOPPER and kv_dtype == "float8_e4m3fn":
+        return _HOPPER_FP8
     return tiles
 
 
 def converts_fp8(arch: str) -> bool:
-    """Whether the device turns e4m3 into wider floats by itself; elsewhere the kernels move the bits."""
-    return arch in _NATIVE_FP8
+    """Whether the device has NVIDIA's instruction that makes two e4m3 values two float16; elsewhere the kernels move the bits."""
+    return arch in _CONVERTS_FP8
+
+
+def starts_early(arch: str) -> bool:
+    """Whether kernels may be started before the one ahead has ended."""
+    return arch in _STARTS_EARLY
 
 
 def partial_bytes(programs: int, rows: int, head_dim: int) -> int:

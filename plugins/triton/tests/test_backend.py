@@ -49,7 +49,10 @@ except test_backend.BackendUnavailable as error:
 
 def backend_of_an_h100() -> TritonBackend:
     return TritonBackend(
-        CONTEXT, tiles_for("sm90", "bfloat16", 128), processors=132, traits=Traits(soft_fp8=False, interpreted=True)
+        CONTEXT,
+        tiles_for("sm90", "bfloat16", 128, "bfloat16"),
+        processors=132,
+        traits=Traits(converts_fp8=False, starts_early=False, interpreted=True),
     )
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from l4_triton import launch
-from l4_triton.kernels.common import as_operand
+from l4_triton.kernels.common import widen_pairs
 from l4_triton.tiles import Tile
 from l4core.plugin_api import Tier, Usable
 from l4core.plugin_ops import tree_attend
@@ -19,7 +19,7 @@ from l4core.testing.conformance_cases import Case, Heads, random_tree
 from l4core.testing.conformance_problem import Layout, Problem, build
 
 DEVICE = os.environ.get("L4_TEST_DEVICE", "cpu")
-TRAITS = launch.Traits(soft_fp8=DEVICE == "cpu", interpreted=DEVICE == "cpu")
+TRAITS = launch.Traits(converts_fp8=DEVICE != "cpu", starts_early=DEVICE != "cpu", interpreted=DEVICE == "cpu")
 NATIVE = Usable(tier=Tier.TUNED, tree_mask=True, native_chunk=True)
 HEADS = Heads(num_q_heads=5, num_kv_heads=1, head_dim=32)
 
@@ -103,16 +103,19 @@ def test_lse_is_the_natural_logarithm(split: bool) -> None:
 
 
 @triton.jit
-def _widen(bits, out, SOFT_FP8: tl.constexpr):  # noqa: N803
-    i = tl.arange(0, 256)
-    tl.store(out + i, as_operand(tl.load(bits + i), tl.float32, SOFT_FP8))
+def _widen(pairs, out, CONVERTS: tl.constexpr):  # noqa: N803
+    i = tl.arange(0, 128)
+    first, second = widen_pairs(tl.load(pairs + i), tl.float32, CONVERTS)
+    tl.store(out + 2 * i, first)
+    tl.store(out + 2 * i + 1, second)
 
 
-def test_fp8_bits_are_widened_exactly() -> None:
-    """All 254 numbers of e4m3, subnormals and both zeros too, where the device cannot convert them."""
+@pytest.mark.parametrize("converts", [False, *([True] if TRAITS.converts_fp8 else [])])
+def test_fp8_is_widened_exactly(converts: bool) -> None:
+    """All 254 numbers of e4m3, subnormals and both zeros too, by moving bits and, on a device that has it, by the instruction."""
     bits = torch.arange(256, dtype=torch.uint8, device=DEVICE)
     out = torch.empty(256, device=DEVICE)
-    _widen[(1,)](bits, out, SOFT_FP8=True)
+    _widen[(1,)](bits.view(torch.uint16), out, CONVERTS=converts)
     exact = bits.view(torch.float8_e4m3fn).float()
     numbers = ~exact.isnan()
     assert int(numbers.sum()) == 254

@@ -84,7 +84,7 @@ def test_the_memory_claimed_is_what_the_largest_device_would_take(arch: str) -> 
     platform = replace(H100, arch=arch, vendor="amd" if arch.startswith("gfx") else "nvidia")
     verdict = probe(platform, SCOUT)
     assert isinstance(verdict, Usable)
-    tiles = tiles_for(arch, "bfloat16", 128)
+    tiles = tiles_for(arch, "bfloat16", 128, "bfloat16")
     assert tiles.programs_per_sm * 304 <= MAX_PROGRAMS
     assert verdict.workspace_bytes == partial_bytes(MAX_PROGRAMS, tiles.verify.block_m, 128) < 64 << 20
     larger = probe(platform, replace(SCOUT, max_num_seqs=4096, max_num_tokens=1 << 20))

@@ -49,14 +49,63 @@ def visible(key, position, prefix, ancestors, sees_prefix, CHUNK: tl.constexpr, 
 
 
 @triton.jit
-def as_operand(x, DTYPE: tl.constexpr, SOFT_FP8: tl.constexpr):
-    """Stored keys or values as an operand of a dot. SOFT_FP8: x holds the bits of e4m3 as uint8, for devices that cannot convert them: as the upper
-    bits of a float16 they are the value / 256, subnormals included."""
-    if SOFT_FP8:
-        bits = x.to(tl.uint16)
-        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-        x = half.to(tl.float16, bitcast=True) * 256.0
+def widen_pairs(x, DTYPE: tl.constexpr, CONVERTS: tl.constexpr):
+    """uint16, two neighbouring e4m3 values in each → (the first ones, the second ones) in DTYPE. e4m3 fits float16 exactly.
+
+    CONVERTS: by NVIDIA's instruction for pairs, here of a register's two first values and of its two second ones. Else by moving bits: as the upper
+    ones of a float16 they are the value / 256, subnormals included.
+    """
+    if CONVERTS:
+        first, second = tl.inline_asm_elementwise(
+            "{ .reg .b32 sorted; .reg .b16 low, high; prmt.b32 sorted, $2, 0, 0x3120; mov.b32 {low, high}, sorted;"
+            " cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
+            "=r,=r,r",
+            [x],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        first = (((x & 0x80) << 8) | ((x & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+        second = ((x & 0x8000) | ((x & 0x7F00) >> 1)).to(tl.float16, bitcast=True) * 256.0
+    return first.to(DTYPE), second.to(DTYPE)
+
+
+@triton.jit
+def as_query(x, DTYPE: tl.constexpr):
+    """Queries in the type dots are made in. bfloat16 reaches further than float16: what lies beyond saturates, as keys did when they were stored."""
+    if DTYPE == tl.float16 and x.dtype == tl.bfloat16:  # noqa: SIM300
+        x = tl.clamp(x.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
     return x.to(DTYPE)
+
+
+@triton.jit
+def soften(
+    scores, top, total, key, position, prefix, ancestors, sees_prefix, owned, score_scale,
+    MASKED: tl.constexpr, CHUNK: tl.constexpr, TREE: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax → weights [M, N], what earlier sums shrink by [M], top [M], total [M]."""
+    if MASKED:
+        seen = visible(key, position, prefix, ancestors, sees_prefix, CHUNK, TREE) & owned[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * score_scale)
+    if MASKED:
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+    else:
+        base = new_top
+    weights = tl.exp2(scores * score_scale - base[:, None])
+    shrink = tl.exp2(top - base)
+    return weights, shrink, new_top, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def load_rows(at, owned, MASKED: tl.constexpr):
+    """Keys or values; 0 for what is not owned."""
+    if MASKED:
+        x = tl.load(at, mask=owned[:, None], other=0)
+    else:
+        x = tl.load(at)
+    return x
 
 
 @triton.jit
@@ -85,7 +134,8 @@ def attend_tiles(
     PAGE: tl.constexpr,
     CHUNK: tl.constexpr,
     TREE: tl.constexpr,
-    SOFT_FP8: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CONVERTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
@@ -93,37 +143,71 @@ def attend_tiles(
 
     q: [M, D] in the type dots are made in.  k, v: pointers to this KV head.  limit: keys the sequence owns; nothing from there on is read, for it
     may be NaN and 0 · NaN is NaN.  MASKED: False promises that every row sees every key.  The next tile's pages are loaded a tile ahead.
+
+    PAIRS: k and v are e4m3, read as uint16, strides too. A matrix instruction wants neighbours along the sum side by side in 16-bit registers; eight-bit
+    values cannot be transposed to that on their way from shared memory, pairs can. So dimensions 0, 2, 4 … make one product and 1, 3, 5 … another.
     """
-    dim = tl.arange(0, HEAD_DIM)
     pages = page_ids(table_row, begin, limit, width, PAGE, CHUNK > 0, BLOCK_N)
-    for n in tl.range(begin, end, BLOCK_N):
-        pages_ahead = page_ids(table_row, n + BLOCK_N, limit, width, PAGE, CHUNK > 0, BLOCK_N)
-        k_at = k + key_offsets(pages, n, stride_k_page, stride_k_slot, PAGE, BLOCK_N)[:, None] + dim[None, :]
-        v_at = v + key_offsets(pages, n, stride_v_page, stride_v_slot, PAGE, BLOCK_N)[:, None] + dim[None, :]
-        if MASKED:
+    if PAIRS:
+        dim = tl.arange(0, HEAD_DIM // 2)
+        q_first, q_second = tl.split(tl.reshape(q, [q.shape[0], HEAD_DIM // 2, 2]))
+        acc_first, acc_second = tl.split(tl.reshape(acc, [q.shape[0], HEAD_DIM // 2, 2]))
+        for n in tl.range(begin, end, BLOCK_N):
+            pages_ahead = page_ids(table_row, n + BLOCK_N, limit, width, PAGE, CHUNK > 0, BLOCK_N)
+            k_at = k + key_offsets(pages, n, stride_k_page, stride_k_slot, PAGE, BLOCK_N)[:, None] + dim[None, :]
+            v_at = v + key_offsets(pages, n, stride_v_page, stride_v_slot, PAGE, BLOCK_N)[:, None] + dim[None, :]
             key = n + tl.arange(0, BLOCK_N)
             owned = key < limit
-            keys = tl.load(k_at, mask=owned[:, None], other=0.0)
-        else:
-            keys = tl.load(k_at)
-        scores = tl.dot(q, tl.trans(as_operand(keys, q.dtype, SOFT_FP8)), input_precision="ieee")
-        if MASKED:
-            seen = visible(key, position, prefix, ancestors, sees_prefix, CHUNK, TREE) & owned[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * score_scale)
-        if MASKED:
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
-        else:
-            base = new_top
-        weights = tl.exp2(scores * score_scale - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None]
-        if MASKED:
-            values = tl.load(v_at, mask=owned[:, None], other=0.0)
-        else:
-            values = tl.load(v_at)
-        acc = tl.dot(weights.to(q.dtype), as_operand(values, q.dtype, SOFT_FP8), acc, input_precision="ieee")
-        top = new_top
-        pages = pages_ahead
+            k_first, k_second = widen_pairs(load_rows(k_at, owned, MASKED), q.dtype, CONVERTS)
+            scores = tl.dot(q_first, tl.trans(k_first), input_precision="ieee")
+            scores = tl.dot(q_second, tl.trans(k_second), scores, input_precision="ieee")
+            weights, shrink, top, total = soften(
+                scores,
+                top,
+                total,
+                key,
+                position,
+                prefix,
+                ancestors,
+                sees_prefix,
+                owned,
+                score_scale,
+                MASKED,
+                CHUNK,
+                TREE,
+            )
+            weights = weights.to(q.dtype)
+            v_first, v_second = widen_pairs(load_rows(v_at, owned, MASKED), q.dtype, CONVERTS)
+            acc_first = tl.dot(weights, v_first, acc_first * shrink[:, None], input_precision="ieee")
+            acc_second = tl.dot(weights, v_second, acc_second * shrink[:, None], input_precision="ieee")
+            pages = pages_ahead
+        acc = tl.reshape(tl.join(acc_first, acc_second), [q.shape[0], HEAD_DIM])
+    else:
+        dim = tl.arange(0, HEAD_DIM)
+        for n in tl.range(begin, end, BLOCK_N):
+            pages_ahead = page_ids(table_row, n + BLOCK_N, limit, width, PAGE, CHUNK > 0, BLOCK_N)
+            k_at = k + key_offsets(pages, n, stride_k_page, stride_k_slot, PAGE, BLOCK_N)[:, None] + dim[None, :]
+            v_at = v + key_offsets(pages, n, stride_v_page, stride_v_slot, PAGE, BLOCK_N)[:, None] + dim[None, :]
+            key = n + tl.arange(0, BLOCK_N)
+            owned = key < limit
+            keys = load_rows(k_at, owned, MASKED)
+            scores = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision="ieee")
+            weights, shrink, top, total = soften(
+                scores,
+                top,
+                total,
+                key,
+                position,
+                prefix,
+                ancestors,
+                sees_prefix,
+                owned,
+                score_scale,
+                MASKED,
+                CHUNK,
+                TREE,
+            )
+            values = load_rows(v_at, owned, MASKED)
+            acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
+            pages = pages_ahead
     return acc, top, total

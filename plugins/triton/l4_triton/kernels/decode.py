@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from l4_triton.kernels.common import attend_tiles
+from l4_triton.kernels.common import as_query, attend_tiles
+from l4_triton.kernels.early import let_next_start, wait_for_last
 
 
 @triton.jit
@@ -81,19 +82,25 @@ def decode_kernel(  # noqa: PLR0915  one kernel, top to bottom
     PAGE: tl.constexpr,
     CHUNK: tl.constexpr,
     TREE: tl.constexpr,
-    SOFT_FP8: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CONVERTS: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SEQS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (programs,). items: of one sequence, KV heads × blocks of rows.  part_out: float32 [2 · programs, BLOCK_M, HEAD_DIM].  part_lse: float32
     [2 · programs, BLOCK_M], base 2. Both are written only where an item is shared."""
+    if PDL:
+        let_next_start()
     program = tl.program_id(0)
     tiles, ends, total_tiles, busy = tile_line(
         cu_seqlens_q, seq_lens, num_seqs, items, tl.num_programs(0), CHUNK, SEQS, BLOCK_N, MIN_TILES
     )
+    if PDL:
+        wait_for_last()
     if program >= busy:
         return
     ids = tl.arange(0, SEQS)
@@ -119,7 +126,7 @@ def decode_kernel(  # noqa: PLR0915  one kernel, top to bottom
         exists = row < q_len * GROUP
         token, q_head = (token_0 + row // GROUP).to(tl.int64), head * GROUP + row % GROUP
         q_at = q + token * stride_q_token + q_head * stride_q_head
-        rows = tl.load(q_at[:, None] + dim[None, :], mask=exists[:, None], other=0.0).to(DOT_TYPE)
+        rows = as_query(tl.load(q_at[:, None] + dim[None, :], mask=exists[:, None], other=0.0), DOT_TYPE)
         prefix = seq_len - q_len
         position = prefix + row // GROUP
         nodes = tl.zeros([BLOCK_M], tl.int64)
@@ -140,7 +147,7 @@ def decode_kernel(  # noqa: PLR0915  one kernel, top to bottom
         acc, top, total = attend_tiles(
             acc, top, total, rows, position, prefix, nodes, sees, k + head * stride_k_head, v + head * stride_v_head,
             block_table + b.to(tl.int64) * stride_table, begin, end, seq_len, width, stride_k_page, stride_k_slot,
-            stride_v_page, stride_v_slot, score_scale, True, PAGE, CHUNK, TREE, SOFT_FP8, BLOCK_N, HEAD_DIM,
+            stride_v_page, stride_v_slot, score_scale, True, PAGE, CHUNK, TREE, PAIRS, CONVERTS, BLOCK_N, HEAD_DIM,
         )  # fmt: skip
 
         total = tl.where(total > 0, total, 1.0)  # a row that sees nothing keeps top = −inf

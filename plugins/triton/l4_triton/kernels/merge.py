@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from l4_triton.kernels.decode import tile_line
+from l4_triton.kernels.early import let_next_start, wait_for_last
 
 
 @triton.jit(do_not_specialize=["num_seqs", "kv_heads", "programs"])
@@ -29,9 +30,13 @@ def merge_kernel(
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
+    DIMS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Grid (num_seqs, items of a sequence, rows of a block that may exist). The line of tiles and who took what of it are computed as in decode."""
-    b, item, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid (num_seqs, items of a sequence, rows of a block that may exist × HEAD_DIM // DIMS). The line of tiles and who took what of it are computed as in decode."""
+    if PDL:
+        let_next_start()
+    b, item, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // (HEAD_DIM // DIMS)
     items = tl.num_programs(1)
     tiles, ends, total_tiles, busy = tile_line(
         cu_seqlens_q, seq_lens, num_seqs, items, programs, CHUNK, SEQS, BLOCK_N, MIN_TILES
@@ -41,13 +46,15 @@ def merge_kernel(
     begin = tl.sum(tl.where(ids == b, ends, 0)) - item_tiles * (items - item)
     first = ((begin + 1) * busy - 1) // tl.maximum(total_tiles, 1)
     last = ((begin + item_tiles) * busy - 1) // tl.maximum(total_tiles, 1)
+    if PDL:
+        wait_for_last()
     token_0 = tl.load(cu_seqlens_q + b)
     seq_row = item // kv_heads * BLOCK_M + row
     if (item_tiles == 0) | (first == last) | (seq_row >= (tl.load(cu_seqlens_q + b + 1) - token_0) * GROUP):
         return
 
-    dim = tl.arange(0, HEAD_DIM)
-    acc = tl.zeros([HEAD_DIM], tl.float32)
+    dim = tl.program_id(2) % (HEAD_DIM // DIMS) * DIMS + tl.arange(0, DIMS)
+    acc = tl.zeros([DIMS], tl.float32)
     top = float("-inf")
     total = 0.0
     for part in range(first.to(tl.int32), last.to(tl.int32) + 1, BLOCK_PARTS):

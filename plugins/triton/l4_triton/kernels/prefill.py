@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from l4_triton.kernels.common import attend_tiles
+from l4_triton.kernels.common import as_query, attend_tiles
 
 
 @triton.jit(do_not_specialize=["num_seqs", "width", "stride_table"])
@@ -41,7 +41,8 @@ def prefill_kernel(  # noqa: PLR0915  one kernel, top to bottom
     PAGE: tl.constexpr,
     CHUNK: tl.constexpr,
     TREE: tl.constexpr,
-    SOFT_FP8: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CONVERTS: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     SEQS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -66,7 +67,7 @@ def prefill_kernel(  # noqa: PLR0915  one kernel, top to bottom
     token, q_head = (token_0 + row // GROUP).to(tl.int64), head * GROUP + row % GROUP
     dim = tl.arange(0, HEAD_DIM)
     q_at = q + token * stride_q_token + q_head * stride_q_head
-    rows = tl.load(q_at[:, None] + dim[None, :], mask=exists[:, None], other=0.0).to(DOT_TYPE)
+    rows = as_query(tl.load(q_at[:, None] + dim[None, :], mask=exists[:, None], other=0.0), DOT_TYPE)
     prefix = seq_len - q_len
     position = prefix + row // GROUP
     nodes = tl.zeros([BLOCK_M], tl.int64)
@@ -101,11 +102,11 @@ def prefill_kernel(  # noqa: PLR0915  one kernel, top to bottom
     total = tl.zeros([BLOCK_M], tl.float32)
     acc, top, total = attend_tiles(
         acc, top, total, rows, position, prefix, nodes, sees, k, v, table_row, begin, full, seq_len, width, stride_k_page,
-        stride_k_slot, stride_v_page, stride_v_slot, score_scale, False, PAGE, CHUNK, TREE, SOFT_FP8, BLOCK_N, HEAD_DIM,
+        stride_k_slot, stride_v_page, stride_v_slot, score_scale, False, PAGE, CHUNK, TREE, PAIRS, CONVERTS, BLOCK_N, HEAD_DIM,
     )  # fmt: skip
     acc, top, total = attend_tiles(
         acc, top, total, rows, position, prefix, nodes, sees, k, v, table_row, full, end, seq_len, width, stride_k_page,
-        stride_k_slot, stride_v_page, stride_v_slot, score_scale, True, PAGE, CHUNK, TREE, SOFT_FP8, BLOCK_N, HEAD_DIM,
+        stride_k_slot, stride_v_page, stride_v_slot, score_scale, True, PAGE, CHUNK, TREE, PAIRS, CONVERTS, BLOCK_N, HEAD_DIM,
     )  # fmt: skip
 
     total = tl.where(total > 0, total, 1.0)  # a row that sees nothing keeps top = −inf
