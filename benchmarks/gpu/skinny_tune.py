@@ -10,7 +10,7 @@ import itertools
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ SHAPES = {
     "gate_up": (16384, 5120),
     "down": (5120, 8192),
     "lm_head": (202048, 5120),
+    "qkv of a rank of 8": (896, 5120),
+    "o of a rank of 8": (5120, 640),
 }
 ROWS = (1, 8, 32, 128)
 BANDWIDTH = 4.3e12
@@ -35,7 +37,7 @@ COLD = 256 << 20
 def tiles(rows: int) -> Iterator[SkinnyTile]:
     """What may be good for so many rows: enough bytes under way, not too many registers."""
     if rows == 1:
-        for columns, depth, warps in itertools.product((2, 4, 8, 16), (256, 512, 1024), (2, 4, 8)):
+        for columns, depth, warps in itertools.product((2, 4, 8, 16, 32), (128, 256, 512, 1024), (1, 2, 4, 8)):
             if 1024 <= columns * depth <= 8192 and columns * depth >= warps * 256:
                 for stages in (1, 3):
                     yield SkinnyTile(rows=1, columns=columns, depth=depth, warps=warps, stages=stages)
@@ -57,9 +59,9 @@ def wrong(tile: SkinnyTile) -> str:
     return "" if error < 0.02 else f"{tile} is off by {error}"
 
 
-def warm() -> None:
-    found = list(dict.fromkeys(tile for rows in ROWS for tile in tiles(rows)))
-    with multiprocessing.get_context("spawn").Pool(10) as pool:
+def warm(all_rows: Sequence[int]) -> None:
+    found = list(dict.fromkeys(tile for rows in all_rows for tile in tiles(rows)))
+    with multiprocessing.get_context("spawn").Pool(5) as pool:
         for text in filter(None, pool.imap_unordered(wrong, found, chunksize=4)):
             print(text, flush=True)
     print(len(found), "tiles")
@@ -72,7 +74,7 @@ def time_tiles(name: str, rows: int, weights: list[torch.Tensor]) -> dict[str, A
     torch_us = graph_us([lambda w=w: torch.mm(x, w.t(), out=out) for w in weights * 2], repeats=3)
     results = []
     for tile in tiles(rows):
-        if name != "lm_head" or tile.columns >= 4:
+        if depth % tile.depth == 0 and (name != "lm_head" or tile.columns >= 4):
             us = graph_us([lambda w=w, t=tile: skinny_linear(x, w, out, t) for w in weights * 2], repeats=3)
             results.append((us, tile))
     results.sort(key=lambda result: result[0])
@@ -85,15 +87,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--warm", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     args = parser.parse_args()
     if args.warm:
-        warm()
+        warm(args.rows)
         return
     found, began = [], time.perf_counter()
-    for name, (num_out, depth) in SHAPES.items():
+    for name in args.shapes:
+        num_out, depth = SHAPES[name]
         copies = 2 + COLD // (2 * num_out * depth)
         weights = [torch.randn(num_out, depth, device="cuda").bfloat16() / 50 for _ in range(copies)]
-        for rows in ROWS:
+        for rows in args.rows:
             found.append(time_tiles(name, rows, weights))
             print(found[-1], f"{time.perf_counter() - began:.0f} s", flush=True)
     if args.out is not None:

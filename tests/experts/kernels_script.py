@@ -56,6 +56,15 @@ def few(routing: tuple[list[int], int], dtype: torch.dtype, shared: bool, swap: 
 
 
 @few_examples
+@given(routing=routings(1), dtype=dtypes, shared=st.booleans(), hidden=st.sampled_from([64, 80]))
+def one(routing: tuple[list[int], int], dtype: torch.dtype, shared: bool, hidden: int) -> None:
+    """Inputs that a step divides and that it does not."""
+    ids, num_experts = routing
+    problem = make(ids[:1], num_experts, hidden=hidden, dtype=dtype, shared=shared, device=DEVICE)
+    assert problem.error(kernel(few=True, rows=1, columns=4)) < TOLERANCE[dtype]
+
+
+@few_examples
 @given(
     routing=routings(150),
     dtype=dtypes,
@@ -134,7 +143,7 @@ def router_ties() -> None:
     assert score.tolist() == [0.5] * 3
 
 
-CHECKS = (few, many, float32_bits_do_not_depend_on_the_batch, only_hit_experts_are_read, sort, router, router_ties)
+CHECKS = (few, one, many, float32_bits_do_not_depend_on_the_batch, only_hit_experts_are_read, sort, router, router_ties)
 
 if __name__ == "__main__":
     for check in CHECKS:

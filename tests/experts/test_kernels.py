@@ -16,6 +16,7 @@ SHARED_MEMORY = {"sm80": 163 * KIB, "sm90": 227 * KIB, "sm100": 227 * KIB, "gfx9
 
 CHECKS = {
     "few",
+    "one",
     "many",
     "float32_bits_do_not_depend_on_the_batch",
     "only_hit_experts_are_read",

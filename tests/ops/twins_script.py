@@ -12,6 +12,7 @@ from l4core.ops.heads import HeadRule, TorchHeads
 from l4core.ops.heads_triton import TritonHeads
 from l4core.ops.linear import linear
 from l4core.ops.norm import add_rms_norm_torch
+from l4core.ops.norm_route_triton import norm_route_triton
 from l4core.ops.norm_triton import add_rms_norm_triton
 from l4core.ops.silu_mul import silu_mul_torch
 from l4core.ops.silu_mul_triton import silu_mul_triton
@@ -53,6 +54,38 @@ def add_norm(tokens: int, size: int, dtype: torch.dtype, seed: int, layout: str)
     near(stream, twin_stream)
     assert DEVICE == "cpu" or torch.equal(stream, twin_stream)
     near(ours, twin)
+
+
+@few
+@given(
+    tokens=st.integers(1, 5),
+    size=st.sampled_from([48, 1024, 1500]),
+    experts=st.sampled_from([1, 5, 16]),
+    dtype=dtypes,
+    seed=seeds,
+    transposed=st.booleans(),
+)
+def norm_route(tokens: int, size: int, experts: int, dtype: torch.dtype, seed: int, transposed: bool) -> None:
+    """The norm as alone, the router of exactly what it gave; both of a token the same whatever its neighbours."""
+    stream = randn(tokens, size + 8, seed=seed, dtype=dtype)[:, :size]
+    update = (
+        randn(size, tokens, seed=seed + 1, dtype=dtype).t()
+        if transposed
+        else randn(tokens, size, seed=seed, dtype=dtype)
+    )
+    weight, router = randn(size, seed=seed + 2, dtype=dtype), randn(experts, size, seed=seed + 3, dtype=dtype)
+    twin_stream, alone = stream.clone(), stream[-1:].clone()
+    ours, ids, score = norm_route_triton(stream, update, weight, 1e-5, router)
+    near(ours, add_rms_norm_torch(twin_stream, update, weight, 1e-5))
+    near(stream, twin_stream)
+    logits = ours.double() @ router.double().t()
+    chosen = logits.gather(1, ids.long().unsqueeze(1)).squeeze(1)
+    assert (logits.amax(1) - chosen).max() <= 1e-5 * size**0.5  # a tie within rounding may go either way
+    torch.testing.assert_close(score.double(), chosen.sigmoid(), atol=1e-4, rtol=1e-4)
+    for found, whole in zip(
+        norm_route_triton(alone, update[-1:], weight, 1e-5, router), (ours, ids, score), strict=True
+    ):
+        assert torch.equal(found, whole[-1:])
 
 
 @few
@@ -196,7 +229,7 @@ def fp8_bits() -> None:
 
 
 def main() -> None:
-    for check in (add_norm, silu, heads, skinny, large_weights, fp8_bits):
+    for check in (add_norm, norm_route, silu, heads, skinny, large_weights, fp8_bits):
         check()
         print(check.__name__, end=" ", flush=True)
 

@@ -6,6 +6,7 @@ import torch
 
 from l4core.errors import BackendUnavailable
 from l4core.experts.few_triton import few_tokens
+from l4core.experts.one_triton import one_token
 from l4core.experts.sorted_triton import routed_experts
 from l4core.experts.tiles import Row, Tiles, tiles_for
 from l4core.ops.linear import linear
@@ -23,6 +24,8 @@ class TritonExperts(ExpertKernel):
         self, x: torch.Tensor, expert_ids: torch.Tensor, score: torch.Tensor, weights: ExpertWeights
     ) -> torch.Tensor:
         row = self.tiles.row(x.shape[0])
+        if row.gate_up.rows == 1:
+            return one_token(x, expert_ids, score, weights, row.gate_up, row.down)
         if row.few:
             return few_tokens(x, expert_ids, score, weights, row.gate_up, row.down)
         out = self._shared(x, weights, row)

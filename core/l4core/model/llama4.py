@@ -25,6 +25,7 @@ from l4core.model.rotary import Rotary, temperature
 from l4core.model.slicing import rank_config
 from l4core.ops.heads import HeadRule, Heads, TorchHeads, has_heads_kernel
 from l4core.ops.linear import linear
+from l4core.ops.norm_route import norm_route
 from l4core.parallel.ranks import ALONE, Ranks
 from l4core.plugin_api import AttentionBackend, ExpertKernel
 
@@ -87,9 +88,13 @@ class Layer(nn.Module):
     def forward(self, stream: torch.Tensor, normed: torch.Tensor, step: _Step) -> torch.Tensor:
         """stream: the residual stream [T, H], changed in place; normed: its `attn_norm`. → what is still to be added to the stream, which the
         next norm does in the same pass."""
-        normed = self.mlp_norm(stream, self.ranks.all_reduce(self.attn(normed, step)))
-        feed_forward = self.moe if self.is_moe else self.mlp
-        return self.ranks.all_reduce(feed_forward(normed))
+        attended, norm = self.ranks.all_reduce(self.attn(normed, step)), self.mlp_norm
+        update: torch.Tensor
+        if self.is_moe:
+            update = self.moe(*norm_route(stream, attended, norm.weight, norm.eps, self.moe.router.weight))
+        else:
+            update = self.mlp(norm(stream, attended))
+        return self.ranks.all_reduce(update)
 
 
 class Embedding(nn.Module):

@@ -59,9 +59,12 @@ class MoE(nn.Module):
         self.packed: PackedExperts | None = None
         self.skips = True
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, H] → [T, H]; the result may be a transposed view."""
-        expert_ids, score = route(x, self.router.weight)
+    def forward(
+        self, x: torch.Tensor, expert_ids: torch.Tensor | None = None, score: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [T, H] → [T, H]; the result may be a transposed view. expert_ids, score: of `route`, where it was done with the norm."""
+        if expert_ids is None or score is None:
+            expert_ids, score = route(x, self.router.weight)
         if self.held.count < self.router.weight.shape[0]:
             expert_ids, score = self._held_here(expert_ids, score)
         if self.packed is not None:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from l4core.experts.few_triton import MIN_COLUMNS, _few_down_kernel, _few_gate_up_kernel
+from l4core.experts.one_triton import _one_down_kernel, _one_gate_up_kernel
 from l4core.experts.sorted_triton import _down_kernel, _gate_up_kernel, _sort_kernel
 from l4core.experts.tiles import Tile, tiles_for
 from l4core.ops.router_triton import BLOCK_K, PIECE, ROWS, STAGES, _logits_kernel, _pick_kernel
@@ -31,6 +32,8 @@ def kernels_for(arch: str, *, everything: bool) -> Iterator[CoreKernel]:
             rows = tiles_for(arch, experts, HIDDEN, INTER, {"bf16": "bfloat16", "fp32": "float32"}[dtype]).rows
             for row in rows if everything else (rows[0], rows[-1]):
                 yield from (_few if row.few else _sorted)(experts, dtype, row.gate_up, row.down)
+    single = tiles_for("sm90", 16, HIDDEN, INTER // 8, "bfloat16").row(1)
+    yield from _one(single.gate_up, single.down)
 
 
 def _router(experts: int, dtype: str) -> Iterator[CoreKernel]:
@@ -60,6 +63,23 @@ def _router(experts: int, dtype: str) -> Iterator[CoreKernel]:
         scalars={},
         warps=4,
     )
+
+
+def _one(gate_up: Tile, down: Tile) -> Iterator[CoreKernel]:
+    """A single token, on one rank of eight."""
+    for kernel, names, tile in (
+        (_one_gate_up_kernel, ("x", "gate_up", "shared_gate_up", "h"), gate_up),
+        (_one_down_kernel, ("h", "down", "shared_down", "out"), down),
+    ):
+        yield CoreKernel(
+            name="one token",
+            kernel=kernel,
+            pointers=dict.fromkeys(names, "bf16") | {"expert_ids": "i32", "score": "fp32"},
+            constants={"H": HIDDEN, "I": INTER // 8, "SHARED": True, "COLUMNS": tile.columns, "DEPTH": tile.inputs},
+            scalars={},
+            warps=tile.warps,
+            stages=tile.stages,
+        )
 
 
 def _few(experts: int, dtype: str, gate_up: Tile, down: Tile) -> Iterator[CoreKernel]:

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from l4core.ops.device import COMPILE
 from l4core.ops.heads_triton import _heads_kernel
+from l4core.ops.norm_route_triton import _norm_route_kernel
 from l4core.ops.norm_triton import _add_norm_kernel
 from l4core.ops.silu_mul_triton import _silu_mul_kernel
 from l4core.ops.skinny_triton import FEW_ROWS, MORE_ROWS, ONE_ROW, SkinnyTile, _skinny_kernel
@@ -106,6 +107,15 @@ KERNELS = (
     _norm("add and norm", "bf16"),
     _norm("norm", "bf16", update=None),
     _norm("add and norm, float32", "fp32"),
+    CoreKernel(
+        name="norm and router",
+        kernel=_norm_route_kernel,
+        pointers=dict.fromkeys(("stream", "update", "weight", "router", "out"), "bf16")
+        | {"expert_ids": "i32", "score": "fp32"},
+        constants={"SIZE": 5120, "BLOCK": 8192, "PIECE": 1024, "E": 16, "BLOCK_E": 16},
+        scalars={"eps": "fp32"},
+        warps=16,
+    ),
     _heads("local heads", "bf16", "bf16", "k_scale", "v_scale"),
     _heads("local heads, prefill", "bf16", "bf16", "k_scale", "v_scale", few=False),
     _heads("global heads", "bf16", "bf16", "table", "eps", "k_scale", "v_scale"),

@@ -33,7 +33,8 @@ def merge_kernel(
     DIMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (num_seqs, items of a sequence, rows of a block that may exist × HEAD_DIM // DIMS). The line of tiles and who took what of it are computed as in decode."""
+    """Grid (num_seqs, items of a sequence, rows of a block that may exist × HEAD_DIM // DIMS). The line of tiles, and who took what of it, are
+    computed as in decode."""
     if PDL:
         let_next_start()
     b, item, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // (HEAD_DIM // DIMS)

@@ -1,0 +1,26 @@
+"""The norm ahead of a mixture of experts, and its router."""
+
+from __future__ import annotations
+
+import torch
+
+from l4core.ops.device import has_kernels
+from l4core.ops.norm import HALF, add_rms_norm
+from l4core.ops.router import route
+
+FEW_TOKENS = 32
+"""Up to so many tokens one launch does both: each reads the router's weight by itself, so for many it would be read too often."""
+
+
+def norm_route(
+    stream: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float, router: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`add_rms_norm`, then `route` of its result → (normed [T, H], expert_ids int32 [T], score [T]). router: [E, H].
+
+    Float32 always goes the separate ways, which add a token's terms in one order whatever the batch."""
+    if stream.dtype in HALF and stream.shape[0] <= FEW_TOKENS and has_kernels(stream):
+        from l4core.ops.norm_route_triton import norm_route_triton
+
+        return norm_route_triton(stream, update, weight, eps, router)
+    normed = add_rms_norm(stream, update, weight, eps)
+    return (normed, *route(normed, router))
