@@ -7,6 +7,14 @@ from collections.abc import Sequence
 
 from l4core.cli.errors import run
 from l4core.cli.serve import serve
+from l4core.cli.settings import read_configs
+from l4core.config import EngineConfig, ServerConfig
+
+
+def configs(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig]:
+    """What such a command line asks for, without serving: for launchers. Raises ConfigError or click's UsageError."""
+    with serve.make_context("l4 serve", list(argv)) as ctx:
+        return read_configs(ctx)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
