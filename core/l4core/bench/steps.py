@@ -59,7 +59,8 @@ class Bench:
         """A step with `batch` requests of `context` tokens and growing: the mean of `steps`, and its floor, for which the distinct experts of one
         more step are counted."""
         self._fits(batch, context + WARMUP + steps + 8)
-        self._prefill(self._requests(batch, context, WARMUP + steps + 8))
+        # As long as may be: the first decode while the last still wait for their prompts, and none may end.
+        self._prefill(self._requests(batch, context, self.context_length - context))
         for _ in range(WARMUP):
             self._step(Inbox())
         times = [time.perf_counter()]
