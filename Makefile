@@ -1,7 +1,7 @@
 # make demo       serve the small trained checkpoint and ask it two questions (ONCE=1: exit after the answers)
 # make test       the suite, under 10 minutes on 2 cores         make test-all   the same with full counts
 # make check      style, types, import order, documents          make docs       write the generated pages
-# make bench      the CPU speed table of the README
+# make bench      the CPU speed table of the README              make test-ray   installs Ray, runs what needs it
 #
 # Each makes .venv first. TORCH_INDEX=URL takes torch from another package index (the CPU build is a tenth of the CUDA one).
 
@@ -9,12 +9,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PLUGINS := fa3 triton trtllm_mha aiter intel_xpu
+PLUGINS := fa3 triton trtllm_mha aiter intel_xpu ray
 TESTS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all check docs bench clean
+.PHONY: demo test test-all test-ray check docs bench clean
 
 demo: $(VENV)/.test
 	$(BIN)/python -m l4core.demo.run $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
@@ -24,6 +24,10 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	L4_FULL=1 $(PYTEST) $(TESTS)
+
+test-ray: $(VENV)/.test
+	$(PIP) 'ray[serve]>=2.50' 'aiohttp>=3.9'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q plugins/ray
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -39,7 +39,7 @@ GATE_CPUS = 0.5
 class Replica:
     """One engine and its server."""
 
-    async def __init__(self, plan: Plan) -> None:
+    async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]  # Serve awaits it
         """Until the model is loaded. What keeps it from that is in the error, with the last lines that `l4 serve` printed."""
         self._lost = ""
         self._ranks: Any = None

@@ -1,0 +1,59 @@
+"""Two replicas behind Ray Serve on this machine; killed under load, nothing that had not begun is lost. Needs ray: `make test-ray`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from l4core.testing.checkpoints import make_tiny_checkpoint
+from l4core.testing.tokenizers import make_byte_tokenizer
+
+pytest.importorskip("ray", reason="ray is not installed (make test-ray installs it)")
+
+SCRIPT = Path(__file__).with_name("serve_script.py")
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the script saw, in a process of its own: Ray and Serve leave threads and warnings behind."""
+    root = tmp_path_factory.mktemp("serve")
+    folder, tokenizer = root / "tiny", root / "tokenizer"
+    make_byte_tokenizer(tokenizer)
+    make_tiny_checkpoint(folder, tokenizer=tokenizer)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), folder.as_posix()], capture_output=True, text=True, timeout=600, check=False
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    found: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT "))
+    return found
+
+
+def test_every_route_passes_and_streams_come_in_pieces(seen: dict[str, Any]) -> None:
+    assert seen["replicas"] == 2
+    assert seen["answers"]["model"] == "tiny"
+    assert seen["answers"]["refused"] == 400
+    assert seen["answers"]["same"]
+    assert seen["answers"]["pieces"] > 5
+
+
+def test_nothing_that_had_not_begun_is_lost_when_a_replica_and_an_engine_are_killed(seen: dict[str, Any]) -> None:
+    load = seen["load"]
+    assert load["requests"] == 48
+    assert load["lost_before_begun"] == []
+    assert load["wrong"] == []
+    assert set(load["lost_codes"]) <= {"replica_lost", "engine_dead"}, "what had begun is told, not cut off"
+    assert load["both_back_s"] < 120
+
+
+def test_a_client_that_hangs_up_frees_its_engine(seen: dict[str, Any]) -> None:
+    assert seen["hung_up"]
+
+
+def test_nothing_is_left_behind(seen: dict[str, Any]) -> None:
+    assert seen["left"] == 0
