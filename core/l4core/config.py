@@ -191,6 +191,14 @@ class EngineConfig:
         unit="groups",
         minimum=1,
     )
+    dist_timeout: float = _opt(
+        30.0,
+        "a rank that is silent for so long is lost, and a step of ten times that hangs: all ranks end, and start again",
+        PARALLEL,
+        unit="seconds",
+        minimum=0.5,
+        maximum=86_400,
+    )
     speculative_algorithm: str | None = _opt(
         None,
         "guess tokens and verify them, which changes no token: EAGLE3, NGRAM, or the name of an installed drafter (default: off)",
@@ -289,8 +297,41 @@ class ServerConfig:
         maximum=86_400,
     )
 
+    dp: int = _opt(
+        1,
+        "engines on this machine behind one address, each with --tp devices of its own; the least loaded gets the next request",
+        PARALLEL,
+        aliases=("dp_size", "data_parallel_size"),
+        unit="engines",
+        minimum=1,
+        not_built=f"--dp: several engines behind one server: {LATER}",
+    )
+    nnodes: int = _opt(1, "machines that the ranks are spread over", PARALLEL, unit="machines", minimum=1)
+    node_rank: int = _opt(
+        0, "which of the machines this is; 0 serves HTTP, the others compute with it", PARALLEL, minimum=0
+    )
+    dist_init_addr: str | None = _opt(
+        None,
+        "where machine 0 waits for the others: an address of it, and a free port",
+        PARALLEL,
+        aliases=("nccl_init_addr",),
+        metavar="HOST:PORT",
+    )
+
     def __post_init__(self) -> None:
         _check(self)
+        if self.node_rank >= self.nnodes:
+            raise ConfigError(f"--node-rank is {self.node_rank}; wanted 0 … {self.nnodes - 1} (--nnodes {self.nnodes})")
+        if self.nnodes > 1 and self.dist_init_addr is None:
+            raise ConfigError(
+                f"--nnodes {self.nnodes} without --dist-init-addr",
+                fix="--dist-init-addr HOST:PORT, the same on all machines",
+            )
+        if self.dp > 1 and self.nnodes > 1:
+            raise ConfigError(
+                f"--dp {self.dp} is of one machine, and --nnodes is {self.nnodes}",
+                fix="one server for each engine, behind any HTTP router",
+            )
 
 
 def options(cls: type[Any]) -> Iterator[tuple[str, Any, Option]]:

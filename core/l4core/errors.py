@@ -61,3 +61,7 @@ class RequestError(L4Error, ValueError):
 
 class EngineDeadError(L4Error):
     """The engine process ended; the message carries its last words."""
+
+
+class RankLostError(EngineDeadError):
+    """Another rank of the engine is gone, hangs or cannot be reached: this one ends too, and all start again."""

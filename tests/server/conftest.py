@@ -17,6 +17,7 @@ import pytest
 
 from l4core.chat.byte_tokenizer import build_byte_tokenizer
 from l4core.config import EngineConfig, ServerConfig
+from l4core.parallel.place import Layout
 from l4core.server.app import build_app
 from l4core.server.bridge import RestartPolicy
 from l4core.server.lifecycle import Serving
@@ -124,6 +125,7 @@ def start_server(checkpoint: Path) -> Callable[..., Running]:
         server: dict[str, Any] | None = None,
         policy: RestartPolicy | None = None,
         factory: str = "fake_engine:build",
+        layout: Layout | None = None,
     ) -> Running:
         running = Running()
 
@@ -139,6 +141,7 @@ def start_server(checkpoint: Path) -> Callable[..., Running]:
                 on_ready=on_ready,
                 factory=factory,
                 policy=policy or RestartPolicy(pause_seconds=0.0),
+                layout=layout,
             )
             running.serving, running.loop = serving, asyncio.get_running_loop()
             await serving.run()

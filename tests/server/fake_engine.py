@@ -13,6 +13,7 @@ import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from l4core.chat.tokenizer import Tokenizer
 from l4core.config import EngineConfig
@@ -23,6 +24,9 @@ from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput, St
 SENTENCE = "Seed {seed}: the capital of France is Paris. é🙂"
 STEP_SECONDS = 0.001
 MAX_RUNNING = 200
+
+if TYPE_CHECKING:
+    from l4core.parallel.ranks import Ranks
 
 
 @dataclass
@@ -44,8 +48,12 @@ class Built:
 
 
 class FakeEngine:
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    launched = None
+
+    def __init__(self, tokenizer: Tokenizer, ranks: Ranks | None = None) -> None:
+        """ranks: of one engine; they add something up in each step, as a model does."""
         self.tokenizer = tokenizer
+        self.ranks = ranks
         self.live: dict[str, Live] = {}
 
     @property
@@ -65,10 +73,28 @@ class FakeEngine:
             self.live[request.request_id] = Live(request, prompt, self.tokenizer.encode_text(text, allow_special=False))
         aborted = [i for i in inbox.aborts if self.live.pop(i, None) is not None]
         time.sleep(STEP_SECONDS)
+        self._add_up()
         updates = [SequenceUpdate(request_id=i, finish_reason=FinishReason.ABORT) for i in aborted]
         running = list(self.live.values())[:MAX_RUNNING]
         updates += [self._advance(live) for live in running if not self._waits(live)]
         return StepOutput(updates=updates, stats=self._stats(len(running)))
+
+    def _add_up(self) -> None:
+        """With another rank that is gone, or hangs, this fails, or never ends."""
+        if self.ranks is None or not self.live:
+            return
+        import torch
+
+        for live in self.live.values():
+            if self._is_told("HANG", live):
+                time.sleep(3600)
+        assert self.ranks.all_reduce(torch.ones(1)).item() == self.ranks.size
+
+    def _is_told(self, word: str, live: Live) -> bool:
+        """WORD is for all ranks, WORD 1 for rank 1."""
+        told = re.search(rf"{word}(?: (\d))?", live.prompt)
+        rank = 0 if self.ranks is None else self.ranks.rank
+        return told is not None and (told[1] is None or int(told[1]) == rank)
 
     def _waits(self, live: Live) -> bool:
         """STALL: for ever.  SLOW: one step in 200.  HOLD FILE: until the file is there."""
@@ -81,11 +107,11 @@ class FakeEngine:
         )
 
     def _advance(self, live: Live) -> SequenceUpdate:
-        if "RAISE" in live.prompt:
+        if self._is_told("RAISE", live):
             raise RuntimeError("a kernel went wrong")
-        if "DIE" in live.prompt:
+        if self._is_told("DIE", live):
             os.kill(os.getpid(), signal.SIGKILL)
-        if "HANG" in live.prompt:
+        if self._is_told("HANG", live):
             time.sleep(3600)
         if "NAN" in live.prompt and len(live.output) == ("LATER" in live.prompt) * 3:
             return self._end(live, FinishReason.ERROR, error="the logits are not numbers")
@@ -93,6 +119,7 @@ class FakeEngine:
         at = len(live.output)
         ended = at >= len(live.answer) and not params.ignore_eos
         token = live.request.eos_token_ids[0] if ended else live.answer[at % len(live.answer)]
+        token += self._is_told("DRIFT", live)
         live.output.append(token)
         first = len(live.output) == 1
         reason = FinishReason.STOP if ended else None
@@ -141,9 +168,12 @@ def tell(request: Request, name: str) -> str:
     return json.dumps(getattr(request, name) if hasattr(request, name) else getattr(request.params, name))
 
 
-def build(config: EngineConfig) -> Built:
-    """`revision` makes the start go wrong: "refused", "killed", "broken", "slow", or "once:FILE" (killed on every start but the first)."""
-    mode = config.revision or ""
+def build(config: EngineConfig, *, ranks: Ranks | None = None) -> Built:
+    """`download_dir` makes the start go wrong: "refused", "killed", "broken", "slow", or "once:FILE" (killed on every start but the first); with
+    "@1" behind it on rank 1 only."""
+    mode, _, rank = (config.download_dir or "").partition("@")
+    if rank and (ranks is None or ranks.rank != int(rank)):
+        mode = ""
     if mode == "refused":
         raise CheckpointError("the shard model-1.safetensors is truncated", fix="download it again")
     if mode == "slow":
@@ -159,7 +189,7 @@ def build(config: EngineConfig) -> Built:
         marker.touch()
     folder = Path(config.model)
     return Built(
-        engine=FakeEngine(Tokenizer.from_folder(folder)),
+        engine=FakeEngine(Tokenizer.from_folder(folder), ranks),
         report=("model           fake", "attention       none"),
         folder=folder,
         context_length=config.context_length or 512,

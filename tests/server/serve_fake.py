@@ -11,7 +11,9 @@ from l4core.server.lifecycle import Serving
 
 
 async def main() -> None:
-    engine = EngineConfig(model=sys.argv[1], served_model_name="smol", revision=sys.argv[3] if sys.argv[3:] else None)
+    engine = EngineConfig(
+        model=sys.argv[1], served_model_name="smol", download_dir=sys.argv[3] if sys.argv[3:] else None
+    )
     server = ServerConfig(port=0, drain_seconds=float(sys.argv[2]))
     await Serving(engine, server, build_app=build_app, factory="fake_engine:build").run()
 

@@ -136,7 +136,7 @@ def test_pages_of_a_dead_engine_are_not_shown_as_used(start_server: Any, until: 
 
 def test_an_engine_that_keeps_dying_is_given_up(start_server: Any, tmp_path: Path) -> None:
     server = start_server(
-        engine={"revision": f"once:{tmp_path / 'started'}"}, policy=RestartPolicy(max_restarts=2, pause_seconds=0.0)
+        engine={"download_dir": f"once:{tmp_path / 'started'}"}, policy=RestartPolicy(max_restarts=2, pause_seconds=0.0)
     )
     assert server.failure is None
     ask_failed = ask(server, "DIE")
@@ -148,7 +148,7 @@ def test_an_engine_that_keeps_dying_is_given_up(start_server: Any, tmp_path: Pat
 
 
 def test_a_start_that_is_refused_raises_the_engines_own_error(start_server: Any) -> None:
-    server = start_server(engine={"revision": "refused"})
+    server = start_server(engine={"download_dir": "refused"})
     server.stop()
     assert isinstance(server.failure, CheckpointError)
     assert server.failure.fix == "download it again"
@@ -156,7 +156,7 @@ def test_a_start_that_is_refused_raises_the_engines_own_error(start_server: Any)
 
 
 def test_a_start_that_is_killed_says_by_what(start_server: Any) -> None:
-    server = start_server(engine={"revision": "killed"})
+    server = start_server(engine={"download_dir": "killed"})
     server.stop()
     assert isinstance(server.failure, EngineDeadError)
     assert "SIGKILL" in server.failure.message
@@ -164,7 +164,7 @@ def test_a_start_that_is_killed_says_by_what(start_server: Any) -> None:
 
 
 def test_a_bug_in_the_start_brings_its_traceback(start_server: Any) -> None:
-    server = start_server(engine={"revision": "broken"})
+    server = start_server(engine={"download_dir": "broken"})
     server.stop()
     assert isinstance(server.failure, EngineDeadError)
     assert "ZeroDivisionError: a bug" in server.failure.message

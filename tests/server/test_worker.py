@@ -18,7 +18,6 @@ from l4core.config import EngineConfig
 from l4core.engine import worker
 from l4core.engine.batch import Inbox
 from l4core.engine.messages import (
-    HEADER,
     Failed,
     Log,
     Ready,
@@ -30,9 +29,9 @@ from l4core.engine.messages import (
     decode_for_engine,
     decode_for_server,
     frame,
-    read_frame,
 )
 from l4core.errors import CapacityError, EngineDeadError, L4Error, RequestError
+from l4core.parallel.wire import HEADER, read_frame
 from l4core.request import FinishReason, Request, SamplingParams, SequenceUpdate, StepOutput, StepStats, TokenLogprobs
 
 

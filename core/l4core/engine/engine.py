@@ -22,11 +22,13 @@ class Engine:
     def __init__(
         self, scheduler: Scheduler, runner: Runner, speculation: Speculation | None = None, *, overlap: bool = False
     ) -> None:
-        """overlap: schedule and queue a batch while the device computes the one before, where the requests allow it."""
+        """overlap: schedule and queue a batch while the device computes the one before, where the requests allow it. launched: the batch that the
+        last step put on its way, None where it had none."""
         self.scheduler = scheduler
         self.runner = runner
         self.speculation = speculation
         self.overlap = overlap
+        self.launched: ScheduledBatch | None = None
         self._parsed: dict[str, object] = {}
         self._looking_back: set[str] = set()
         self._in_flight: PendingDraws | SettledDraws | None = None
@@ -89,6 +91,7 @@ class Engine:
 
     def _launch(self, batch: ScheduledBatch | None) -> PendingDraws | SettledDraws | None:
         """Queue a batch on the device, without waiting for it."""
+        self.launched = batch
         if batch is None:
             return None
         with self._abandoning():

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import socket
-import struct
 from collections.abc import Sequence
 from typing import TypeAlias, TypeVar
 
@@ -19,19 +17,23 @@ from l4core import errors
 from l4core.config import EngineConfig
 from l4core.engine.batch import Inbox
 from l4core.errors import EngineDeadError, L4Error
+from l4core.parallel.place import Place
+from l4core.parallel.wire import framed
 from l4core.request import Request, StepOutput
 
-HEADER = struct.Struct("<I")
-MAX_FRAME_BYTES = (1 << 31) - 1
 TRACE_SIGNAL = signal.SIGUSR1
 """Makes the engine process write the stack of every thread to stderr, and go on."""
 
+LOST_STATUS = 3
+"""Exit status of a rank that ends because another one did."""
+
 
 class Start(msgspec.Struct, tag="start", frozen=True):
-    """First frame of all. log_level: Python's number."""
+    """First frame of all. log_level: Python's number.  place: which of the engine's ranks the process is."""
 
     config: EngineConfig
     log_level: int
+    place: Place = Place()
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
@@ -64,6 +66,10 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
             for request, index in zip(self.requests, self.prompt_of, strict=True)
         ]
         return Inbox(requests=requests, aborts=self.aborts, flush_cache=self.flush_cache)
+
+
+class Stop(msgspec.Struct, tag="stop", frozen=True):
+    """The server ends on purpose. A socket that closes without it is a server that died: the ranks of other machines wait for another."""
 
 
 class Log(msgspec.Struct, tag="log", frozen=True):
@@ -114,8 +120,22 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
         return known(self.message, fix=self.fix) if known is not errors.RequestError else L4Error(self.message)
 
 
-ToEngine: TypeAlias = Start | Submit
-ToServer: TypeAlias = Log | Ready | Stepped | Refused | Failed
+class Ended(msgspec.Struct, tag="ended", frozen=True):
+    """One of the processes that compute together is no more. index: among those of this machine.  status: negative = of a signal.
+    put_down: it had to go because another one did."""
+
+    index: int
+    status: int
+    put_down: bool = False
+
+    @property
+    def is_cause(self) -> bool:
+        """Of the others' ends."""
+        return not self.put_down and self.status not in (0, LOST_STATUS)
+
+
+ToEngine: TypeAlias = Start | Submit | Stop
+ToServer: TypeAlias = Log | Ready | Stepped | Refused | Failed | Ended
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
@@ -125,10 +145,7 @@ T = TypeVar("T")
 
 def frame(message: ToEngine | ToServer) -> bytes:
     """Length and payload, ready to write. Raises OverflowError for an integer beyond 64 bits, L4Error for more than 2 GiB."""
-    payload = _encoder.encode(message)
-    if len(payload) > MAX_FRAME_BYTES:
-        raise L4Error(f"a message between server and engine has {len(payload):,} bytes; at most {MAX_FRAME_BYTES:,}")
-    return HEADER.pack(len(payload)) + payload
+    return framed(_encoder.encode(message))
 
 
 def decode_for_engine(payload: bytes | bytearray) -> ToEngine:
@@ -139,23 +156,3 @@ def decode_for_engine(payload: bytes | bytearray) -> ToEngine:
 def decode_for_server(payload: bytes | bytearray) -> ToServer:
     """A payload the engine sent. Raises msgspec.ValidationError."""
     return _to_server.decode(payload)
-
-
-def read_frame(sock: socket.socket) -> bytearray | None:
-    """Blocks for one payload; None when the other side closed."""
-    header = _read_exactly(sock, HEADER.size)
-    return None if header is None else _read_exactly(sock, HEADER.unpack(header)[0])
-
-
-def _read_exactly(sock: socket.socket, size: int) -> bytearray | None:
-    buffer = bytearray(size)
-    view, filled = memoryview(buffer), 0
-    while filled < size:
-        try:
-            count = sock.recv_into(view[filled:])
-        except ConnectionResetError:
-            return None
-        if count == 0:
-            return None
-        filled += count
-    return buffer

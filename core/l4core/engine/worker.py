@@ -20,13 +20,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from l4core.config import EngineConfig
 from l4core.engine.batch import Inbox
 from l4core.engine.draft_pace import DraftPace
+from l4core.engine.identity import checkpoint_identity, choices, program_identity
 from l4core.engine.messages import (
+    LOST_STATUS,
     TRACE_SIGNAL,
     Failed,
     Log,
@@ -34,17 +37,28 @@ from l4core.engine.messages import (
     Refused,
     Start,
     Stepped,
+    Stop,
     Submit,
     ToServer,
     decode_for_engine,
     frame,
-    read_frame,
 )
+from l4core.engine.nursery import raise_ranks
 from l4core.engine.pace import paced
+from l4core.engine.turns import LeadEngine, RankedEngine, follow
 from l4core.errors import L4Error, RequestError
+from l4core.parallel.connect import Crew
+from l4core.parallel.messages import Words
+from l4core.parallel.watchdog import LOST
+from l4core.parallel.wire import read_frame
+from l4core.platform import detect
 from l4core.request import Request, StepOutput
 
+if TYPE_CHECKING:
+    from l4core.parallel.ranks import Ranks
+
 ORPHAN_GRACE_SECONDS = 5.0
+LAST_SEND_SECONDS = 1.0
 BUILD_ENGINE = "l4core.engine.build:build_engine"
 
 
@@ -61,7 +75,7 @@ class Built(Protocol):
     """What the loop asks of `build_engine`'s result."""
 
     @property
-    def engine(self) -> SteppedEngine: ...
+    def engine(self) -> RankedEngine: ...
     @property
     def report(self) -> Sequence[str]: ...
     @property
@@ -72,12 +86,20 @@ class Built(Protocol):
     def drafts(self) -> DraftPace | None: ...
 
 
+class Factory(Protocol):
+    """Builds an engine; is given ranks where it is one of several."""
+
+    def __call__(self, config: EngineConfig, *, ranks: Ranks = ...) -> Built: ...
+
+
 class Mailbox:
-    """Frames from the server, read by a thread so that long prompts are parsed while a step runs. orphaned: called when the server is gone."""
+    """Frames from the server, read by a thread so that long prompts are parsed while a step runs. orphaned: called when the server is gone.
+    is_end_meant: the server said that it ends."""
 
     def __init__(self, sock: socket.socket, orphaned: Callable[[], None]) -> None:
         self._sock = sock
         self._orphaned = orphaned
+        self.is_end_meant = False
         self._frames: queue.SimpleQueue[Inbox | Exception | None] = queue.SimpleQueue()
 
     def start(self) -> None:
@@ -89,6 +111,8 @@ class Mailbox:
                 message = decode_for_engine(payload)
                 if isinstance(message, Submit):
                     self._frames.put(message.inbox())
+                elif isinstance(message, Stop):
+                    self.is_end_meant = True
         except Exception as error:  # noqa: BLE001  (handed to the loop, which ends the process with it)
             self._frames.put(error)
             return
@@ -157,38 +181,94 @@ def _without_refused(engine: SteppedEngine, inbox: Inbox, send: Callable[[ToServ
 
 def serve(
     sock: socket.socket,
-    factory: Callable[[EngineConfig], Built],
+    factory: Factory,
     *,
     orphaned: Callable[[], None],
     forward_logs: Callable[[Callable[[ToServer], None], int], None],
 ) -> int:
     """The life of the process → its exit status. factory: builds the engine.  forward_logs: is given how to send, and the log level."""
-    lock = threading.Lock()
-
-    def send(message: ToServer) -> None:
-        data = frame(message)
-        with lock:
-            sock.sendall(data)
-
+    link = Link(sock)
     ready = False
+    crew: Crew | None = None
+
+    def left_alone() -> None:
+        if crew is not None and crew.place.rank:
+            crew.watchdog.tell(Words(LOST, f"{crew.place} was stopped with the process that had started it"))
+            os._exit(0)
+        orphaned()
+
     try:
         start = _first(read_frame(sock))
         if start is None:
             return 0
-        forward_logs(send, start.log_level)
-        mailbox = Mailbox(sock, orphaned)
+        forward_logs(link.send, start.log_level)
+        mailbox = Mailbox(sock, left_alone)
         mailbox.start()
-        built = factory(start.config)
+        if start.place.size == 1:
+            built = factory(start.config)
+        else:
+            crew = Crew(start.place, program_identity(start.config), partial(end_with_others, link))
+            built = _built_together(factory, start.config, crew)
         ready = True
-        send(Ready(report=list(built.report), folder=str(built.folder), context_length=built.context_length))
-        run(built.engine, mailbox, send, start.config.itl_target_ms, built.drafts)
+        link.send(Ready(report=list(built.report), folder=str(built.folder), context_length=built.context_length))
+        _work(built, crew, mailbox, link.send, start.config.itl_target_ms)
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the server is gone
     except Exception as error:  # noqa: BLE001  (the last words of the process, told to the server)
+        words = _last_words(error, explained=isinstance(error, L4Error) and not ready)
+        if crew is not None:
+            crew.part(words.kind, words.message, words.fix, words.trace)
         with contextlib.suppress(OSError):
-            send(_last_words(error, explained=isinstance(error, L4Error) and not ready))
+            link.send(words)
         return 1
     return 0
+
+
+def _built_together(factory: Factory, config: EngineConfig, crew: Crew) -> Built:
+    """Returns once all ranks have built. Raises ConfigError where what they read, or chose, differs."""
+    crew.agree(checkpoint_identity(config))
+    built = factory(config, ranks=crew.join(detect(config.device).device_type))
+    crew.agree(choices(built.report))
+    return built
+
+
+def _work(
+    built: Built, crew: Crew | None, mailbox: Mailbox, send: Callable[[ToServer], None], itl_target_ms: float | None
+) -> None:
+    if crew is None:
+        run(built.engine, mailbox, send, itl_target_ms, built.drafts)
+    elif crew.place.rank:
+        follow(built.engine, crew)
+    else:
+        lead = LeadEngine(built.engine, crew)
+        run(lead, mailbox, send, itl_target_ms, built.drafts)
+        if mailbox.is_end_meant:
+            lead.close()
+
+
+class Link:
+    """This end of the socket to the server, for several threads."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock, self._lock = sock, threading.Lock()
+
+    def send(self, message: ToServer) -> None:
+        data = frame(message)
+        with self._lock:
+            self._sock.sendall(data)
+
+    def send_last(self, message: ToServer) -> None:
+        """Unless the server does not read, or another thread is stuck in sending."""
+        if self._lock.acquire(timeout=LAST_SEND_SECONDS):
+            with contextlib.suppress(OSError):
+                self._sock.settimeout(LAST_SEND_SECONDS)
+                self._sock.sendall(frame(message))
+
+
+def end_with_others(link: Link, words: Words) -> None:
+    """What the watchdog does about another rank's end. The main thread may be in a collective that never returns, so nothing is tidied up."""
+    link.send_last(Failed(kind=words.kind, message=words.message, fix=words.fix, trace=words.trace))
+    os._exit(LOST_STATUS)
 
 
 def _first(payload: bytearray | None) -> Start | None:
@@ -222,12 +302,12 @@ def forward_all_logs(send: Callable[[ToServer], None], level: int) -> None:
     logging.getLogger("l4core").setLevel(level)
 
 
-def _deferred(path: str) -> Callable[[EngineConfig], Built]:
+def _deferred(path: str) -> Factory:
     """The function that "package.module:function" names, imported when it is called: an import error is then among the last words."""
 
-    def build(config: EngineConfig) -> Built:
+    def build(config: EngineConfig, **ranks: Ranks) -> Built:
         module, _, name = path.partition(":")
-        made: Built = getattr(importlib.import_module(module), name)(config)
+        made: Built = getattr(importlib.import_module(module), name)(config, **ranks)
         gc.collect()
         gc.freeze()  # what the model is made of lives as long as the process: later collections skip it
         return made
@@ -236,9 +316,11 @@ def _deferred(path: str) -> Callable[[EngineConfig], Built]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of the process. --factory: another builder of the engine (tests speak to a small one)."""
+    """Command line of the process. --fd: given several times, there is a process for each, and --report tells of their ends.  --factory: another
+    builder of the engine (tests speak to a small one)."""
     parser = argparse.ArgumentParser(prog="l4core.engine.worker")
-    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--fd", type=int, required=True, action="append")
+    parser.add_argument("--report", type=int)
     parser.add_argument("--factory", default=BUILD_ENGINE)
     args = parser.parse_args(argv)
     faulthandler.enable()  # a crash in native code leaves a trace on stderr
@@ -248,9 +330,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.SIGTERM,
     ):  # Ctrl-C and service managers signal the whole group; the server decides when this ends
         signal.signal(sig, signal.SIG_IGN)
-    sock = socket.socket(fileno=args.fd)
+    serve_fd = partial(_serve_fd, args.factory)
+    if args.report is None:
+        return serve_fd(args.fd[0])
+    return raise_ranks(args.factory.partition(":")[0], args.fd, args.report, serve_fd)
+
+
+def _serve_fd(factory: str, fd: int) -> int:
+    sock = socket.socket(fileno=fd)
     sock.set_inheritable(False)
-    return serve(sock, _deferred(args.factory), orphaned=exit_if_stuck, forward_logs=forward_all_logs)
+    return serve(sock, _deferred(factory), orphaned=exit_if_stuck, forward_logs=forward_all_logs)
 
 
 if __name__ == "__main__":

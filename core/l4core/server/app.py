@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Awaitable, Callable
 
@@ -15,9 +16,11 @@ from starlette.routing import Route as StarletteRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from l4core.config import EngineConfig, ServerConfig
+from l4core.parallel.place import layouts
 from l4core.server.failures import error_response, handle
 from l4core.server.lifecycle import Serving
 from l4core.server.metrics import Metrics
+from l4core.server.node import Node
 from l4core.server.openai import Route, routes
 from l4core.server.openapi import describe
 from l4core.server.security import KeyCheck
@@ -29,13 +32,26 @@ CLIENT_GONE = 499
 
 
 def serve(
-    engine_config: EngineConfig, server_config: ServerConfig, *, on_ready: Callable[[str], None] | None = None
+    engine_config: EngineConfig,
+    server_config: ServerConfig,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+    factory: str | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain and return. on_ready: called with the address once the model answers.
+    """Serve until SIGTERM or SIGINT, then drain and return. on_ready: called with the address once the model answers.  factory: "module:function"
+    that builds another engine, for tests.
 
+    A machine without rank 0 (`--node-rank`, torchrun) computes with the one that has it, and serves nothing.
     Raises ConfigError when the address is taken, the L4Error that kept the engine from starting, or EngineDeadError when it died too often.
     """
-    asyncio.run(Serving(engine_config, server_config, build_app=build_app, on_ready=on_ready).run())
+    (layout,) = layouts(engine_config, server_config, os.environ)
+    if not layout.serves:
+        asyncio.run(Node(engine_config, server_config, layout, factory=factory).run())
+        return
+    serving = Serving(
+        engine_config, server_config, build_app=build_app, on_ready=on_ready, factory=factory, layout=layout
+    )
+    asyncio.run(serving.run())
 
 
 def build_app(service: Service, key: str | None) -> ASGIApp:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from l4core.config import EngineConfig
 from l4core.engine.batch import Inbox
 from l4core.engine.messages import Failed, Log, Ready, Refused, Stepped, Submit
 from l4core.errors import EngineDeadError, L4Error, RequestError
+from l4core.parallel.place import Layout
 from l4core.request import Request, SequenceUpdate, StepOutput
 from l4core.server.process import STOP_SECONDS, EngineProcess
 
@@ -97,8 +99,8 @@ class UpdateStream:
 
 
 class Bridge:
-    """Owner of the engine process. max_sequences: waiting or running, before `submit` refuses with 429.  step_timeout: seconds without a step,
-    while one is due, after which the process is hung and is ended; 0 = never."""
+    """Owner of the engine process. layout: its ranks.  max_sequences: waiting or running, before `submit` refuses with 429.
+    step_timeout: seconds without a step, while one is due, after which the process is hung and is ended; 0 = never."""
 
     def __init__(
         self,
@@ -110,8 +112,11 @@ class Bridge:
         log_level: int = logging.INFO,
         factory: str | None = None,
         policy: RestartPolicy | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self._config = config
+        self._layout = layout or Layout()
+        self._listener: socket.socket | None = None
         self._max_sequences = max_sequences
         self._observer = observer
         self._step_timeout = step_timeout
@@ -138,8 +143,13 @@ class Bridge:
 
     async def start(self) -> Ready:
         """Start the engine process and wait until the model is loaded. Raises the L4Error that the engine ended with."""
+        if self._listener is None:
+            self._listener = self._layout.open()
         self._process = process = await EngineProcess.spawn(
-            self._config, log_level=self._log_level, factory=self._factory
+            self._config,
+            log_level=self._log_level,
+            factory=self._factory,
+            places=self._layout.with_listener(self._listener),
         )
         words: L4Error | None = None
         try:
@@ -215,6 +225,8 @@ class Bridge:
         self.state = EngineState.STOPPED
         self._fail_all(EngineDeadError("the server is shutting down"))
         await self._end_process(patience=0.0 if loading else STOP_SECONDS)
+        if self._listener is not None:
+            self._listener.close()
 
     def _check_ready(self) -> None:
         if self.state is not EngineState.READY:

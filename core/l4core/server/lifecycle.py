@@ -17,8 +17,10 @@ from starlette.types import ASGIApp
 
 from l4core.config import EngineConfig, ServerConfig
 from l4core.errors import RequestError
+from l4core.parallel.place import Layout
 from l4core.server.bridge import Bridge, RestartPolicy
 from l4core.server.listen import address, is_loopback, listen
+from l4core.server.log import configure_logging, log_level
 from l4core.server.metrics import Metrics
 from l4core.server.security import resolve_key
 from l4core.server.service import Loaded, Service, load_frontend, model_name
@@ -54,6 +56,7 @@ class Serving:
         on_ready: Callable[[str], None] | None = None,
         factory: str | None = None,
         policy: RestartPolicy | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self._engine_config = engine_config
         self._server_config = server_config
@@ -65,9 +68,10 @@ class Serving:
             max_sequences=server_config.max_queued_requests,
             observer=metrics,
             step_timeout=server_config.watchdog_timeout,
-            log_level=_level(server_config),
+            log_level=log_level(server_config),
             factory=factory,
             policy=policy,
+            layout=layout,
         )
         self._service = Service(engine_config, server_config, bridge=self.bridge, metrics=metrics)
         self._http = _Http(_uvicorn_config(build_app(self._service, self._key), server_config))
@@ -76,7 +80,7 @@ class Serving:
 
     async def run(self) -> None:
         """Until `stop`. Raises ConfigError when the address is taken, or the engine's L4Error."""
-        _configure_logging(self._server_config)
+        configure_logging(self._server_config)
         sockets = listen(self._server_config.host, self._server_config.port, backlog=BACKLOG)
         url = address(self._server_config.host, sockets[0])
         self._handle_signals()
@@ -158,13 +162,3 @@ def _uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
         timeout_graceful_shutdown=math.ceil(config.drain_seconds + LAST_WRITES_SECONDS),
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
-
-
-def _level(config: ServerConfig) -> int:
-    return logging.getLevelNamesMapping()[config.log_level.upper()]
-
-
-def _configure_logging(config: ServerConfig) -> None:
-    """To stderr, unless the host program set logging up."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("l4core").setLevel(_level(config))
