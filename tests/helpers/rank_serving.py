@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from l4core.config import EngineConfig
-from l4core.engine.batch import Inbox, ScheduledBatch
+from l4core.engine.batch import Draft, DraftRequest, Inbox, ScheduledBatch
 from l4core.engine.build import build_engine
+from l4core.engine.drafter import Speculation
 from l4core.engine.fixed_step import Computed
 from l4core.engine.runner import Forward, Runner
 from l4core.parallel.ranks import Ranks
@@ -36,6 +37,7 @@ class Served:
     counts: dict[str, int] = field(default_factory=dict)
     weight_bytes: int = 0
     num_steps: int = 0
+    guesses: list[tuple[str, Draft]] = field(default_factory=list)
 
 
 def mixed_requests(count: int, vocab: int, *, max_tokens: int = 12) -> list[Request]:
@@ -78,6 +80,8 @@ def serve(folder: Path, requests: Sequence[Request], ranks: Ranks, *, keep: bool
     served = Served(weight_bytes=built.budget.needs.weights)
     if keep:
         record(built.engine.runner, served)
+    if built.engine.speculation is not None:
+        note_guesses(built.engine.speculation, served)
     waiting = list(requests)
     inbox = Inbox(requests=[waiting.pop(0) for _ in range(min(AT_ONCE, len(waiting)))])
     for step in itertools.count():
@@ -117,6 +121,18 @@ def record(runner: Runner, served: Served) -> None:
         return computed
 
     runner.build, runner.execute = recording_build, recording_execute  # type: ignore[method-assign]
+
+
+def note_guesses(speculation: Speculation, served: Served) -> None:
+    """Keeps what is proposed from now on."""
+    propose = speculation.propose
+
+    def noting(asked: Sequence[DraftRequest]) -> Mapping[str, Draft]:
+        drafts = propose(asked)
+        served.guesses += sorted(drafts.items(), key=lambda item: item[0])
+        return drafts
+
+    speculation.propose = noting  # type: ignore[method-assign]
 
 
 def compare(served: Sequence[Served], alone: Served, *, tolerance: float = 1e-4) -> float:

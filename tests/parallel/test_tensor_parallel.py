@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from l4core.parallel.agree import ROWS
 from l4core.parallel.ranks import ALONE
 from l4core.request import Request
 from l4core.testing.checkpoints import make_tiny_checkpoint
+from l4core.testing.drafts_eagle3 import make_tiny_draft
 
 SCOUT = {"layers": 4, "hidden": 64, "heads": 40, "kv_heads": 8, "head_dim": 8, "inter": 128, "experts": 4, "vocab": 512}
 """Scout's ratio of query to KV heads, 40 to 8; three local layers and a global one."""
@@ -84,3 +86,33 @@ def test_int4_groups_are_not_cut(tmp_path: Path) -> None:
         ConfigError, match=r"2 ranks cannot share the 128 inputs of layers.0.moe.shared.down.weight evenly"
     ):
         serve_over(2, folder, (), quantization="int4")
+
+
+@pytest.mark.parametrize(("size", "topk", "own", "count"), [(2, 1, True, 64), (8, 1, False, 12), (4, 2, True, 5)])
+def test_eagle3(
+    tmp_path: Path,
+    scout: Path,
+    scout_alone: Served,
+    requests: Sequence[Request],
+    size: int,
+    topk: int,
+    own: bool,
+    count: int,
+) -> None:
+    """Chains and trees, a draft with its own embedding and vocabulary and one with the target's: the tokens of no speculation, and the guesses of one
+    rank (but for logits so near that rounding decides)."""
+    target = json.loads((scout / "config.json").read_text())
+    draft = make_tiny_draft(tmp_path, target, draft_vocab=104 if own else None, own_embed=own, aux_layers=(0, 2))
+    options = {
+        "speculative_algorithm": "EAGLE3",
+        "speculative_draft_model_path": draft.as_posix(),
+        "speculative_eagle_topk": topk,
+        "speculative_adaptive": "off",
+    }
+    some = requests[:count]
+    alone = serve(scout, some, ALONE, keep=False, **options)
+    assert alone.tokens == {name: scout_alone.tokens[name] for name in alone.tokens}
+    for rank in serve_over(size, scout, some, keep=False, **options):
+        assert rank.tokens == alone.tokens
+        differ = sum(a != b for a, b in zip(rank.guesses, alone.guesses, strict=True))
+        assert differ <= len(alone.guesses) // 100

@@ -121,7 +121,7 @@ def build_engine(
     weight_bytes = sum(p.nbytes for p in make(1).parameters())
     draft = None if speculation is None else speculation.draft
     if draft is not None:
-        weight_bytes += draft.num_parameters * dtype.itemsize
+        weight_bytes += draft.elements_on(ranks.size) * dtype.itemsize
     graphs = sizes_of_graphs(config, platform, selected, kernels.values())
     needs = memory_needs(config, rank, platform, selected, experts, dtype, weight_bytes, graphs, speculation)
     budget = device_budget(platform, needs, config.mem_fraction_static, sharing=ranks.size)

@@ -41,13 +41,11 @@ class DraftState:
     ) -> torch.Tensor:
         """int64 [B] target ids: what the law would draw at `positions` from the draft's logits, masks and penalties apart. temperature: float32 [B],
         None = all are greedy."""
-        logits = self.draft.logits(hidden)  # [B, draft vocabulary]
         if temperature is None:
-            return self.draft.target_ids(logits.argmax(dim=1))
-        top = logits.topk(min(CANDIDATES, logits.shape[1]), dim=1)
-        tokens = self.draft.target_ids(top.indices)
+            return self.draft.likeliest(hidden, 1)[1][:, 0]
+        values, tokens = self.draft.likeliest(hidden, min(CANDIDATES, self.draft.config.draft_vocab_size))
         heat = temperature.unsqueeze(1)
-        scores = (top.values - top.values[:, :1]) / heat.clamp(min=1e-6)
+        scores = (values - values[:, :1]) / heat.clamp(min=1e-6)
         scores = torch.where(heat > 0, scores + gumbel_noise_at(seeds, positions, tokens), scores)
         return tokens.gather(1, scores.argmax(dim=1, keepdim=True))[:, 0]
 

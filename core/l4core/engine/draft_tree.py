@@ -70,10 +70,9 @@ def grow(state: DraftState, rows: Ints, lengths: Ints, shape: TreeShape) -> list
 
 def _likeliest(state: DraftState, hidden: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden [B, n, H] → log-probabilities and target ids of the best continuations, [B, n, topk]."""
-    logits = state.draft.logits(hidden.reshape(-1, hidden.shape[-1]))
-    top = logits.log_softmax(dim=-1).topk(topk, dim=-1)
+    values, tokens = state.draft.likeliest(hidden.reshape(-1, hidden.shape[-1]), topk, normalised=True)
     shape = (*hidden.shape[:2], topk)
-    return top.values.view(shape), state.draft.target_ids(top.indices).view(shape)
+    return values.view(shape), tokens.view(shape)
 
 
 def _append(

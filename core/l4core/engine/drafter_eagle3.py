@@ -309,13 +309,14 @@ def create_eagle3(
             max_positions=max_context,
             embed=None if model.plan.own_embed else target.embed,
             lm_head=None if model.plan.own_head else head,
+            ranks=target.ranks,
         )
     draft = draft.to(weight.dtype).to_empty(device=weight.device).requires_grad_(False).eval()
     draft.d2t.zero_()  # type: ignore[operator]
     if dummy_seed is None:
         load_draft(model.folder, config, shapes, draft, model.plan)
     else:
-        fill_dummy(dict(draft.named_parameters()), dummy_seed)
+        fill_dummy(dict(draft.named_parameters()), dummy_seed, target.ranks.rank)
     for module in list(draft.modules()):
         if isinstance(module, Linear):
             module.pack()

@@ -172,7 +172,7 @@ def memory_needs(
     num_tokens = max(config.chunked_prefill_size, config.max_running_requests)
     workspace = selected.verdict.workspace_bytes + (experts.verdict.workspace_bytes if experts else 0)
     if speculation is not None and speculation.draft is not None:
-        workspace += num_tokens * speculation.draft.elements_a_token * dtype.itemsize
+        workspace += num_tokens * speculation.draft.elements_a_token(config.tp) * dtype.itemsize
     return needs_of(
         model,
         weights=weight_bytes,

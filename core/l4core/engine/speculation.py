@@ -15,7 +15,7 @@ from l4core.engine.drafter import PluginSpeculation, Speculation
 from l4core.engine.key_values import parse_key_values
 from l4core.errors import ConfigError, NotBuiltError
 from l4core.model.config import ModelConfig
-from l4core.model.draft_size import draft_elements, draft_token_elements
+from l4core.model.draft_size import draft_elements, draft_token_elements, rank_draft
 from l4core.model.eagle3_config import OPTIONS, DraftConfig, Target
 from l4core.model.eagle3_weights import DraftPlan, plan_draft, stored_shapes
 from l4core.model.repository import resolve_model
@@ -45,12 +45,15 @@ class DraftModel:
     @property
     def num_parameters(self) -> int:
         """Its own: the target's embedding and head are not counted."""
-        return draft_elements(self.config, own_embed=self.plan.own_embed, own_head=self.plan.own_head)
+        return self.elements_on(1)
 
-    @property
-    def elements_a_token(self) -> int:
-        """Held for each token of a step: aux outputs, and what the draft's layer makes of them."""
-        return draft_token_elements(self.config)
+    def elements_on(self, ranks: int) -> int:
+        """The same on one of several ranks."""
+        return draft_elements(self.config, own_embed=self.plan.own_embed, own_head=self.plan.own_head, ranks=ranks)
+
+    def elements_a_token(self, ranks: int) -> int:
+        """Held for each token of a step on one of `ranks` ranks: aux outputs, and what the draft's layer makes of them."""
+        return draft_token_elements(self.config, ranks=ranks)
 
     def describe(self) -> str:
         """For the start-up report: the layers it reads are the commonest thing to be wrong."""
@@ -153,7 +156,7 @@ def draft_pace(
     num_moe = sum(model.moe_layers)
     expert = 3 * model.hidden_size * model.intermediate_size * itemsize * num_moe
     embedding = model.vocab_size * model.hidden_size * itemsize * (not model.tie_word_embeddings)
-    draft = 0 if plan.draft is None else plan.draft.num_parameters * itemsize
+    draft = 0 if plan.draft is None else plan.draft.elements_on(config.tp) * itemsize
     fixed = max(weight_bytes - draft - expert * model.num_experts - embedding, 0)
     costs = VerifyCosts(fixed=fixed, expert=expert, num_experts=model.num_experts if num_moe else 0, draft=draft)
     return DraftPace(plan.algorithm, plan.num_levels, costs)
@@ -238,6 +241,7 @@ def _read_draft(config: EngineConfig, model: ModelConfig) -> DraftModel:
         plan = DraftPlan(pieces=(), own_embed=False, own_head=draft.draft_vocab_size != model.vocab_size)
     else:
         plan = plan_draft(draft, target, stored_shapes(folder))
+    rank_draft(draft, config.tp)
     return DraftModel(folder=folder, config=draft, plan=plan)
 
 

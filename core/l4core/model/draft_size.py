@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from l4core.errors import ConfigError
 from l4core.model.config import ModelConfig
 from l4core.model.eagle3_config import DraftConfig
@@ -15,6 +17,28 @@ def check_draft_kv(draft: DraftConfig, target: ModelConfig) -> None:
             "keys and values lie beside the model's",
             fix="a draft made for this model",
         )
+
+
+def rank_draft(draft: DraftConfig, ranks: int) -> DraftConfig:
+    """The heads, MLP and vocabularies that one of `ranks` ranks has; sizes that all have whole are as they were. Raises ConfigError when ranks cannot
+    share the draft evenly."""
+    kv_even = draft.num_kv_heads % ranks == 0 or ranks % draft.num_kv_heads == 0
+    sizes = (draft.num_q_heads, draft.intermediate_size, draft.draft_vocab_size, draft.vocab_size)
+    wide = len(draft.aux_layers) * draft.target_hidden_size
+    if not kv_even or any(size % ranks for size in (*sizes, wide)):
+        raise ConfigError(
+            f"{ranks} tensor-parallel ranks cannot share the draft's {draft.num_q_heads} query heads, {draft.num_kv_heads} KV heads, intermediate "
+            f"size {draft.intermediate_size}, vocabulary of {draft.draft_vocab_size} tokens and {wide} inputs evenly",
+            fix="another --tp, or a draft whose sizes it divides",
+        )
+    return dataclasses.replace(
+        draft,
+        num_q_heads=draft.num_q_heads // ranks,
+        num_kv_heads=max(1, draft.num_kv_heads // ranks),
+        intermediate_size=draft.intermediate_size // ranks,
+        draft_vocab_size=draft.draft_vocab_size // ranks,
+        vocab_size=draft.vocab_size // ranks,
+    )
 
 
 def draft_elements(draft: DraftConfig, *, own_embed: bool, own_head: bool, ranks: int = 1) -> int:

@@ -6,6 +6,7 @@ Every tensor must be known and used: a norm that a config forgets to mention wou
 from __future__ import annotations
 
 import mmap
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,25 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One stored tensor → rows [begin, begin + rows) of a parameter. turned: q or k rows of `heads` heads, to be interleaved."""
+    """One stored tensor → rows of a parameter, behind those of the piece before. cut: dimension that ranks share, in `units` that stay together
+    (heads; 0 = its elements); fewer units than ranks are copied.  turned: q or k rows, to be interleaved head by head."""
 
     source: str
     parameter: str
     shape: Shape
-    begin: int = 0
-    turned: int = 0
+    cut: int | None = None
+    units: int = 0
+    turned: bool = False
+
+    def share(self, rank: int, world: int) -> tuple[int, int]:
+        """(first, number) of the elements of dimension `cut` that a rank takes."""
+        assert self.cut is not None
+        size = self.shape[self.cut]
+        units = self.units or size
+        width = size // units
+        if units < world:
+            return rank * units // world * width, width
+        return rank * units // world * width, units // world * width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,17 +69,20 @@ def plan_draft(config: DraftConfig, target: Target, stored: Mapping[str, Shape])
 
 
 def load_draft(folder: Path, config: DraftConfig, target: Target, draft: Eagle3, plan: DraftPlan) -> int:
-    """Fills the draft's parameters in place, converting values → bytes read."""
-    index = read_folder(folder)
+    """Fills the draft's parameters in place, those of its rank, converting values → bytes read."""
+    index, ranks = read_folder(folder), draft.ranks
     parameters = {**dict(draft.named_parameters()), **dict(draft.named_buffers())}
-    total = 0
+    filled, total = Counter[str](), 0
     for piece in plan.pieces:
-        tensor = index.tensors[piece.source]
-        values = _read(folder, tensor)
+        values = _read(folder, index.tensors[piece.source])  # a view of the file: only what is copied is read
+        if piece.cut is not None:
+            values = values.narrow(piece.cut, *piece.share(ranks.rank, ranks.size))
+        total += values.nbytes
         if piece.turned:
-            values = interleaved(values, piece.turned)
-        parameters[piece.parameter].detach()[piece.begin : piece.begin + piece.shape[0]].copy_(values)
-        total += tensor.stop - tensor.start
+            values = interleaved(values, len(values) // config.head_dim)
+        begin = filled[piece.parameter]
+        filled[piece.parameter] += len(values)
+        parameters[piece.parameter].detach()[begin : begin + len(values)].copy_(values)
     _check_ids(draft, target)
     return total
 
@@ -89,23 +105,27 @@ def _pieces(config: DraftConfig, stored: Mapping[str, Shape], own_embed: bool, o
     q, kv = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layer, num_aux = LAYER[config.format], len(config.aux_layers)
     attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
-    yield Piece(source="fc.weight", parameter="fc.weight", shape=(size, num_aux * wide))
+    yield Piece(source="fc.weight", parameter="fc.weight", shape=(size, num_aux * wide), cut=1)
     yield Piece(source="norm.weight", parameter="norm.weight", shape=(size,))
     for source, norm in (("input_layernorm", "embed"), ("hidden_norm", "hidden"), ("post_attention_layernorm", "mlp")):
         yield Piece(source=f"{layer}{source}.weight", parameter=f"{norm}_norm.weight", shape=(size,))
-    heads = config.num_q_heads, config.num_kv_heads
-    for name, begin, shape, turned in (
-        ("q", 0, (q, 2 * size), heads[0]),
-        ("k", q, (kv, 2 * size), heads[1]),
-        ("v", q + kv, (kv, 2 * size), 0),
+    for name, rows, units in (
+        ("q", q, config.num_q_heads),
+        ("k", kv, config.num_kv_heads),
+        ("v", kv, config.num_kv_heads),
     ):
         yield Piece(
-            source=f"{attention}{name}_proj.weight", parameter="qkv.weight", shape=shape, begin=begin, turned=turned
+            source=f"{attention}{name}_proj.weight",
+            parameter="qkv.weight",
+            shape=(rows, 2 * size),
+            cut=0,
+            units=units,
+            turned=name != "v",
         )
-    yield Piece(source=f"{attention}o_proj.weight", parameter="o.weight", shape=(size, q))
-    yield Piece(source=f"{mlp}gate_proj.weight", parameter="mlp.gate_up.weight", shape=(ffn, size))
-    yield Piece(source=f"{mlp}up_proj.weight", parameter="mlp.gate_up.weight", shape=(ffn, size), begin=ffn)
-    yield Piece(source=f"{mlp}down_proj.weight", parameter="mlp.down.weight", shape=(size, ffn))
+    yield Piece(source=f"{attention}o_proj.weight", parameter="o.weight", shape=(size, q), cut=1)
+    for name in ("gate", "up"):
+        yield Piece(source=f"{mlp}{name}_proj.weight", parameter="mlp.gate_up.weight", shape=(ffn, size), cut=0)
+    yield Piece(source=f"{mlp}down_proj.weight", parameter="mlp.down.weight", shape=(size, ffn), cut=1)
     if config.norm_before_fc:
         yield Piece(source="input_norm.weight", parameter="input_norm.weight", shape=(num_aux * wide,))
     if config.fc_norm:
@@ -114,9 +134,9 @@ def _pieces(config: DraftConfig, stored: Mapping[str, Shape], own_embed: bool, o
             source = LEGACY_NORMS[i] if legacy else f"fc_norm.{i}.weight"
             yield Piece(source=source, parameter=f"fc_norm.{i}.weight", shape=(wide,))
     if own_embed:
-        yield Piece(source="embed_tokens.weight", parameter="embed.weight", shape=(config.vocab_size, size))
+        yield Piece(source="embed_tokens.weight", parameter="embed.weight", shape=(config.vocab_size, size), cut=0)
     if own_head:
-        yield Piece(source="lm_head.weight", parameter="lm_head.weight", shape=(config.draft_vocab_size, size))
+        yield Piece(source="lm_head.weight", parameter="lm_head.weight", shape=(config.draft_vocab_size, size), cut=0)
     if config.draft_vocab_size < config.vocab_size or "d2t" in stored:
         yield Piece(source="d2t", parameter="d2t", shape=(config.draft_vocab_size,))
 
