@@ -283,13 +283,14 @@ def _weights_on_the_device() -> Iterator[None]:
     """Weights as the benchmark of vLLM draws them: on the device, which takes a second; the engine's own are the same on every device."""
     own = build.fill_dummy
 
-    def fill(parameters: Mapping[str, torch.Tensor], seed: int) -> None:
-        generator = torch.Generator(device="cuda").manual_seed(1 + seed)
+    def fill(parameters: Mapping[str, torch.Tensor], seed: int, rank: int = 0) -> None:
+        own = torch.Generator(device="cuda").manual_seed(1 + seed + (rank << 32))
+        common = torch.Generator(device="cuda").manual_seed(seed)
         for name, parameter in parameters.items():
             if "norm" in name:
                 parameter.fill_(1.0)
             else:
-                parameter.normal_(0, 0.02, generator=generator)
+                parameter.normal_(0, 0.02, generator=common if name.endswith("router.weight") else own)
 
     build.fill_dummy = fill
     try:
