@@ -36,15 +36,10 @@ class Draft(nn.Module):
             return torch.randn(out, into, generator=draw) * (0.5 * scale / into**0.5)
 
         through = torch.cat([torch.zeros(size, 2 * size), torch.eye(size)], 1)
-        head = target.embed if c.tie_word_embeddings else target.lm_head
-        if head.weight.is_mkldnn:
-            weight = head.weight.to_dense()
-        else:
-            weight = head.weight
         tensors = {
             "fc.weight": through + random(size, 3 * size, 0.1),
             "norm.weight": target.norm.weight.detach().float().cpu().clone(),
-            "lm_head.weight": weight.detach()[keep.to(weight.device)].float().cpu().clone(),
+            "lm_head.weight": _rows(teacher.head, keep),
             f"{ATTENTION}q_proj.weight": random(rows[0], 2 * size),
             f"{ATTENTION}k_proj.weight": random(rows[1], 2 * size),
             f"{ATTENTION}v_proj.weight": random(rows[1], 2 * size),
@@ -84,6 +79,14 @@ class Draft(nn.Module):
         config = json.loads((folder / "config.json").read_text())
         return cls(config, tensors, offsets + torch.arange(len(offsets)))
 
+    def widen(self, keep: torch.Tensor, head: torch.Tensor) -> None:
+        """Learn to guess more tokens: `keep` beside those it has. head: the target's [V, H], whose rows the new ones begin as."""
+        old, self.keep = self.keep, torch.cat([self.keep, keep]).unique()
+        rows = _rows(head, self.keep)
+        rows[torch.searchsorted(self.keep, old)] = self._t("lm_head").detach()
+        self.tensors["lm_head/weight"] = nn.Parameter(rows)
+        self.config["draft_vocab_size"] = len(self.keep)
+
     def save(self, folder: Path) -> None:
         """In the layout of EAGLE, SGLang and NVIDIA."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,18 +98,20 @@ class Draft(nn.Module):
         (folder / "config.json").write_text(json.dumps(self.config, indent=1))
 
     def unroll(self, aux: torch.Tensor, embeds: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
-        """aux [B, L, 3 · H]; embeds [B, L + steps, H], of the token after each position. Yields for every step s logits [B, L, draft vocabulary]:
-        what the draft says at position i of token i + 2 + s. In step s a position sees the first step before it, and its own earlier guesses."""
+        """aux [B, L, 3 · H]; embeds [B, at least L + steps − 1, H], of the token after each position. Yields for every step s hidden states
+        [B, L, H]: `logits` of position i's speak of token i + 2 + s. In step s a position sees the first step up to itself, and its own earlier
+        guesses."""
         length = aux.shape[1]
         hidden = aux @ self._t("fc").T
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        causal = torch.ones(length, length, dtype=torch.bool, device=aux.device).tril()
-        own = torch.eye(length, dtype=torch.bool, device=aux.device)
         for step in range(steps):
-            mask = torch.cat([causal, *[own] * step], 1)
-            hidden = self._layer(hidden, embeds[:, step : step + length], step, keys, values, mask)
-            yield self._norm(hidden, "norm") @ self._t("lm_head").T
+            hidden = self._layer(hidden, embeds[:, step : step + length], step, keys, values)
+            yield hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., H] → [..., draft vocabulary]."""
+        return self._norm(hidden, "norm") @ self._t("lm_head").T
 
     def _layer(
         self,
@@ -115,7 +120,6 @@ class Draft(nn.Module):
         step: int,
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
-        mask: torch.Tensor,
     ) -> torch.Tensor:
         c = self.config
         heads, kv_heads, dim = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
@@ -127,8 +131,7 @@ class Draft(nn.Module):
         positions = torch.arange(hidden.shape[1], device=hidden.device) + step
         keys.append(_turn(k, positions, c["rope_theta"]).repeat_interleave(heads // kv_heads, 1))
         values.append(v.repeat_interleave(heads // kv_heads, 1))
-        q = _turn(q, positions, c["rope_theta"])
-        seen = F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=mask)
+        seen = _attend(_turn(q, positions, c["rope_theta"]), keys, values)
         hidden = hidden + seen.transpose(1, 2).flatten(2) @ self._t(f"{ATTENTION}o_proj").T
         y = self._norm(hidden, f"{LAYER}post_attention_layernorm")
         gate, up = (y @ self._t(f"{MLP}{name}_proj").T for name in ("gate", "up"))
@@ -138,7 +141,24 @@ class Draft(nn.Module):
         return self.tensors[f"{name}.weight".replace(".", "/")]
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], self._t(name), self.config["rms_norm_eps"])
+        return F.rms_norm(x.float(), x.shape[-1:], self._t(name), self.config["rms_norm_eps"]).to(x.dtype)
+
+
+def _rows(head: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    return head.detach()[keep.to(head.device)].float().cpu().clone()
+
+
+def _attend(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
+    """[B, heads, L, D]: all of the first step's keys up to the query's position, and of the later steps' the one at it."""
+    length, scale = q.shape[2], q.shape[3] ** -0.5
+    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    first = (q @ keys[0].transpose(2, 3) * scale).masked_fill(later, -torch.inf)
+    own = [(q * key).sum(-1, keepdim=True) * scale for key in keys[1:]]
+    weights = torch.cat([first, *own], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    seen = weights[..., :length] @ values[0]
+    for step, value in enumerate(values[1:]):
+        seen = seen + weights[..., length + step, None] * value
+    return seen
 
 
 def _turn(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
@@ -147,5 +167,5 @@ def _turn(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tenso
     frequencies = theta ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
     angles = torch.outer(positions.float(), frequencies)
     cos, sin = angles.cos(), angles.sin()
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
