@@ -49,6 +49,13 @@ class Machine:
             made.append(k)
         return made
 
+    def barren_step(self, requests: Sequence[Request] = ()) -> int:
+        """→ guesses wanted; none is made."""
+        inbox = self.pace.stamp(Inbox(requests=requests))
+        self.now += 1e-3
+        self.pace.observe(StepStats(num_decode_tokens=1), busy=True)
+        return inbox.num_drafts or 0
+
     def accepted(self, k: int) -> int:
         return next((i for i in range(k) if self.random.random() >= self.right), k)
 
@@ -132,3 +139,13 @@ def request(name: str) -> Request:
     return Request(
         request_id=name, prompt_token_ids=[1], params=SamplingParams(seed=0), eos_token_ids=(), max_total_tokens=9
     )
+
+
+def test_steps_that_bring_no_guess_are_left_in_peace() -> None:
+    """A drafter that finds nothing (a long context, text that repeats nothing) is asked less and less, and at once when a request comes."""
+    machine = Machine(0.0, lambda k, _: 1.0)
+    asked = [machine.barren_step() for _ in range(1000)]
+    assert sum(wanted > 0 for wanted in asked[500:]) < 50
+    assert machine.barren_step(requests=[request("new")]) > 0
+    machine.barren_step()
+    assert sum(machine.barren_step() > 0 for _ in range(8)) == 8

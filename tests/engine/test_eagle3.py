@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ import torch
 from helpers.eagle3_definition import Definition
 from helpers.profile import FULL
 from l4core import LLM, SamplingParams
-from l4core.engine.batch import Draft, DraftRequest
+from l4core.engine.batch import Draft, DraftRequest, Inbox
 from l4core.engine.draft_steps import FixedExtend, FixedGuess
+from l4core.engine.engine import EMPTY
 from l4core.engine.fixed_step import StepShape
 from l4core.errors import BackendUnavailable, CheckpointError, ConfigError
-from l4core.request import RequestOutput
+from l4core.request import RequestOutput, StepOutput
 from l4core.testing.drafts_eagle3 import make_tiny_draft
 
 SHAPE = {"layers": 6, "hidden": 64, "heads": 4, "head_dim": 16, "inter": 128, "chunk": 32, "floor_scale": 32}
@@ -202,6 +204,45 @@ def test_preempted_and_evicted(folder: Path, plain: list[RequestOutput], tmp_pat
     for mine, theirs in zip(llm.generate(prompts(), greedy(), use_tqdm=False), plain, strict=True):
         assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
     assert check_guesses(recorder, folder, draft, (1, 2, 4), plain) > 30
+
+
+def test_overlapped_while_nothing_is_guessed(folder: Path, plain: list[RequestOutput], tmp_path: Path) -> None:
+    """Guesses are wanted for five steps, then not for four: those are queued ahead of the tokens before them, and the draft still reads them all.
+    Requests end and are evicted while their last batch is in flight."""
+    draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4])
+    llm = open_llm(folder, draft, max_total_tokens=300, context_length=140, max_running_requests=3)
+    engine = llm._built.engine
+    engine.overlap, engine.scheduler.max_in_flight = True, 2
+    recorder, ahead, step, count = Recorder(llm, plain, acceptance=0.6), 0, engine.step, 0
+
+    def stepped(inbox: Inbox = EMPTY) -> StepOutput:
+        nonlocal ahead, count
+        count += 1
+        ahead += engine._in_flight is not None
+        return step(replace(inbox, num_drafts=0 if count % 9 > 4 else STEPS))
+
+    engine.step = stepped  # type: ignore[method-assign]
+    params = [SamplingParams(max_tokens=TOKENS - n, temperature=0.0, ignore_eos=True) for n in range(COUNT)]
+    for mine, theirs in zip(llm.generate(prompts(), params, use_tqdm=False), plain, strict=True):
+        given = mine.outputs[0].token_ids
+        assert given == theirs.outputs[0].token_ids[: len(given)]
+    assert check_guesses(recorder, folder, draft, (1, 2, 4), plain) > 50
+    assert ahead > 50
+
+
+def test_no_guesses_beyond_a_length(folder: Path, plain: list[RequestOutput], tmp_path: Path, caplog: Any) -> None:
+    draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4])
+    llm = open_llm(folder, draft, speculative_option=("longest_context=60",))
+    recorder = Recorder(llm, plain, acceptance=0.5)
+    with caplog.at_level("INFO", logger="l4core"):
+        for mine, theirs in zip(llm.generate(prompts(), greedy(), use_tqdm=False), plain, strict=True):
+            assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
+    lengths = {len(known) for known, _ in recorder.guesses}
+    assert max(lengths) <= 60 < max(len(prompt) for prompt in prompts()) + TOKENS
+    assert len(lengths) > 20
+    assert sum("of more than 60 tokens go on without guesses" in r.message for r in caplog.records) == 1
+    with pytest.raises(CheckpointError, match="longest_context"):
+        open_llm(folder, draft, speculative_option=("longest_context=far",))
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])

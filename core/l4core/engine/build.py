@@ -287,7 +287,10 @@ def _wire(
     if speculation is not None:
         drafter = create_speculation(speculation, config, runner, max_context=plan.max_context, device=str(device))
     return Engine(
-        Scheduler(limits, kv), runner, drafter, overlap=choose_loop(config, device, speculation) == "overlapped"
+        Scheduler(limits, kv),
+        runner,
+        drafter,
+        overlap=choose_loop(config, device, speculation).startswith("overlapped"),
     )
 
 

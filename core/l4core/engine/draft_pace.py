@@ -28,6 +28,9 @@ MEMORY = 0.98
 """Weight of a draft after one more."""
 REFRESH = 200
 """Speculating steps between two plain ones, which keep the plain time true."""
+BARREN, LONGEST_BREAK = 12, 256
+"""Steps in a row that brought no guess although some were wanted, after which none are wanted for as many, then twice as many: a loop that waits
+for guesses does not overlap."""
 GRACE = 8
 """Plain steps in a row for which a draft still reads what the target computes, so that it can go on guessing."""
 TRIAL = 12
@@ -49,10 +52,9 @@ class VerifyCosts:
     draft: float
 
     def ratio(self, batch: int, num_drafts: int) -> float:
-        """Of a step with `num_drafts` guesses for each of `batch` sequences to a plain one. A pass of the draft over the rows verified before is
-        among its passes."""
-        passes = (num_drafts + 1) * self.draft if num_drafts else 0.0
-        return (self._read(batch * (num_drafts + 1)) + passes) / self._read(batch)
+        """Of a step with `num_drafts` guesses for each of `batch` sequences to a plain one. The draft's pass over the rows just verified makes the
+        first guess, and each further guess takes one pass."""
+        return (self._read(batch * (num_drafts + 1)) + num_drafts * self.draft) / self._read(batch)
 
     def share_of_target(self, batch: int) -> float:
         """Of a plain step in which the draft reads along."""
@@ -83,6 +85,8 @@ class DraftPace:
         self._asked = self._bucket = 0
         self._paused: dict[int, bool] = {}
         self._since_plain = self._trial = self._rested = self._idle = 0
+        self._barren = self._left = 0
+        self._break = BARREN
         self._rest = REST
         self._warned = False
 
@@ -96,7 +100,9 @@ class DraftPace:
             self._trial, self._rested, self._rest = TRIAL, 0, min(2 * self._rest, LONGEST_REST)
         if self._since is None:
             self._since = self._clock()
-        self._asked = self._choose()
+        if inbox.requests:
+            self._barren = self._left = 0
+        self._asked = 0 if self._left else self._choose()
         return replace(inbox, num_drafts=self._asked)
 
     def observe(self, stats: StepStats, *, busy: bool) -> None:
@@ -109,6 +115,7 @@ class DraftPace:
         if not decodes:
             return
         self._bucket = decodes.bit_length()
+        self._look_for_guesses(bool(stats.drafted_at), alone=not stats.num_prefill_tokens)
         self._idle = 0 if self._asked else self._idle + 1
         is_clean = began is not None and not stats.num_prefill_tokens
         made = len(stats.drafted_at)
@@ -119,6 +126,16 @@ class DraftPace:
         self._trial = max(0, self._trial - 1)
         self._rested = 0 if made else self._rested + 1
         self._warn()
+
+    def _look_for_guesses(self, any_made: bool, *, alone: bool) -> None:
+        """alone: the step had no prompt in it, whose sequence may be guessed for later."""
+        self._left = max(0, self._left - 1)
+        if any_made:
+            self._barren, self._break = 0, BARREN
+        elif self._asked and alone:
+            self._barren += 1
+            if self._barren >= BARREN:
+                self._barren, self._left, self._break = 0, self._break, min(2 * self._break, LONGEST_BREAK)
 
     # --- the choice --------------------------------------------------------------------------------------------------------------------
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import compress
 from typing import TYPE_CHECKING, Protocol
 
-from l4core.engine.batch import NO_DRAFT, Draft, DraftRequest, ScheduledBatch, StepTokens
+import torch
+
+from l4core.engine.batch import NO_DRAFT, Draft, DraftRequest, ScheduledBatch, ScheduledSequence, StepTokens
 from l4core.plugin_api import Drafter, DraftRow
 
 if TYPE_CHECKING:
-    import torch
-
     from l4core.engine.draws import PendingDraws
     from l4core.engine.runner import Runner
     from l4core.engine.verify_rows import Verified
@@ -26,7 +28,10 @@ class Speculation(Protocol):
     num_drafts: int
     max_drafts: int
     num_slots: int
-    reads_target: bool
+
+    @property
+    def reads_target(self) -> bool:
+        """Whether it wants to be shown the next step."""
 
     @property
     def num_guesses(self) -> int:
@@ -53,8 +58,11 @@ class SettledDraws:
         speculation: Speculation,
         batch: ScheduledBatch,
         aux: torch.Tensor | None,
+        holds: Callable[[ScheduledSequence], bool],
     ) -> None:
+        """holds: whether a sequence still has its row. One that has ended or was evicted since must not be written for: its pages are another's."""
         self._draws, self._runner, self._speculation, self._batch, self._aux = draws, runner, speculation, batch, aux
+        self._holds = holds
 
     def wait(self) -> StepTokens:
         """What the batch brought."""
@@ -62,8 +70,22 @@ class SettledDraws:
         self._runner.settle(self._batch, verified)
         if self._speculation.reads_target:
             assert self._aux is not None
-            self._speculation.observe(self._batch, self._aux, verified)
+            held = [self._holds(seq) for seq in self._batch.sequences]
+            if all(held):
+                self._speculation.observe(self._batch, self._aux, verified)
+            elif any(held):
+                self._speculation.observe(*_only(held, self._batch, self._aux, verified))
         return StepTokens(drawn=[one.tokens for one in verified])
+
+
+def _only(
+    wanted: Sequence[bool], batch: ScheduledBatch, aux: torch.Tensor, verified: Sequence[Verified]
+) -> tuple[ScheduledBatch, torch.Tensor, list[Verified]]:
+    """The same step as if it had had the wanted sequences only."""
+    sequences = list(compress(batch.sequences, wanted))
+    sizes = [len(seq.token_ids) for seq in batch.sequences]
+    parts = compress(aux.split(sizes), wanted)
+    return replace(batch, sequences=sequences), torch.cat(list(parts)), list(compress(verified, wanted))
 
 
 class PluginSpeculation:

@@ -11,6 +11,7 @@ On a device with graphs both are replayed for batches of decodes; a step with pr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -42,12 +43,11 @@ if TYPE_CHECKING:
     from l4core.model.batch import ForwardBatch
 
 PHASES = ("decode", "verify", "prefill")
+logger = logging.getLogger(__name__)
 
 
 class Eagle3Speculation:
     """One draft on one device."""
-
-    reads_target = True
 
     def __init__(self, state: DraftState, *, num_drafts: int, tree: TreeShape | None = None) -> None:
         """tree: None = chains."""
@@ -59,6 +59,12 @@ class Eagle3Speculation:
         self._guesses: Mapping[bool, Graphs[FixedGuess]] = {}
         self._ready: dict[str, tuple[int, int]] = {}
         self._idle = 0
+        self._longest_context, self._told = state.draft.config.longest_context, False
+
+    @property
+    def reads_target(self) -> bool:
+        """Not in a pause, once it is a long one."""
+        return self.num_drafts > 0 or self._idle <= GRACE
 
     @property
     def _grows(self) -> bool:
@@ -79,7 +85,7 @@ class Eagle3Speculation:
             max(s.num_seqs * s.num_tokens for s in shapes), width, dtype=weight.dtype, device=state.device
         )
         self._extends = Graphs(lambda shape: FixedExtend(shape, state, aux), shapes, progress=progress)
-        guesses = sorted({StepShape(s.num_seqs, self.max_drafts) for s in shapes if s.num_tokens > 1})
+        guesses = sorted({StepShape(s.num_seqs, s.num_tokens - 1) for s in shapes if s.num_tokens > 1})
         self._guesses = {
             sampled: Graphs(partial(FixedGuess, state=state, sampled=sampled), guesses, progress=progress)
             for sampled in (False, True)
@@ -90,7 +96,10 @@ class Eagle3Speculation:
         """aux: [T, num_aux · Ht] of the batch's rows. In a pause nothing is computed: sequences that decode then have a hole in the draft's keys and
         get no guesses later; new ones do."""
         self._idle = 0 if self.num_drafts else self._idle + 1
-        if self._idle > GRACE or not any(self._is_whole(seq) for seq in batch.sequences):
+        if self._idle > GRACE:
+            self._ready.clear()
+            return
+        if not any(self._is_whole(seq) for seq in batch.sequences):
             self.forget([seq.request.request_id for seq in batch.sequences])
             return
         borders = (batch.num_decodes, batch.num_decodes + batch.num_verified)
@@ -116,7 +125,11 @@ class Eagle3Speculation:
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
-        ready = [r for r in requests if self._ready.get(r.request.request_id) == (r.row, r.num_tokens)]
+        ready = [
+            r
+            for r in requests
+            if self._ready.get(r.request.request_id) == (r.row, r.num_tokens) and not self._is_long(r.num_tokens)
+        ]
         if not ready:
             return {}
         if (
@@ -133,7 +146,7 @@ class Eagle3Speculation:
         temperature = np.fromiter((p.temperature for p in params), dtype=np.float64, count=num)
         most = np.fromiter((min(r.max_drafts, self.max_drafts) for r in ready), dtype=np.int64, count=num)
         slots, sampled = lengths + most - 1, bool(temperature.any())
-        step = self._guesses[sampled].find(num, self.max_drafts) if self._guesses else None
+        step = self._find_guess(num, int(most.max()), sampled=sampled)
         if step is not None:
             step.fill(rows, lengths, slots, seeds, temperature)
             table = self._guesses[sampled].replay(step)[:, :num].t().tolist()
@@ -155,8 +168,21 @@ class Eagle3Speculation:
             self._ready.pop(request_id, None)
 
     def _is_whole(self, seq: ScheduledSequence) -> bool:
-        """Whether the draft has read all that came before this piece, as far as is known."""
+        """Whether the draft has read all that came before this piece, as far as is known, and will be asked about what follows."""
+        if len(seq.request.prompt_token_ids) >= self._longest_context:
+            return False
         return not seq.is_decode or self._ready.get(seq.request.request_id) == (seq.row, seq.start + 1)
+
+    def _is_long(self, num_tokens: int) -> bool:
+        """Says so once."""
+        is_long = num_tokens > self._longest_context
+        if is_long and not self._told:
+            self._told = True
+            logger.info(
+                "speculation (EAGLE3): sequences of more than %d tokens go on without guesses; --speculative-option longest_context=N changes that",
+                self._longest_context,
+            )
+        return is_long
 
     # --- as graphs ---------------------------------------------------------------------------------------------------------------------
 
@@ -165,6 +191,11 @@ class Eagle3Speculation:
         if self._extends is None or not counts.all() or (lengths != lengths[0]).any():
             return None
         return self._extends.find(len(lengths), int(lengths[0]))
+
+    def _find_guess(self, num: int, count: int, *, sampled: bool) -> FixedGuess | None:
+        """The shortest captured one that makes enough."""
+        graphs = self._guesses.get(sampled)
+        return None if graphs is None else graphs.find(num, count) or graphs.find(num, self.max_drafts)
 
     # --- tensor by tensor --------------------------------------------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ class Engine:
         """The same calls, but while the device computes a batch the host chooses and queues the next. So the end of a sequence is seen one batch
         late, and the token that was computed behind it is dropped."""
         earlier = self._in_flight
-        self._in_flight = self._launch(self.scheduler.schedule())
+        self._in_flight = self._launch(self.scheduler.schedule(), ahead=True)
         return self.scheduler.commit(self._wait_for(earlier))
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -86,11 +86,13 @@ class Engine:
                 self.speculation.forget((request_id,))
 
     def _may_overlap(self) -> bool:
-        """Whether the next batch can be built without the tokens of the last: not for a drafter, nor for a sampler that looks back at them."""
-        return self.overlap and self.speculation is None and not self._looking_back
+        """Whether the next batch can be built without the tokens of the last: not while guesses follow from them, nor for a sampler that looks back
+        at them."""
+        guesses = self.speculation is not None and self.speculation.num_drafts > 0
+        return self.overlap and not guesses and not self._looking_back
 
-    def _launch(self, batch: ScheduledBatch | None) -> PendingDraws | SettledDraws | None:
-        """Queue a batch on the device, without waiting for it."""
+    def _launch(self, batch: ScheduledBatch | None, *, ahead: bool = False) -> PendingDraws | SettledDraws | None:
+        """Queue a batch on the device, without waiting for it. ahead: the next one may be queued before this one's tokens are taken in."""
         self.launched = batch
         if batch is None:
             return None
@@ -100,7 +102,8 @@ class Engine:
             draws = self.runner.draw(batch, forward, computed, self._parsed)
             if self.speculation is None or not (self.speculation.reads_target or batch.num_verified):
                 return draws
-            return SettledDraws(draws, self.runner, self.speculation, batch, computed.aux)
+            aux = None if computed.aux is None else computed.aux.clone() if ahead else computed.aux
+            return SettledDraws(draws, self.runner, self.speculation, batch, aux, self.scheduler.holds)
 
     def _wait_for(self, pending: PendingDraws | SettledDraws | None) -> StepTokens | None:
         with self._abandoning():

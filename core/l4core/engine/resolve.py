@@ -11,7 +11,7 @@ import torch
 from l4core.attention.select import Selected, select_backend
 from l4core.config import EngineConfig
 from l4core.engine.fixed_step import StepShape
-from l4core.engine.graph_sizes import GraphSizes, graph_sizes
+from l4core.engine.graph_sizes import FINE, GraphSizes, graph_sizes
 from l4core.engine.key_values import parse_key_values
 from l4core.engine.memory_budget import Budget, Needs
 from l4core.engine.speculation import SpeculationPlan
@@ -253,12 +253,18 @@ def choose_loop(config: EngineConfig, device: torch.device, speculation: Specula
         return "simple (--disable-overlap-schedule)"
     if not copies_ahead(device.type):
         return f"simple (on device {device.type} nothing runs beside the host)"
-    return "overlapped" if speculation is None else "simple (guesses follow from the last tokens)"
+    return (
+        "overlapped"
+        if speculation is None
+        else "overlapped, simple while guesses are made (they follow from the last tokens)"
+    )
 
 
 def graph_shapes(graphs: GraphSizes, speculation: SpeculationPlan | None) -> list[StepShape]:
-    """Decodes of every size, and drafts of full length where they may pay: of batches of up to LARGEST_VERIFIED."""
+    """Decodes of every size, and drafts where they may pay: of full length for batches of up to LARGEST_VERIFIED, shorter ones of the smallest."""
     shapes = [StepShape(size, 1) for size in graphs.sizes]
     if speculation is not None:
-        shapes += [StepShape(size, speculation.num_levels + 1) for size in graphs.sizes if size <= LARGEST_VERIFIED]
+        full = speculation.num_levels + 1
+        shapes += [StepShape(size, full) for size in graphs.sizes if size <= LARGEST_VERIFIED]
+        shapes += [StepShape(size, n) for size in graphs.sizes if size <= FINE[-1] for n in range(2, full)]
     return shapes

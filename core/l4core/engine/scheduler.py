@@ -180,6 +180,11 @@ class Scheduler:
         """All requests that have not ended, in order of arrival. To look at, not to change."""
         return self._live.values()
 
+    def holds(self, entry: ScheduledSequence) -> bool:
+        """Whether the sequence still has the block-table row that it was scheduled with: it has neither ended nor been evicted since."""
+        seq = self._live.get(entry.request.request_id)
+        return seq is not None and seq.row == entry.row
+
     def check_integrity(self) -> None:
         """Compare queues, rows and pages with each other; O(pages). Raises RuntimeError naming what does not agree."""
         self.kv.check_integrity(seq.tables for seq in self.sequences)

@@ -60,7 +60,10 @@ class DraftModel:
         c = self.config
         layers = ", ".join(map(str, c.aux_layers))
         vocab = f"{c.draft_vocab_size:,} of {c.vocab_size:,} tokens"
-        return f"{self.folder.name} ({c.format} format) · {self.num_parameters / 1e6:.1f} M parameters · {vocab} · reads outputs of layers {layers}"
+        return (
+            f"{self.folder.name} ({c.format} format) · {self.num_parameters / 1e6:.1f} M parameters · {vocab} · reads outputs of layers {layers} · "
+            f"guesses up to {c.longest_context:,} tokens of context"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3Speculator", "Eagle3DraftModel
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftConfig:
     """One draft layer. aux_layers: ids of target layers whose outputs it reads.  target_hidden_size: of each of them.
-    draft_vocab_size: rows of its head.  vocab_size: of the target.
+    draft_vocab_size: rows of its head.  vocab_size: of the target.  longest_context: tokens of a sequence up to which it is asked to guess.
     norm_before_fc: one RMS norm over all aux outputs together; fc_norm: one each.  norm_before_residual: the residual is the normed hidden state.
     norm_output: the recursion is fed with the final norm's output."""
 
@@ -44,6 +44,7 @@ class DraftConfig:
     vocab_size: int
     draft_vocab_size: int
     max_positions: int
+    longest_context: int
     aux_layers: tuple[int, ...]
     norm_before_residual: bool
     norm_before_fc: bool
@@ -89,6 +90,7 @@ class DraftConfig:
             vocab_size=target.vocab_size,
             draft_vocab_size=int(raw.get("draft_vocab_size") or target.vocab_size),
             max_positions=int(layer.get("max_position_embeddings") or 2048),
+            longest_context=_longest_context(options),
             aux_layers=_aux_layers(flags, found, target, options),
             norm_before_residual=_norm_before_residual(flags, found, options),
             norm_before_fc=bool(flags.get("norm_before_fc")),
@@ -106,9 +108,12 @@ class Target:
     vocab_size: int
 
 
+LONGEST_CONTEXT = 16384
+"""Where a draft of full attention, trained on 2,048 to 4,096 tokens, was seen to be of no use any more: 1.09 tokens a step (speculators#684)."""
 OPTIONS: Mapping[str, str] = {
     "aux_layers": "ids of the target layers whose outputs the draft reads, counted from 0, such as 1,23,44 (default: its config's)",
     "norm_before_residual": "true or false, where a draft in the speculators format does not say",
+    "longest_context": f"tokens of a sequence up to which the draft guesses (default {LONGEST_CONTEXT}): far beyond its training it is wrong",
 }
 """`--speculative-option` names of EAGLE3."""
 
@@ -140,6 +145,13 @@ def _aux_layers(flags: Mapping[str, Any], found: Format, target: Target, options
             fix="--speculative-option aux_layers=I,J,K names them as outputs of layer i, counted from 0",
         )
     return layers
+
+
+def _longest_context(options: Mapping[str, str]) -> int:
+    given = options.get("longest_context", str(LONGEST_CONTEXT))
+    if not given.isdecimal() or int(given) < 1:
+        raise CheckpointError(f"--speculative-option longest_context is {given!r}; wanted a number of tokens")
+    return int(given)
 
 
 def _norm_before_residual(flags: Mapping[str, Any], found: Format, options: Mapping[str, str]) -> bool:
