@@ -13,7 +13,7 @@ from helpers.kernel_script import run_script
 from l4core.testing.compiled import ARCHITECTURES, compile_cases
 
 SCRIPT = Path(__file__).with_name("twins_script.py")
-CHECKS = "add_norm norm_route silu heads skinny large_weights fp8_bits"
+CHECKS = "add_norm norm_route two_norms silu heads skinny large_weights fp8_bits"
 
 
 def test_the_kernels_equal_their_twins() -> None:

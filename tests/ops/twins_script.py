@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from l4core.ops.heads import HeadRule, TorchHeads
 from l4core.ops.heads_triton import TritonHeads
 from l4core.ops.linear import linear
-from l4core.ops.norm import add_rms_norm_torch
+from l4core.ops.norm import add_rms_norm_torch, pair_norm_torch
 from l4core.ops.norm_route_triton import norm_route_triton
 from l4core.ops.norm_triton import add_rms_norm_triton
+from l4core.ops.pair_norm_triton import pair_norm_triton
 from l4core.ops.silu_mul import silu_mul_torch
 from l4core.ops.silu_mul_triton import silu_mul_triton
 from l4core.ops.skinny_triton import SkinnyTile, skinny_linear, tile_for
@@ -86,6 +87,15 @@ def norm_route(tokens: int, size: int, experts: int, dtype: torch.dtype, seed: i
         norm_route_triton(alone, update[-1:], weight, 1e-5, router), (ours, ids, score), strict=True
     ):
         assert torch.equal(found, whole[-1:])
+
+
+@few
+@given(tokens=st.integers(0, 5), size=st.integers(1, 300), dtype=dtypes, seed=seeds)
+def two_norms(tokens: int, size: int, dtype: torch.dtype, seed: int) -> None:
+    """Rows that lie apart."""
+    a, b = (randn(tokens, size + more, seed=seed + more, dtype=dtype)[:, :size] for more in (3, 8))
+    weights = [randn(size, seed=seed + i, dtype=dtype) for i in (1, 2)]
+    near(pair_norm_triton(a, b, *weights, 1e-5), pair_norm_torch(a, b, *weights, 1e-5))
 
 
 @few
@@ -229,7 +239,10 @@ def fp8_bits() -> None:
 
 
 def main() -> None:
-    for check in (add_norm, norm_route, silu, heads, skinny, large_weights, fp8_bits):
+<<<<<<< HEAD
+    for check in (add_norm, norm_route, two_norms, silu, heads, skinny, large_weights, fp8_bits):
+=======
+    for check in (add_norm, two_norms, silu, heads, skinny, large_weights, fp8_bits):
         check()
         print(check.__name__, end=" ", flush=True)
 

@@ -14,11 +14,12 @@ from l4core.attention.step_tables import StepRows
 from l4core.engine.fixed_step import StepShape
 from l4core.engine.forward import ForwardPlanner, Phase
 from l4core.model.eagle3 import Eagle3
+from l4core.ops.device import has_kernels
 from l4core.platform import copies_ahead
 from l4core.sampling.noise import gumbel_noise_at
 
 CANDIDATES = 32
-"""Of a sampled row so many likely tokens get the target's noise; what the target draws is nearly always among them."""
+"""So many likely tokens of a sampled row get the noise where no kernel gives it to all; what the target draws is nearly always among them."""
 Ints = npt.NDArray[np.int64]
 
 
@@ -41,6 +42,10 @@ class DraftState:
     ) -> torch.Tensor:
         """int64 [B] target ids: what the law would draw at `positions` from the draft's logits, masks and penalties apart. temperature: float32 [B],
         None = all are greedy."""
+        if has_kernels(hidden) and self.draft.ranks.size == 1:
+            from l4core.engine.draft_draw_triton import draw_guesses
+
+            return draw_guesses(self.draft.logits(hidden), self.draft.d2t, temperature, seeds, positions)  # type: ignore[arg-type]
         if temperature is None:
             return self.draft.likeliest(hidden, 1)[1][:, 0]
         values, tokens = self.draft.likeliest(hidden, min(CANDIDATES, self.draft.config.draft_vocab_size))
@@ -119,21 +124,23 @@ class FixedGuess:
         state, (rows, lengths, slots, seeds, bits) = self._state, self._inputs.unbind()
         temperature = bits.view(torch.float64).float() if self._sampled else None
         hidden = state.hidden.index_select(0, rows)
-        guesses = [state.guess(hidden, temperature, seeds, lengths)]
+        steps = torch.arange(self.shape.num_tokens, device=rows.device).unsqueeze(1)
+        drawn_at = lengths + steps  # [k, B]
+        positions = torch.minimum(drawn_at - 1, slots).clamp_(min=0)
+        starts, seq_lens, rows_ = positions.int(), positions.int() + 1, rows.int()
+        phase = _phase(StepShape(self.shape.num_seqs, 1), self._cu_seqlens, state.max_context)
+        planner, guesses = state.planner, [state.guess(hidden, temperature, seeds, drawn_at[0])]
         for step in range(self.shape.num_tokens - 1):
-            positions = torch.minimum(lengths - 1 + step, slots).clamp(min=0)
             at = StepRows(
-                rows=rows.int(),
-                starts=positions.int(),
-                seq_lens=(positions + 1).int(),
-                positions=positions,
+                rows=rows_,
+                starts=starts[step],
+                seq_lens=seq_lens[step],
+                positions=positions[step],
                 owner=self._owner,
             )
-            phase = _phase(StepShape(self.shape.num_seqs, 1), self._cu_seqlens, state.max_context)
-            planner = state.planner
             forward = planner.plan(guesses[-1], at, [phase], self._owner[:0], longest=None)
             hidden = state.draft(forward, hidden, planner.memory, planner.backend)
-            guesses.append(state.guess(hidden, temperature, seeds, lengths + step + 1))
+            guesses.append(state.guess(hidden, temperature, seeds, drawn_at[step + 1]))
         return torch.stack(guesses)
 
 

@@ -124,9 +124,7 @@ def _run(state: DraftState, rows: torch.Tensor, starts: torch.Tensor, grown: _Gr
     trees = TreeRows(positions=(starts.unsqueeze(1) + levels).flatten(), ancestors=grown.ancestors.flatten())
     planner = state.planner
     forward = planner.plan(grown.tokens.flatten(), step, [phase], owner[:0], longest + num, trees)
-    hidden: torch.Tensor = state.draft(
-        forward, grown.inputs.flatten(0, 1).contiguous(), planner.memory, planner.backend
-    )
+    hidden: torch.Tensor = state.draft(forward, grown.inputs.flatten(0, 1).clone(), planner.memory, planner.backend)
     return hidden.view(num_seqs, num, -1)
 
 

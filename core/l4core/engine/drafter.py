@@ -84,7 +84,7 @@ def _only(
     """The same step as if it had had the wanted sequences only."""
     sequences = list(compress(batch.sequences, wanted))
     sizes = [len(seq.token_ids) for seq in batch.sequences]
-    parts = compress(aux.split(sizes), wanted)
+    parts = compress(torch.split(aux, sizes), wanted)
     return replace(batch, sequences=sequences), torch.cat(list(parts)), list(compress(verified, wanted))
 
 

@@ -22,6 +22,7 @@ from l4core.model.llama4 import Embedding
 from l4core.model.rotary import rope_rows
 from l4core.ops.heads import HeadRule, Heads, TorchHeads, has_heads_kernel
 from l4core.ops.linear import linear
+from l4core.ops.norm import pair_norm
 from l4core.parallel.ranks import ALONE, Ranks
 from l4core.plugin_api import AttentionBackend
 
@@ -92,10 +93,12 @@ class Eagle3(nn.Module):
         self, batch: ForwardBatch, hidden: torch.Tensor, kv: KVMemory, backend: AttentionBackend
     ) -> torch.Tensor:
         """One step over the batch's rows. batch.token_ids: of the token after each position; batch.positions: of the hidden states [T, H].
-        → [T, H], what the next step of the recursion is fed with and `logits` reads. Keys and values are written at batch.slot_mapping."""
-        embed = self._shared[0] or self.embed
-        x = torch.cat((self.embed_norm(embed(batch.token_ids)), self.hidden_norm(hidden)), dim=-1)  # [T, 2H]
-        stream = x[:, x.shape[1] // 2 :].contiguous() if self.config.norm_before_residual else hidden.clone()
+        → [T, H], what the next step of the recursion is fed with and `logits` reads; `hidden` is overwritten. Keys and values are written at
+        batch.slot_mapping."""
+        embed = (self._shared[0] or self.embed)(batch.token_ids)
+        first, second = self.embed_norm, self.hidden_norm
+        x = pair_norm(embed, hidden, first.weight, second.weight, first.eps)  # [T, 2H]
+        stream = x[:, x.shape[1] // 2 :].contiguous() if self.config.norm_before_residual else hidden
         view = kv.view(self.layer_id)
         q = self._heads(batch, kv)(self.qkv(x), self.rule, GROUP, kv.pages(self.layer_id), view)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -107,17 +110,17 @@ class Eagle3(nn.Module):
         return self.norm(stream) if self.config.norm_output else stream
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [R, H], as `forward` returned it → float32 [R, draft vocabulary / ranks], this rank's share."""
+        """hidden [R, H], as `forward` returned it → [R, draft vocabulary / ranks], this rank's share, in the compute dtype."""
         weight: torch.Tensor = (self._shared[1] or self.lm_head).weight
         normed = hidden if self.config.norm_output else self.norm(hidden)
-        return linear(normed, weight).float()
+        return linear(normed, weight)
 
     def likeliest(
         self, hidden: torch.Tensor, count: int, *, normalised: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [R, H] → of each row the `count` largest logits of the whole draft vocabulary, best first, and their target ids: float32 and int64
         [R, count]. normalised: log-probabilities in place of logits. Over ranks: one small gather."""
-        logits = self.logits(hidden)
+        logits = self.logits(hidden).float()
         if normalised:
             total = logits.logsumexp(dim=1, keepdim=True)
         if count == 1:

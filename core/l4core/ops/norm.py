@@ -26,6 +26,24 @@ def add_rms_norm_torch(
     return rms_norm(stream if update is None else stream.add_(update), weight, eps)
 
 
+def pair_norm(
+    a: torch.Tensor, b: torch.Tensor, weight_a: torch.Tensor, weight_b: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """a, b [T, H] → their RMS norms · weights side by side, [T, 2H]; one kernel on a GPU."""
+    if has_kernels(a):
+        from l4core.ops.pair_norm_triton import pair_norm_triton
+
+        return pair_norm_triton(a, b, weight_a, weight_b, eps)
+    return pair_norm_torch(a, b, weight_a, weight_b, eps)
+
+
+def pair_norm_torch(
+    a: torch.Tensor, b: torch.Tensor, weight_a: torch.Tensor, weight_b: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The same in plain torch: the definition the kernel is held to."""
+    return torch.cat((rms_norm(a, weight_a, eps), rms_norm(b, weight_b, eps)), dim=-1)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, H] / rms(x) · weight [H], the mean taken in float32 or wider."""
     if x.dtype in HALF:

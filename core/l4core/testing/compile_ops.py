@@ -17,10 +17,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from l4core.engine.draft_draw_triton import _pick_kernel, _share_kernel
 from l4core.ops.device import COMPILE
 from l4core.ops.heads_triton import _heads_kernel
 from l4core.ops.norm_route_triton import _norm_route_kernel
 from l4core.ops.norm_triton import _add_norm_kernel
+from l4core.ops.pair_norm_triton import _pair_norm_kernel
 from l4core.ops.silu_mul_triton import _silu_mul_kernel
 from l4core.ops.skinny_triton import FEW_ROWS, MORE_ROWS, ONE_ROW, SkinnyTile, _skinny_kernel
 from l4core.testing.compiled import ARCHITECTURES
@@ -100,6 +102,19 @@ def _skinny(name: str, tile: SkinnyTile) -> CoreKernel:
     )
 
 
+def _draft_shares(name: str, **absent: None) -> CoreKernel:
+    pointers = {"logits": "bf16", "offsets": "i64", "temperature": "fp32", "seeds": "i64", "positions": "i64"}
+    pointers |= {"values": "fp32", "ids": "i32"}
+    return CoreKernel(
+        name=name,
+        kernel=_share_kernel,
+        pointers={key: kind for key, kind in pointers.items() if key not in absent},
+        constants={"BLOCK": 1024, **absent},
+        scalars={},
+        warps=4,
+    )
+
+
 KERNELS = (
     _skinny("one row", ONE_ROW),
     _skinny("few rows", FEW_ROWS),
@@ -126,6 +141,24 @@ KERNELS = (
         kernel=_silu_mul_kernel,
         pointers={"gate_up": "bf16", "out": "bf16"},
         constants={"BLOCK": 1024},
+        scalars={},
+        warps=4,
+    ),
+    CoreKernel(
+        name="two norms",
+        kernel=_pair_norm_kernel,
+        pointers=dict.fromkeys(("a", "b", "weight_a", "weight_b", "out"), "bf16"),
+        constants={"BLOCK": 8192},
+        scalars={"eps": "fp32"},
+        warps=8,
+    ),
+    _draft_shares("a draft's draw"),
+    _draft_shares("a draft's greedy draw", temperature=None),
+    CoreKernel(
+        name="a draft's pick",
+        kernel=_pick_kernel,
+        pointers={"values": "fp32", "ids": "i32", "offsets": "i64", "drawn": "i64"},
+        constants={"SHARES": 32},
         scalars={},
         warps=4,
     ),
