@@ -239,10 +239,7 @@ def fp8_bits() -> None:
 
 
 def main() -> None:
-<<<<<<< HEAD
     for check in (add_norm, norm_route, two_norms, silu, heads, skinny, large_weights, fp8_bits):
-=======
-    for check in (add_norm, two_norms, silu, heads, skinny, large_weights, fp8_bits):
         check()
         print(check.__name__, end=" ", flush=True)
 
