@@ -249,7 +249,7 @@ def _draft_on_the_device() -> Iterator[None]:
     """The draft's random weights, drawn where they lie."""
     own = drafter.fill_dummy
 
-    def fill(parameters: Mapping[str, torch.Tensor], seed: int) -> None:
+    def fill(parameters: Mapping[str, torch.Tensor], seed: int, rank: int = 0) -> None:
         generator = torch.Generator(device="cuda").manual_seed(2 + seed)
         for name, parameter in parameters.items():
             if "norm" in name:
