@@ -1,5 +1,5 @@
-"""The four commands of SGLang's Llama 4 guide, verbatim but for the module's name and `--tp 1`, on tiny checkpoints that stand in a local hub
-cache under the real names."""
+"""The four commands of SGLang's Llama 4 guide, verbatim but for the module's name, on tiny checkpoints that stand in a local hub cache under the
+real names. Eight ranks: eight processes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LAUNCH = (sys.executable, "-m", "l4core.launch_server")
 DRAFT = "nvidia/Llama-4-Maverick-17B-128E-Eagle3"
 REVISION = "0" * 40
 
-LONG_SCOUT = f"--model-path {SCOUT} --tp 1 --context-length 1000000"
+LONG_SCOUT = f"--model-path {SCOUT} --tp 8 --context-length 1000000"
 EAGLE3 = f"""--model-path {MAVERICK} --speculative-algorithm EAGLE3
     --speculative-draft-model-path {DRAFT} --speculative-num-steps 3
-    --speculative-eagle-topk 1 --speculative-num-draft-tokens 4 --trust-remote-code --tp 1 --context-length 1000000"""
-EVAL_SCOUT = f"--model-path {SCOUT} --port 30000 --tp 1 --mem-fraction-static 0.8 --context-length 65536"
-EVAL_MAVERICK = f"--model-path {MAVERICK} --port 30000 --tp 1 --mem-fraction-static 0.8 --context-length 65536"
+    --speculative-eagle-topk 1 --speculative-num-draft-tokens 4 --trust-remote-code --tp 8 --context-length 1000000"""
+EVAL_SCOUT = f"--model-path {SCOUT} --port 30000 --tp 8 --mem-fraction-static 0.8 --context-length 65536"
+EVAL_MAVERICK = f"--model-path {MAVERICK} --port 30000 --tp 8 --mem-fraction-static 0.8 --context-length 65536"
 
 
 def put_in_cache(cache: Path, repo_id: str, folder: Path, **config: object) -> None:
@@ -66,6 +66,7 @@ def test_the_guides_serving_commands_serve(hub_env: dict[str, str], flags: str, 
     with serve(shlex.split(flags), command=LAUNCH, env=hub_env) as (url, served):
         assert url.endswith(":30000")
         assert f"{context:,} tokens" in served.output
+        assert "8 compute the model together" in served.output
         assert answers(url, model)
 
 

@@ -63,13 +63,15 @@ class Budget:
         )
 
 
-def share_out(total: int, needs: Needs, fraction: float | None, free: int | None = None) -> Budget:
-    """An accelerator of `total` bytes, of which `free` can still be allocated (None = all but the runtime's).
+def share_out(
+    total: int, needs: Needs, fraction: float | None, free: int | None = None, *, runtime: int = RUNTIME_BYTES
+) -> Budget:
+    """An accelerator of `total` bytes, of which `free` can still be allocated (None = all but the runtime's, `runtime` bytes).
 
     fraction: weights, workspace and KV at most this share of the device; None = all that a step, its graphs and the runtime leave.
     Raises CapacityError when nothing is left for KV, or when the fraction leaves too little for a step.
     """
-    usable = total - RUNTIME_BYTES if free is None else min(free, total - RUNTIME_BYTES)
+    usable = total - runtime if free is None else min(free, total - runtime)
     most = usable - needs.static - needs.rest
     if most <= 0:
         raise CapacityError(
@@ -106,7 +108,7 @@ def device_budget(platform: Platform, needs: Needs, fraction: float | None, *, s
     if platform.device_type == "cpu":
         free //= sharing
     if platform.device_type == "cpu" and fraction is not None:
-        return share_out(platform.memory_bytes // sharing, needs, fraction)
+        return share_out(platform.memory_bytes // sharing, needs, fraction, runtime=RUNTIME_BYTES // sharing)
     if platform.device_type == "cpu":
         kv = int((free - needs.static - needs.rest) * CPU_SHARE)
         if kv <= 0:

@@ -105,12 +105,14 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """The engine process ends. kind: the error's class.  trace: a traceback when the error is not one that L4 raises on purpose."""
+    """The engine process ends. kind: the error's class.  trace: a traceback when the error is not one that L4 raises on purpose.  heard: it is
+    another rank's error, which the message names."""
 
     kind: str
     message: str
     fix: str = ""
     trace: str = ""
+    heard: bool = False
 
     def error(self) -> L4Error:
         """The error to raise on the server's side, of the class it had over there."""

@@ -267,7 +267,7 @@ class Link:
 
 def end_with_others(link: Link, words: Words) -> None:
     """What the watchdog does about another rank's end. The main thread may be in a collective that never returns, so nothing is tidied up."""
-    link.send_last(Failed(kind=words.kind, message=words.message, fix=words.fix, trace=words.trace))
+    link.send_last(Failed(kind=words.kind, message=words.message, fix=words.fix, trace=words.trace, heard=True))
     os._exit(LOST_STATUS)
 
 

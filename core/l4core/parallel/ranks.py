@@ -57,7 +57,9 @@ class Ranks:
         """Fills out [size, *x.shape]."""
         from torch import distributed
 
-        distributed.all_gather_into_tensor(out.view(-1), x.view(-1), group=self._group)
+        old = distributed.all_gather_into_tensor
+        gather = getattr(distributed, "all_gather_single", old)  # its name from torch 2.13 on, where the old one warns
+        gather(out.view(-1), x.view(-1), group=self._group)
 
 
 ALONE = Ranks()

@@ -33,6 +33,7 @@ HANDSHAKE_SECONDS = 5.0
 RETRY_SECONDS = 0.2
 TELL_SECONDS = 15.0
 """Between two log lines about who is missing."""
+EVERYWHERE = ("0.0.0.0", "::")
 KEY = "l4/rank-0"
 """Where torchrun's store says where rank 0 is."""
 
@@ -116,7 +117,7 @@ class _Gathering:
             steps={rank: _steady(joined.steps) for rank, joined in self.joined.items() if joined.steps is not None},
             beats={rank: joined.beats for rank, joined in self.joined.items()},
             hosts={rank: joined.hello.host for rank, joined in self.joined.items()},
-            store_host=LOOPBACK if self.place.whole else host,
+            store_host=LOOPBACK if host in EVERYWHERE else host,
             store_port=port,
             store=store,
             listener=listener,

@@ -148,15 +148,17 @@ class EngineProcess:
                     logging.getLogger(message.name).log(message.level, "%s: %s", place, message.text)
 
     def _note(self, place: Place, words: Failed) -> None:
-        own = place.rank > 0 and words.kind != RankLostError.__name__
-        self._failed.append(msgspec.structs.replace(words, message=f"{place}: {words.message}") if own else words)
+        is_named = words.heard or place.rank == 0
+        self._failed.append(words if is_named else msgspec.structs.replace(words, message=f"{place}: {words.message}"))
 
     def _first_cause(self) -> Failed | None:
-        """What the ranks say why they end, once. That another one ended is worth saying only where that is not one of these, whose end is known."""
+        """What the ranks say why they end, once. What one says itself is better than what another has heard of it; and that another one ended is
+        worth saying only where that is not one of these, whose end is known."""
         failed, self._failed = self._failed, []
         causes = [words for words in failed if words.kind != RankLostError.__name__]
+        own = [words for words in causes if not words.heard]
         known = any(end.is_cause for end in self._ends)
-        return next(iter(causes if known else [*causes, *failed]), None)
+        return next(iter([*own, *causes] if known else [*own, *causes, *failed]), None)
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
