@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import click
 
+from l4core.config import ServerConfig
 from l4core.errors import ConfigError, L4Error
 from l4core.launch_server import configs
 
@@ -54,17 +55,39 @@ def _serve(ours: argparse.Namespace, rest: list[str]) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     ray.init(address=ours.ray_address, ignore_reinit_error=True)
-    given = [name for name in rest if name.split("=")[0] == "--host"]
-    host = server.host if given else None
-    gpus = not engine.device.startswith("cpu")
-    ranks = PlacedRanks.place(engine.tp, ["serve", *rest], gpus=gpus, nodes=ours.nnodes)
+    host = None if server.host == ServerConfig().host and not _given(rest, "--host") else server.host
+    ranks = PlacedRanks.place(
+        engine.tp,
+        ["serve", *_without(rest, ("--host", "--port"))],
+        gpus=not engine.device.startswith("cpu"),
+        nodes=ours.nnodes,
+    )
     try:
-        print(f"{'ranks':<16}placed; the server will be at {ranks.start(host, server.port)}", flush=True)
+        url = ranks.start(host, server.port)
+        print(f"{'ranks':<16}placed; the server will be at {url}", flush=True)
+        ranks.wait_until_ready(url)
         supervise(ranks, lambda: ranks.start(host, server.port), restarts=ours.restarts)
     except RankLostError as error:
         raise L4Error(str(error)) from error
     finally:
         ranks.close()
+
+
+def _given(arguments: Sequence[str], option: str) -> bool:
+    return any(argument.split("=")[0] == option for argument in arguments)
+
+
+def _without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The command line without these options and their values."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument.split("=")[0] in options:
+            skip = "=" not in argument
+        else:
+            kept.append(argument)
+    return kept
 
 
 def _tell(error: L4Error | click.UsageError, code: int) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,6 +159,17 @@ class PlacedRanks:
             if state.code is not None:
                 raise RankLostError(rank, f"rank {rank} ended with exit status {state.code}:\n{state.last_lines}")
 
+    def wait_until_ready(self, url: str) -> None:
+        """Until the server there is healthy. Raises RankLostError for a rank that ends instead: what kept it from starting would do so again."""
+        while True:
+            self.check()
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:  # 503 raises, too
+                    if reply.status == 200:
+                        return
+            except OSError:
+                time.sleep(LOOK_SECONDS)
+
     def start_one(self, rank: int) -> None:
         """Any rank but 0 joins those that are there."""
         ray.get(self._start(rank), timeout=PLACE_SECONDS)
@@ -185,8 +197,8 @@ class PlacedRanks:
 
 
 def supervise(ranks: PlacedRanks, start: Callable[[], str], *, restarts: int = 10) -> None:
-    """Starts again what is gone, at most `restarts` times, then raises RankLostError. start: of all ranks, for when rank 0 is gone, since the
-    others look for it where it was."""
+    """Starts again what is gone, the n-th time after n - 1 seconds and at most `restarts` times, then raises RankLostError. start: of all ranks, for
+    when rank 0 is gone, since the others look for it where it was."""
     used = 0
     while True:
         time.sleep(LOOK_SECONDS)
@@ -196,6 +208,7 @@ def supervise(ranks: PlacedRanks, start: Callable[[], str], *, restarts: int = 1
             if used == restarts:
                 raise
             used += 1
+            time.sleep(used - 1)
             logger.warning("%s; starting %s again (%d of %d)", lost, "all" if lost.rank == 0 else "it", used, restarts)
             if lost.rank == 0:
                 ranks.stop()

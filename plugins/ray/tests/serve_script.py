@@ -18,6 +18,7 @@ import httpx
 import psutil
 import ray
 from ray import serve
+from ray.cluster_utils import Cluster
 
 import l4_ray
 
@@ -27,32 +28,51 @@ NUM_REQUESTS, AT_ONCE = 48, 12
 TOKENS = 24
 
 
+OPTIONS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "context_length": 256,
+    "max_running_requests": 8,
+    "served_model_name": "tiny",
+}
+
+
 def main() -> None:
-    checkpoint = sys.argv[1]
+    over_nodes = sys.argv[2:] == ["nodes"]
     found: dict[str, Any] = {}
-    with cluster():
-        began = time.monotonic()
+    with cluster(num_nodes=2 if over_nodes else 1):
         serve.start(http_options={"host": "127.0.0.1", "port": PORT}, proxy_location="HeadOnly")
-        options = {"device": "cpu", "dtype": "float32", "context_length": 256, "max_running_requests": 8}
-        arguments = {"model": checkpoint, "replicas": 2, "cpus": 1, "served_model_name": "tiny", **options}
-        serve.run(l4_ray.app(arguments), name="l4")
+        began = time.monotonic()
+        count = {"tp": 2, "nnodes": 2, "dist_timeout": 5} if over_nodes else {"replicas": 2}
+        serve.run(l4_ray.app({"model": sys.argv[1], **count, **OPTIONS}), name="l4")
         found["ready_s"] = time.monotonic() - began
         found["replicas"] = len(replicas())
         found["answers"] = asyncio.run(answers())
-        found["load"] = asyncio.run(load_with_a_death())
-        found["hung_up"] = asyncio.run(hang_up())
+        if over_nodes:
+            found["texts"] = asyncio.run(texts())
+            found["back_s"] = asyncio.run(death_of_a_rank())
+            found["texts_after"] = asyncio.run(texts())
+        else:
+            found["load"] = asyncio.run(load_with_deaths())
+            found["hung_up"] = asyncio.run(hang_up())
     found["left"] = len(replicas())
     print("RESULT " + json.dumps(found), flush=True)
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=6, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=True)
+def cluster(num_nodes: int) -> Iterator[None]:
+    """Ray on this machine, as if it were several where num_nodes says so."""
+    each = {"num_cpus": 6 // num_nodes, "object_store_memory": 100 << 20}
+    made = Cluster(initialize_head=True, head_node_args={**each, "include_dashboard": False})
+    for _ in range(num_nodes - 1):
+        made.add_node(**each)
+    ray.init(address=made.address)
     try:
         yield
     finally:
         serve.shutdown()
         ray.shutdown()
+        made.shutdown()
 
 
 def replicas() -> list[tuple[psutil.Process, psutil.Process]]:
@@ -127,7 +147,7 @@ async def answers() -> dict[str, Any]:
     }
 
 
-async def load_with_a_death() -> dict[str, Any]:
+async def load_with_deaths() -> dict[str, Any]:
     """Requests, half of them streams. Once a quarter has ended, a replica is killed with all it has in hand; once half have, the engine of one."""
     gate, done = asyncio.Semaphore(AT_ONCE), 0
     results: list[dict[str, Any]] = []
@@ -161,6 +181,24 @@ async def load_with_a_death() -> dict[str, Any]:
         "wrong": [r["number"] for r in results if not r["error"] and r["text"] != expected[r["number"]]],
         "both_back_s": back,
     }
+
+
+async def texts() -> list[str]:
+    """Answers without anybody's death."""
+    async with client() as http:
+        asked = [ask(http, number, stream=number % 2 == 0) for number in range(8)]
+        return [got["text"] for got in await asyncio.gather(*asked)]
+
+
+async def death_of_a_rank() -> float:
+    """One rank's process is killed: the replica ends, and Serve starts another → seconds until that one answers."""
+    began = time.monotonic()
+    replicas()[-1][1].kill()
+    async with client() as http:
+        await asyncio.sleep(1)
+        while (await ask(http, 0, stream=False))["error"]:
+            await asyncio.sleep(0.2)
+    return time.monotonic() - began
 
 
 async def hang_up() -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from l4core import LLM, SamplingParams
 from l4core.testing.checkpoints import make_tiny_checkpoint
 from l4core.testing.tokenizers import make_byte_tokenizer
 
@@ -19,15 +20,23 @@ SCRIPT = Path(__file__).with_name("serve_script.py")
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the script saw, in a process of its own: Ray and Serve leave threads and warnings behind."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that no other process on this machine serves."""
     root = tmp_path_factory.mktemp("serve")
-    folder, tokenizer = root / "tiny", root / "tokenizer"
-    make_byte_tokenizer(tokenizer)
-    make_tiny_checkpoint(folder, tokenizer=tokenizer)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), folder.as_posix()], capture_output=True, text=True, timeout=600, check=False
-    )
+    make_byte_tokenizer(root / "tokenizer")
+    make_tiny_checkpoint(root / "tiny", tokenizer=root / "tokenizer")
+    return root / "tiny"
+
+
+@pytest.fixture(scope="module")
+def seen(checkpoint: Path) -> dict[str, Any]:
+    return run(checkpoint)
+
+
+def run(checkpoint: Path, *arguments: str) -> dict[str, Any]:
+    """What the script saw, in a process of its own: Ray and Serve leave threads and warnings behind."""
+    command = [sys.executable, str(SCRIPT), checkpoint.as_posix(), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     found: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT "))
@@ -57,3 +66,16 @@ def test_a_client_that_hangs_up_frees_its_engine(seen: dict[str, Any]) -> None:
 
 def test_nothing_is_left_behind(seen: dict[str, Any]) -> None:
     assert seen["left"] == 0
+
+
+def test_a_replica_may_have_its_ranks_on_several_nodes(checkpoint: Path) -> None:
+    """It answers as one rank does, and when a rank dies Serve starts the replica anew."""
+    found = run(checkpoint, "nodes")
+    config = {"device": "cpu", "dtype": "float32", "context_length": 256}
+    prompts = [[(number * 31 + i * 7) % 200 + 10 for i in range(20)] for number in range(8)]
+    outputs = LLM(model=checkpoint.as_posix(), **config).generate(
+        prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    )
+    assert found["replicas"] == 2, "two servers, one for each rank"
+    assert found["texts"] == found["texts_after"] == [output.outputs[0].text for output in outputs]
+    assert found["left"] == 0
