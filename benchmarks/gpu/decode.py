@@ -33,6 +33,8 @@ from l4core.bench.floor import decode_bytes, prefill_floor_ms, weights_by_config
 from l4core.engine.batch import Inbox
 from l4core.engine.engine import Engine
 from l4core.engine.graph_sizes import GraphSizes
+from l4core.model.slicing import rank_config
+from l4core.parallel.ranks import ALONE, Ranks
 from l4core.request import Request
 
 COMPUTED_CONTEXT = 4096
@@ -100,15 +102,21 @@ class Bench:
     """One engine, and what its steps cost. report: its start-up block."""
 
     def __init__(
-        self, layers: int, batches: Sequence[int], options: Mapping[str, str], sampling: Mapping[str, Any]
+        self,
+        layers: int,
+        batches: Sequence[int],
+        options: Mapping[str, str],
+        sampling: Mapping[str, Any],
+        ranks: Ranks = ALONE,
     ) -> None:
+        """ranks: of which all make the same calls; floors are then those of one of them, without their sums."""
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(scout(layers)))
             with _weights_on_the_device(), _graphs_of(batches):
-                built = build.build_engine(_config(folder, options), progress=False)
+                built = build.build_engine(_config(folder, options, ranks), ranks=ranks, progress=False)
         self.engine: Engine = built.engine
         self.report = built.report
-        self.config = built.model_config
+        self.config = rank_config(built.model_config, ranks.size)
         self._weights = weights_by_config(self.config)
         self._random = random.Random(0)
         self._names = iter(range(1 << 30))
@@ -267,7 +275,7 @@ def scout(layers: int) -> dict[str, Any]:
     return {**text, "architectures": ["Llama4ForCausalLM"]}
 
 
-def _config(folder: str, options: Mapping[str, str]) -> EngineConfig:
+def _config(folder: str, options: Mapping[str, str], ranks: Ranks) -> EngineConfig:
     from l4core.config import from_mapping
 
     given: dict[str, Any] = {"max_running_requests": 128, "chunked_prefill_size": 16384, "load_format": "dummy"}
@@ -275,7 +283,7 @@ def _config(folder: str, options: Mapping[str, str]) -> EngineConfig:
         name: json.loads(text) if text[:1].isdigit() or text in ("true", "false") else text
         for name, text in options.items()
     }
-    return from_mapping({"model": folder, **given})[0]
+    return from_mapping({"model": folder, "tp": ranks.size, **given})[0]
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers.rank_serving import Served, compare, mixed_requests, serve, serve_over
 from l4core.errors import ConfigError
 from l4core.parallel.agree import ROWS
 from l4core.parallel.ranks import ALONE
 from l4core.request import Request
 from l4core.testing.checkpoints import make_tiny_checkpoint
 from l4core.testing.drafts_eagle3 import make_tiny_draft
+from l4core.testing.rank_serving import Served, compare, mixed_requests, serve, serve_over
 
 SCOUT = {"layers": 4, "hidden": 64, "heads": 40, "kv_heads": 8, "head_dim": 8, "inter": 128, "experts": 4, "vocab": 512}
 """Scout's ratio of query to KV heads, 40 to 8; three local layers and a global one."""

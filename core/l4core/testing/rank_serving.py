@@ -13,7 +13,7 @@ import torch
 
 from l4core.config import EngineConfig
 from l4core.engine.batch import Draft, DraftRequest, Inbox, ScheduledBatch
-from l4core.engine.build import build_engine
+from l4core.engine.build import BuiltEngine, build_engine
 from l4core.engine.drafter import Speculation
 from l4core.engine.fixed_step import Computed
 from l4core.engine.runner import Forward, Runner
@@ -74,9 +74,24 @@ def mixed_requests(count: int, vocab: int, *, max_tokens: int = 12) -> list[Requ
 
 def serve(folder: Path, requests: Sequence[Request], ranks: Ranks, *, keep: bool = True, **options: Any) -> Served:
     """One rank's part. keep: logits of every row, a gather a step."""
-    options = {"max_total_tokens": 16384, "page_size": 16, "chunked_prefill_size": 96, **options}
-    config = EngineConfig(model=folder.as_posix(), device="cpu", dtype="float32", tp=ranks.size, **options)
-    built = build_engine(config, ranks=ranks, progress=False)
+    built = build_engine(rank_config_of(folder, ranks, **options), ranks=ranks, progress=False)
+    return serve_with(built, requests, ranks, keep=keep)
+
+
+def rank_config_of(folder: Path, ranks: Ranks, **options: Any) -> EngineConfig:
+    """Small pieces and pages, on a CPU in float32 unless `options` say otherwise."""
+    small = {
+        "max_total_tokens": 16384,
+        "page_size": 16,
+        "chunked_prefill_size": 96,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    return EngineConfig(model=folder.as_posix(), tp=ranks.size, **{**small, **options})
+
+
+def serve_with(built: BuiltEngine, requests: Sequence[Request], ranks: Ranks, *, keep: bool = True) -> Served:
+    """`serve` with an engine that is there already."""
     served = Served(weight_bytes=built.budget.needs.weights)
     if keep:
         record(built.engine.runner, served)
@@ -114,7 +129,7 @@ def record(runner: Runner, served: Served) -> None:
 
     def recording_execute(forward: Forward) -> Computed:
         computed = execute(forward)
-        rows = iter(runner.model.logits(computed.hidden))
+        rows = iter(runner.model.logits(computed.hidden).cpu())
         for seq in last[0].sequences:
             for offset in range(len(seq.token_ids)):
                 served.logits[seq.request.request_id, seq.start + offset] = next(rows)
