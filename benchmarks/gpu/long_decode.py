@@ -1,6 +1,7 @@
-"""One decode of one long sequence by l4-triton on one KV head (a rank of eight of Scout): tiles and programs, bfloat16 and fp8.
+"""One decode of a long sequence by l4-triton on one KV head (a rank of eight of Scout), alone and beside chats: tiles, programs, the merge's block.
 
     python benchmarks/gpu/long_decode.py --out long-decode.json     [--warm: compile and compare with the definition only]
+    python benchmarks/gpu/long_decode.py --chats 256 --out beside.json
 
 Times are of a captured graph; keys and values are far more than the caches hold. Pages are dealt at random.
 """
@@ -20,13 +21,15 @@ from l4_triton import launch
 from l4_triton.tiles import Tile
 from l4core.plugin_api import AttentionMetadata, KVView
 
-HEADS, DIM, PAGE = 5, 128, 64
+HEADS, DIM, PAGE, CHAT_TOKENS = 5, 128, 64, 1000
 TOKENS = {torch.bfloat16: 5_000_000, torch.float8_e4m3fn: 10_000_000}
 TILES = {
     torch.bfloat16: [(64, 4, 3, 2), (64, 4, 3, 3), (64, 2, 3, 3), (64, 2, 2, 4), (32, 2, 6, 3), (32, 2, 4, 4), (32, 2, 3, 5), (32, 1, 4, 4)],
     torch.float8_e4m3fn: [(64, 2, 4, 4), (64, 2, 5, 4), (64, 2, 3, 4), (64, 2, 6, 3), (64, 2, 3, 5), (64, 4, 4, 3), (64, 4, 5, 3), (64, 1, 4, 4)],
 }  # fmt: skip
 """Keys a tile, warps, stages, programs a multiprocessor."""
+MERGES = [(16, 128), (64, 128), (64, 64), (128, 64), (256, 32)]
+"""Parts and dimensions of a program of the merge, beside chats."""
 
 
 def traits() -> Any:
@@ -34,8 +37,10 @@ def traits() -> Any:
 
 
 class Problem:
-    def __init__(self, dtype: torch.dtype, tokens: int) -> None:
-        pages = -(-tokens // PAGE)
+    def __init__(self, dtype: torch.dtype, tokens: int, chats: int = 0) -> None:
+        lengths = [tokens] + [CHAT_TOKENS] * chats
+        counts = [-(-n // PAGE) for n in lengths]
+        pages, longest = sum(counts), max(counts)
         memory = torch.empty(pages, 2, PAGE, 1, DIM, dtype=dtype, device="cuda")
         flat = memory.view(-1)
         block = torch.randn(1 << 26, device="cuda").to(dtype)
@@ -43,16 +48,20 @@ class Problem:
             part.copy_(block[: part.numel()])
         scale = torch.ones((), device="cuda") if dtype.itemsize == 1 else None
         self.kv = KVView(k=memory[:, 0], v=memory[:, 1], k_scale=scale, v_scale=scale)
-        self.q = torch.randn(1, HEADS, DIM, device="cuda").bfloat16()
+        self.q = torch.randn(len(lengths), HEADS, DIM, device="cuda").bfloat16()
         self.out = torch.empty_like(self.q)
-        self.tokens, self.num_bytes = tokens, 2 * tokens * DIM * dtype.itemsize
+        self.tokens, self.num_bytes = tokens, 2 * sum(lengths) * DIM * dtype.itemsize
+        table = torch.zeros(len(lengths), longest, device="cuda", dtype=torch.int32)
+        dealt = torch.randperm(pages, device="cuda").int().split(counts)
+        for row, mine in zip(table, dealt, strict=True):
+            row[: len(mine)] = mine
         self.meta = AttentionMetadata(
-            cu_seqlens_q=torch.tensor([0, 1], device="cuda", dtype=torch.int32),
-            seq_lens=torch.tensor([tokens], device="cuda", dtype=torch.int32),
-            block_table=torch.randperm(pages, device="cuda").int()[None],
+            cu_seqlens_q=torch.arange(len(lengths) + 1, device="cuda", dtype=torch.int32),
+            seq_lens=torch.tensor(lengths, device="cuda", dtype=torch.int32),
+            block_table=table,
             max_seqlen_q=1,
             max_seqlen_k=tokens,
-            num_seqs=1,
+            num_seqs=len(lengths),
             phase="decode",
         )
 
@@ -60,7 +69,7 @@ class Problem:
         launch.decode(self.q, self.kv, self.meta, self.out, tile, traits(), partials, 2)
 
     def error(self) -> float:
-        """Of `out` against float64 over the same values."""
+        """Of the long sequence's `out` against float64 over the same values."""
         table = self.meta.block_table[0].long()
         k, v = (x[table].flatten(0, 1)[: self.tokens, 0].double() for x in (self.kv.k.float(), self.kv.v.float()))
         exact = torch.softmax(self.q[0].double() @ k.T * DIM**-0.5, -1) @ v
@@ -77,6 +86,7 @@ def variants(dtype: torch.dtype) -> Iterator[tuple[Tile, launch.Partials]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--warm", action="store_true")
+    parser.add_argument("--chats", type=int, default=0)
     parser.add_argument("--dtype", choices=("bfloat16", "float8_e4m3fn"), help="[both]")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -84,13 +94,19 @@ def main() -> None:
     for dtype, tokens in TOKENS.items():
         if args.dtype not in (None, str(dtype).removeprefix("torch.")):
             continue
-        problem = Problem(dtype, 100_003 if args.warm else tokens)
-        for tile, partials in variants(dtype):
+        problem = Problem(dtype, 100_003 if args.warm else tokens, args.chats)
+        ways = [(*way, None) for way in variants(dtype)]
+        if args.chats:
+            ways = [(*next(variants(dtype)), merge) for merge in MERGES]
+        for tile, partials, merge in ways:
             record: dict[str, Any] = {
                 "dtype": str(dtype),
                 "tile": [tile.block_n, tile.warps, tile.stages],
                 "programs": partials.programs,
             }
+            if merge is not None:
+                record["merge"] = merge
+                launch.merge_block = lambda *_, merge=merge: dict(zip(("BLOCK_PARTS", "DIMS"), merge, strict=True))
             try:
                 problem.run(tile, partials)
                 record |= {"error": problem.error()} if args.warm else _times(problem, tile, partials)

@@ -64,6 +64,7 @@ VARIANTS = (
     Variant(name="fp8 decode", kv_dtype="float8_e4m3fn"),
     Variant(name="float16 decode, page 16, head_dim 64", q_dtype="float16", kv_dtype="float16", page=16, head_dim=64),
     Variant(name="float32 decode", q_dtype="float32", kv_dtype="float32"),
+    Variant(name="float32 decode, fp8 KV", q_dtype="float32", kv_dtype="float8_e4m3fn"),
     Variant(name="chain verify", rows=4),
     Variant(name="tree verify", rows=8, tree=True),
     Variant(name="prefill", rows=0),
@@ -122,13 +123,14 @@ def _compile(
 def _source(kernel: Any, variant: Variant, shape: dict[str, int], arch: str) -> ASTSource:
     """The kernel with the argument types a launch would give it; pointers and strides are multiples of 16, as core's are."""
     fp8 = variant.kv_dtype == "float8_e4m3fn"
+    pairs = fp8 and variant.q_dtype != "float32"
     constants: dict[str, Any] = shape | {
         "GROUP": variant.group,
         "HEAD_DIM": variant.head_dim,
         "PAGE": variant.page,
         "CHUNK": variant.chunk,
         "TREE": variant.tree,
-        "PAIRS": fp8,
+        "PAIRS": pairs,
         "CONVERTS": converts_fp8(arch),
         "PDL": starts_early(arch),
         "DOT_TYPE": dot_type(getattr(tl, variant.q_dtype), fp8),
@@ -136,7 +138,7 @@ def _source(kernel: Any, variant: Variant, shape: dict[str, int], arch: str) -> 
     }
     given = {"ancestors", "sees_prefix"} if variant.tree else set()
     given |= {"k_scale", "v_scale"} if fp8 else set()
-    q, stored = _POINTERS[variant.q_dtype], "*u16" if fp8 else _POINTERS[variant.kv_dtype]
+    q, stored = _POINTERS[variant.q_dtype], ("*u16" if pairs else "*u8") if fp8 else _POINTERS[variant.kv_dtype]
     types = _FIXED | {"q": q, "out": q, "k": stored, "v": stored}
     signature, constexprs, divisible = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):

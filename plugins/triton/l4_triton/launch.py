@@ -152,7 +152,10 @@ def _common(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments and constants that both kernels take."""
     fp8 = kv.k.dtype.itemsize == 1
-    k, v = (x.view(torch.uint16) if fp8 else x for x in (kv.k, kv.v))
+    pairs = (
+        fp8 and q.dtype != torch.float32
+    )  # for float32 terms are added in the order of keys that are float32 themselves
+    k, v = (x.view(torch.uint16 if pairs else torch.uint8) if fp8 else x for x in (kv.k, kv.v))
     tree = meta.tree
     arguments = {
         "q": q,
@@ -188,7 +191,7 @@ def _common(
         "PAGE": kv.k.shape[1],
         "CHUNK": 0 if meta.chunk is None else meta.chunk.size,
         "TREE": tree is not None,
-        "PAIRS": fp8,
+        "PAIRS": pairs,
         "CONVERTS": traits.converts_fp8,
         "DOT_TYPE": tl.float32 if traits.interpreted else dot_type(_TYPES[q.dtype], fp8),
         "SEQS": _seqs(meta.num_seqs),

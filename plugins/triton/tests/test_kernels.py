@@ -13,7 +13,7 @@ import triton.language as tl
 from l4_triton import launch
 from l4_triton.kernels.common import widen_pairs
 from l4_triton.tiles import Tile
-from l4core.plugin_api import Tier, Usable
+from l4core.plugin_api import KVView, Tier, Usable
 from l4core.plugin_ops import tree_attend
 from l4core.testing.conformance_cases import Case, Heads, random_tree
 from l4core.testing.conformance_problem import Layout, Problem, build
@@ -24,8 +24,13 @@ NATIVE = Usable(tier=Tier.TUNED, tree_mask=True, native_chunk=True)
 HEADS = Heads(num_q_heads=5, num_kv_heads=1, head_dim=32)
 
 
-def problem(case: Case, page_size: int = 16, heads: Heads = HEADS, kv_dtype: torch.dtype = torch.float32) -> Problem:
-    q_dtype = torch.float32 if kv_dtype == torch.float32 else torch.bfloat16
+def problem(
+    case: Case,
+    page_size: int = 16,
+    heads: Heads = HEADS,
+    kv_dtype: torch.dtype = torch.float32,
+    q_dtype: torch.dtype = torch.float32,
+) -> Problem:
     return build(case, heads, Layout(page_size=page_size, q_dtype=q_dtype, kv_dtype=kv_dtype), NATIVE, DEVICE)
 
 
@@ -122,9 +127,21 @@ def test_fp8_is_widened_exactly(converts: bool) -> None:
     assert torch.equal(out[numbers], exact[numbers])
 
 
-def test_fp8_scales_of_keys_and_values_are_not_mixed_up() -> None:
+@pytest.mark.parametrize(
+    ("q_dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 5e-3), (torch.float32, 2e-5)]
+)
+def test_fp8_scales_of_keys_and_values_are_not_mixed_up(q_dtype: torch.dtype, tolerance: float) -> None:
+    p = problem(RAGGED, kv_dtype=torch.float8_e4m3fn, q_dtype=q_dtype)
+    assert_right(decode(p, 3), p, tolerance=tolerance)
+
+
+def test_float32_over_fp8_is_float32_over_the_same_numbers() -> None:
+    """Bit for bit, so that an engine in float32 with fp8 KV can be held to one that rounds float32 KV."""
     p = problem(RAGGED, kv_dtype=torch.float8_e4m3fn)
-    assert_right(decode(p, 3), p, tolerance=2e-2)
+    one = torch.ones((), device=DEVICE)
+    stored = replace(p, kv=KVView(k=p.kv.k, v=p.kv.v, k_scale=one, v_scale=one))
+    wide = replace(p, kv=KVView(k=p.kv.k.float(), v=p.kv.v.float(), k_scale=None, v_scale=None))
+    assert torch.equal(decode(stored, 3)[p.owned], decode(wide, 3)[p.owned])
 
 
 def test_a_ring_that_wraps_inside_a_tile() -> None:

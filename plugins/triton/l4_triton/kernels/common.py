@@ -72,6 +72,14 @@ def widen_pairs(x, DTYPE: tl.constexpr, CONVERTS: tl.constexpr):
 
 
 @triton.jit
+def as_operand(x, DTYPE: tl.constexpr):
+    """Stored keys or values as an operand of a dot; uint8 are the bits of e4m3."""
+    if x.dtype == tl.uint8:
+        x = (((x.to(tl.uint16) & 0x80) << 8) | ((x.to(tl.uint16) & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+    return x.to(DTYPE)
+
+
+@triton.jit
 def as_query(x, DTYPE: tl.constexpr):
     """Queries in the type dots are made in. bfloat16 reaches further than float16: what lies beyond saturates, as keys did when they were stored."""
     if DTYPE == tl.float16 and x.dtype == tl.bfloat16:  # noqa: SIM300
@@ -144,7 +152,7 @@ def attend_tiles(
     q: [M, D] in the type dots are made in.  k, v: pointers to this KV head.  limit: keys the sequence owns; nothing from there on is read, for it
     may be NaN and 0 · NaN is NaN.  MASKED: False promises that every row sees every key.  The next tile's pages are loaded a tile ahead.
 
-    PAIRS: k and v are e4m3, read as uint16, strides too. A matrix instruction wants what is added up to lie side by side in a register; 16-bit values
+    PAIRS: k and v are e4m3, read as uint16, strides too, for dots of 16 bits. A matrix instruction wants what is added up to lie side by side in a register; 16-bit values
     can be turned that way on their way out of shared memory, eight-bit ones cannot. So dimensions 0, 2, 4 … make one product, 1, 3, 5 … another.
     """
     pages = page_ids(table_row, begin, limit, width, PAGE, CHUNK > 0, BLOCK_N)
@@ -191,7 +199,7 @@ def attend_tiles(
             key = n + tl.arange(0, BLOCK_N)
             owned = key < limit
             keys = load_rows(k_at, owned, MASKED)
-            scores = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision="ieee")
+            scores = tl.dot(q, tl.trans(as_operand(keys, q.dtype)), input_precision="ieee")
             weights, shrink, top, total = soften(
                 scores,
                 top,
@@ -208,6 +216,8 @@ def attend_tiles(
                 TREE,
             )
             values = load_rows(v_at, owned, MASKED)
-            acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
+            acc = tl.dot(
+                weights.to(q.dtype), as_operand(values, q.dtype), acc * shrink[:, None], input_precision="ieee"
+            )
             pages = pages_ahead
     return acc, top, total
