@@ -14,8 +14,8 @@ from l4core.ops.packed import SMALL_WEIGHT, packed_linear
 THIN = {"AVX2": range(1, 65), "AVX512": range(9, 65)}.get(torch.backends.cpu.get_cpu_capability(), range(0))
 """Numbers of rows for which this processor's BLAS is faster on weight · xᵀ than on x · weightᵀ: up to three times, measured in
 docs/decisions/001-cpu-experts.md."""
-FEW_ROWS, LARGE_WEIGHT = 32, 1 << 22
-"""Up to so many rows, and from so many elements on, a product on a GPU is nothing but reading the weight."""
+FEW_ROWS, LARGE_WEIGHT, LARGE_FOR_ONE = 32, 1 << 22, 1 << 21
+"""Up to so many rows, and from so many elements on (for a single row fewer), a product on a GPU is nothing but reading the weight."""
 HALF = (torch.bfloat16, torch.float16)
 SAME_ORDER_ROWS = 4
 """From this many rows on BLAS adds the terms of a small product in one order, so that a request alone gets the bits it gets in a batch."""
@@ -46,7 +46,7 @@ def _on_device(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) 
         x.is_cuda
         and x.shape[0] <= FEW_ROWS
         and weight.dtype in HALF
-        and weight.numel() >= LARGE_WEIGHT
+        and weight.numel() >= (LARGE_FOR_ONE if x.shape[0] == 1 else LARGE_WEIGHT)
         and has_kernels(x)
     ):
         from l4core.ops.skinny_triton import gains, skinny_linear, tile_for

@@ -41,7 +41,7 @@ def gains(device: torch.device) -> bool:
 
 def tile_for(num_rows: int, depth: int) -> SkinnyTile | None:
     """None: torch's own product is faster, or the inputs do not divide into steps."""
-    if num_rows == 1 and depth % ONE_ROW.depth == 0:
+    if num_rows == 1 and depth % 8 == 0:
         return ONE_ROW
     if num_rows <= MORE_ROWS.rows and depth % MORE_ROWS.depth == 0:
         return FEW_ROWS if num_rows <= FEW_ROWS.rows else MORE_ROWS
@@ -49,7 +49,7 @@ def tile_for(num_rows: int, depth: int) -> SkinnyTile | None:
 
 
 def skinny_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, tile: SkinnyTile) -> torch.Tensor:
-    """x [M, K] · weight [N, K]ᵀ → out [M, N], sums in float32. M ≤ tile.rows, K a multiple of tile.depth; inner strides are 1."""
+    """x [M, K] · weight [N, K]ᵀ → out [M, N], sums in float32. M ≤ tile.rows, K a multiple of tile.depth unless tile.rows is 1; inner strides are 1."""
     num_rows, depth = x.shape
     num_out = weight.shape[0]
     _skinny_kernel[(triton.cdiv(num_out, tile.columns),)](
@@ -65,6 +65,7 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, tile
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
+        EVEN=depth % tile.depth == 0,
         DOT_TYPE=dot_type(x),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -87,6 +88,7 @@ def _skinny_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -100,8 +102,12 @@ def _skinny_kernel(
     if ROWS == 1:
         terms = tl.zeros([COLUMNS, DEPTH], dtype=tl.float32)
         for k in range(0, depth, DEPTH):
-            a = tl.load(x + k + at)
-            b = tl.load(w + k, eviction_policy="evict_first")
+            if EVEN:
+                a = tl.load(x + k + at)
+                b = tl.load(w + k, eviction_policy="evict_first")
+            else:
+                a = tl.load(x + k + at, mask=k + at < depth, other=0.0)
+                b = tl.load(w + k, mask=(k + at < depth)[None, :], other=0.0, eviction_policy="evict_first")
             terms += a.to(tl.float32)[None, :] * b.to(tl.float32)
         tl.store(out + column, tl.sum(terms, axis=1).to(out.dtype.element_ty), mask=mine)
     else:

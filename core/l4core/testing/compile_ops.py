@@ -84,7 +84,7 @@ def _heads(name: str, dtype: str, pages: str, *absent: str, few: bool = True) ->
     )
 
 
-def _skinny(name: str, tile: SkinnyTile) -> CoreKernel:
+def _skinny(name: str, tile: SkinnyTile, *, even: bool = True) -> CoreKernel:
     return CoreKernel(
         name=name,
         kernel=_skinny_kernel,
@@ -93,6 +93,7 @@ def _skinny(name: str, tile: SkinnyTile) -> CoreKernel:
             "ROWS": tile.rows,
             "COLUMNS": tile.columns,
             "DEPTH": tile.depth,
+            "EVEN": even,
             "DOT_TYPE": tl.bfloat16,
         },
         scalars={},
@@ -117,6 +118,7 @@ def _draft_shares(name: str, **absent: None) -> CoreKernel:
 
 KERNELS = (
     _skinny("one row", ONE_ROW),
+    _skinny("one short row", ONE_ROW, even=False),
     _skinny("few rows", FEW_ROWS),
     _skinny("more rows", MORE_ROWS),
     _norm("add and norm", "bf16"),
