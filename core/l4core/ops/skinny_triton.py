@@ -49,7 +49,8 @@ def tile_for(num_rows: int, depth: int) -> SkinnyTile | None:
 
 
 def skinny_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, tile: SkinnyTile) -> torch.Tensor:
-    """x [M, K] · weight [N, K]ᵀ → out [M, N], sums in float32. M ≤ tile.rows, K a multiple of tile.depth unless tile.rows is 1; inner strides are 1."""
+    """x [M, K] · weight [N, K]ᵀ → out [M, N], sums in float32. M ≤ tile.rows, K a multiple of tile.depth unless tile.rows is 1; inner
+    strides are 1."""
     num_rows, depth = x.shape
     num_out = weight.shape[0]
     _skinny_kernel[(triton.cdiv(num_out, tile.columns),)](

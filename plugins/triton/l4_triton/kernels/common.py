@@ -152,8 +152,9 @@ def attend_tiles(
     q: [M, D] in the type dots are made in.  k, v: pointers to this KV head.  limit: keys the sequence owns; nothing from there on is read, for it
     may be NaN and 0 · NaN is NaN.  MASKED: False promises that every row sees every key.  The next tile's pages are loaded a tile ahead.
 
-    PAIRS: k and v are e4m3, read as uint16, strides too, for dots of 16 bits. A matrix instruction wants what is added up to lie side by side in a register; 16-bit values
-    can be turned that way on their way out of shared memory, eight-bit ones cannot. So dimensions 0, 2, 4 … make one product, 1, 3, 5 … another.
+    PAIRS: k and v are e4m3, read as uint16, strides too, for dots of 16 bits. A matrix instruction wants what is added up to lie side by side in a
+    register; 16-bit values can be turned that way on their way out of shared memory, eight-bit ones cannot. So dimensions 0, 2, 4 … make one product
+    and 1, 3, 5 … another.
     """
     pages = page_ids(table_row, begin, limit, width, PAGE, CHUNK > 0, BLOCK_N)
     if PAIRS:
