@@ -304,7 +304,6 @@ class ServerConfig:
         aliases=("dp_size", "data_parallel_size"),
         unit="engines",
         minimum=1,
-        not_built=f"--dp: several engines behind one server: {LATER}",
     )
     nnodes: int = _opt(1, "machines that the ranks are spread over", PARALLEL, unit="machines", minimum=1)
     node_rank: int = _opt(

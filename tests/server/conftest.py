@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def start_server(checkpoint: Path) -> Callable[..., Running]:
         server: dict[str, Any] | None = None,
         policy: RestartPolicy | None = None,
         factory: str = "fake_engine:build",
-        layout: Layout | None = None,
+        layouts: Sequence[Layout] = (Layout(),),
     ) -> Running:
         running = Running()
 
@@ -141,7 +141,7 @@ def start_server(checkpoint: Path) -> Callable[..., Running]:
                 on_ready=on_ready,
                 factory=factory,
                 policy=policy or RestartPolicy(pause_seconds=0.0),
-                layout=layout,
+                layouts=layouts,
             )
             running.serving, running.loop = serving, asyncio.get_running_loop()
             await serving.run()

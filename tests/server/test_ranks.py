@@ -31,7 +31,7 @@ def start_ranks(start_server: Any, tp: int = 2, **engine: Any) -> Any:
     return start_server(
         engine={"tp": tp, "dist_timeout": TIMEOUT, "device": "cpu", **engine},
         policy=RestartPolicy(max_restarts=100, pause_seconds=0.0),
-        layout=local_layout(tp, TIMEOUT),
+        layouts=(local_layout(tp, TIMEOUT),),
     )
 
 

@@ -47,7 +47,7 @@ from l4core.engine.nursery import raise_ranks
 from l4core.engine.pace import paced
 from l4core.engine.turns import LeadEngine, RankedEngine, follow
 from l4core.errors import L4Error, RequestError
-from l4core.parallel.connect import Crew
+from l4core.parallel.connect import Crew, take_device
 from l4core.parallel.messages import Words
 from l4core.parallel.watchdog import LOST
 from l4core.parallel.wire import read_frame
@@ -205,6 +205,8 @@ def serve(
         mailbox = Mailbox(sock, left_alone)
         mailbox.start()
         if start.place.size == 1:
+            if start.place.num_local > 1:
+                take_device(detect(start.config.device).device_type, start.place)
             built = factory(start.config)
         else:
             crew = Crew(start.place, program_identity(start.config), partial(end_with_others, link))

@@ -19,6 +19,8 @@ from l4core.parallel.watchdog import HANG_FACTOR, LOST, Watchdog
 from l4core.parallel.wire import framed, read_frame
 
 if TYPE_CHECKING:
+    import torch
+
     from l4core.parallel.ranks import Ranks
 
 ECHO_SECONDS = 0.5
@@ -73,18 +75,13 @@ class Crew:
 
     def join(self, device_type: str) -> Ranks:
         """Into torch's collectives, on this rank's device, which becomes the current one. One such group a process."""
-        import torch
         from torch import distributed
 
         from l4core.parallel.ranks import Ranks
 
-        device = None
-        if device_type == "cpu":
-            _share_cores(self.place.num_local)
-        else:
-            device = torch.device(device_type, self.place.device)
-            torch.accelerator.set_device_index(device)
+        device = take_device(device_type, self.place)
         _name_interface(next(iter(self.met.steps.values())))
+        longest = max(JOIN_SECONDS, 2 * HANG_FACTOR * self.place.timeout)  # the watchdog is sooner
         backend = distributed.get_default_backend_for_device(device_type)
         distributed.init_process_group(
             backend,
@@ -97,12 +94,10 @@ class Crew:
             ),
             rank=self.place.rank,
             world_size=self.place.size,
-            timeout=timedelta(
-                seconds=max(JOIN_SECONDS, 2 * HANG_FACTOR * self.place.timeout)
-            ),  # the watchdog is sooner
+            timeout=timedelta(seconds=longest),
             device_id=device
             if backend == "nccl"
-            else None,  # connects now, so that what is wrong is known before the weights are read
+            else None,  # then it connects now, not when the weights have been read
         )
         group = distributed.group.WORLD
         if group is None:
@@ -113,12 +108,22 @@ class Crew:
         return "one of the other ranks" if self.place.rank == 0 else self.met.name(0)
 
 
-def _share_cores(num_local: int) -> None:
-    """Ranks on one CPU would each take all cores, and wait for each other."""
+def take_device(device_type: str, place: Place) -> torch.device:
+    """The one of this rank, which becomes the current one. Raises ConfigError where the machine has fewer."""
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // num_local))
+    if device_type == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:  # ranks on one CPU would each take all cores, and wait for each other
+            torch.set_num_threads(max(1, torch.get_num_threads() // place.num_local))
+        return torch.device("cpu")
+    found = torch.accelerator.device_count()
+    if place.device >= found:
+        raise ConfigError(
+            f"{place} is to have device {place.device}, and this machine has {found}",
+            fix=f"--tp times --dp at most {found}",
+        )
+    torch.accelerator.set_device_index(place.device)
+    return torch.device(device_type, place.device)
 
 
 def _name_interface(sock: socket.socket) -> None:

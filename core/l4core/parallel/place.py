@@ -97,6 +97,11 @@ def listening(host: str, port: int) -> socket.socket:
 
 def layouts(engine: EngineConfig, server: ServerConfig, environ: Mapping[str, str]) -> tuple[Layout, ...]:
     """One for each engine of this machine (`--dp`). Raises ConfigError for numbers that do not fit together."""
+    if ":" in engine.device and engine.tp * server.dp > 1:
+        raise ConfigError(
+            f"--device {engine.device} is one device, and --tp {engine.tp} --dp {server.dp} take {engine.tp * server.dp}",
+            fix=f"--device {engine.device.partition(':')[0]}; CUDA_VISIBLE_DEVICES and its like choose among them",
+        )
     if all(name in environ for name in TORCHRUN) and (int(environ["WORLD_SIZE"]) > 1 or engine.tp > 1):
         return (_from_torchrun(engine, server, environ),)
     if server.nnodes > 1:

@@ -44,12 +44,12 @@ def serve(
     A machine without rank 0 (`--node-rank`, torchrun) computes with the one that has it, and serves nothing.
     Raises ConfigError when the address is taken, the L4Error that kept the engine from starting, or EngineDeadError when it died too often.
     """
-    (layout,) = layouts(engine_config, server_config, os.environ)
-    if not layout.serves:
-        asyncio.run(Node(engine_config, server_config, layout, factory=factory).run())
+    placed = layouts(engine_config, server_config, os.environ)
+    if not placed[0].serves:
+        asyncio.run(Node(engine_config, server_config, placed[0], factory=factory).run())
         return
     serving = Serving(
-        engine_config, server_config, build_app=build_app, on_ready=on_ready, factory=factory, layout=layout
+        engine_config, server_config, build_app=build_app, on_ready=on_ready, factory=factory, layouts=placed
     )
     asyncio.run(serving.run())
 

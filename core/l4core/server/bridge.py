@@ -58,6 +58,20 @@ class Observer(Protocol):
     def restarted(self) -> None: ...
 
 
+def not_ready(state: EngineState) -> RequestError:
+    """There is no engine now."""
+    return RequestError(f"the engine is {state.value}; try again shortly", status=503, code="engine_not_ready")
+
+
+def full(num_active: int, most: int) -> RequestError:
+    """The queue holds no more."""
+    return RequestError(
+        f"{num_active} sequences are waiting or running and at most {most} may; try again shortly",
+        status=429,
+        code="queue_full",
+    )
+
+
 class UpdateStream:
     """What the engine says of the requests of one HTTP call, in order. Always `close()` it: that aborts what has not ended."""
 
@@ -230,18 +244,12 @@ class Bridge:
 
     def _check_ready(self) -> None:
         if self.state is not EngineState.READY:
-            raise RequestError(
-                f"the engine is {self.state.value}; try again shortly", status=503, code="engine_not_ready"
-            )
+            raise not_ready(self.state)
 
     def _admit(self, count: int) -> None:
         self._check_ready()
         if len(self._owners) + count > self._max_sequences:
-            raise RequestError(
-                f"{len(self._owners)} sequences are waiting or running and at most {self._max_sequences} may; try again shortly",
-                status=429,
-                code="queue_full",
-            )
+            raise full(len(self._owners), self._max_sequences)
 
     def _send(self, inbox: Inbox) -> None:
         if self._process is not None:

@@ -12,7 +12,7 @@ from msgspec import UNSET, UnsetType
 from l4core.chat.assemble import Assembler, TextDelta
 from l4core.errors import EngineDeadError, L4Error, RequestError
 from l4core.request import FinishReason, Request, SamplingParams, SequenceUpdate
-from l4core.server.bridge import UpdateStream
+from l4core.server.replicas import Updates
 from l4core.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from l4core.server.service import Service, off_loop_if_long
 
@@ -45,7 +45,7 @@ class Generation:
         params: SamplingParams,
         prompts: Sequence[Sequence[int]],
         answers: Sequence[Answer],
-        stream: UpdateStream,
+        stream: Updates,
         *,
         counts_output: bool,
     ) -> None:

@@ -18,10 +18,12 @@ from starlette.types import ASGIApp
 from l4core.config import EngineConfig, ServerConfig
 from l4core.errors import RequestError
 from l4core.parallel.place import Layout
+from l4core.request import StepStats
 from l4core.server.bridge import Bridge, RestartPolicy
 from l4core.server.listen import address, is_loopback, listen
 from l4core.server.log import configure_logging, log_level
 from l4core.server.metrics import Metrics
+from l4core.server.replicas import Engines, OneOfMany, Replicas
 from l4core.server.security import resolve_key
 from l4core.server.service import Loaded, Service, load_frontend, model_name
 
@@ -44,7 +46,7 @@ class _Http(uvicorn.Server):
 class Serving:
     """One server from start to end. `run` once; `stop` from a signal handler or another thread.
 
-    factory, policy: another engine and other restart limits, for tests.
+    layouts: the ranks of each engine.  factory, policy: another engine and other restart limits, for tests.
     """
 
     def __init__(
@@ -56,23 +58,14 @@ class Serving:
         on_ready: Callable[[str], None] | None = None,
         factory: str | None = None,
         policy: RestartPolicy | None = None,
-        layout: Layout | None = None,
+        layouts: Sequence[Layout] = (Layout(),),
     ) -> None:
         self._engine_config = engine_config
         self._server_config = server_config
         self._key = resolve_key(server_config.api_key, os.environ)
         self._on_ready = on_ready
         metrics = Metrics(model_name(engine_config))
-        self.bridge = Bridge(
-            engine_config,
-            max_sequences=server_config.max_queued_requests,
-            observer=metrics,
-            step_timeout=server_config.watchdog_timeout,
-            log_level=log_level(server_config),
-            factory=factory,
-            policy=policy,
-            layout=layout,
-        )
+        self.bridge = self._engines(metrics, factory, policy, layouts)
         self._service = Service(engine_config, server_config, bridge=self.bridge, metrics=metrics)
         self._http = _Http(_uvicorn_config(build_app(self._service, self._key), server_config))
         self._num_stops = 0
@@ -114,6 +107,27 @@ class Serving:
         )
         self._announce(ready.report, url)
         await self.bridge.run()
+
+    def _engines(
+        self, metrics: Metrics, factory: str | None, policy: RestartPolicy | None, layouts: Sequence[Layout]
+    ) -> Engines:
+        latest: dict[int, StepStats] = {}
+        bridges = [
+            Bridge(
+                self._engine_config,
+                max_sequences=self._server_config.max_queued_requests,
+                observer=metrics if len(layouts) == 1 else OneOfMany(metrics, latest, index),
+                step_timeout=self._server_config.watchdog_timeout,
+                log_level=log_level(self._server_config),
+                factory=factory,
+                policy=policy,
+                layout=layout,
+            )
+            for index, layout in enumerate(layouts)
+        ]
+        if len(bridges) == 1:
+            return bridges[0]
+        return Replicas(bridges, max_sequences=self._server_config.max_queued_requests)
 
     def _announce(self, report: Sequence[str], url: str) -> None:
         """The start-up block, on stdout."""

@@ -13,8 +13,9 @@ from l4core.config import EngineConfig, ServerConfig
 from l4core.engine.messages import Ready
 from l4core.errors import RequestError
 from l4core.request import Request
-from l4core.server.bridge import Bridge, EngineState, UpdateStream
+from l4core.server.bridge import EngineState
 from l4core.server.metrics import Metrics
+from l4core.server.replicas import Engines, Updates
 
 if TYPE_CHECKING:
     from l4core.engine.frontend import Frontend
@@ -39,7 +40,7 @@ class Service:
     """State of one server. draining: SIGTERM came; what runs may finish, nothing new is taken."""
 
     def __init__(
-        self, engine_config: EngineConfig, server_config: ServerConfig, *, bridge: Bridge, metrics: Metrics
+        self, engine_config: EngineConfig, server_config: ServerConfig, *, bridge: Engines, metrics: Metrics
     ) -> None:
         self.server_config = server_config
         self.bridge = bridge
@@ -94,7 +95,7 @@ class Service:
                 f"the request asks for {count} sequences (prompts × n); this server takes at most {limit}"
             )
 
-    def submit(self, requests: Sequence[Request]) -> UpdateStream:
+    def submit(self, requests: Sequence[Request]) -> Updates:
         """`Bridge.submit`, unless the server is draining (503)."""
         if self.draining:
             raise RequestError("the server is shutting down", status=503, code="draining")
