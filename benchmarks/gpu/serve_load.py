@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -117,14 +117,21 @@ def main() -> None:
             limits=parse_limits(args.sla),
             intrude=args.intrude,
         )
+        points = list[Mapping[str, Any]]()
+
+        def told(point: Mapping[str, Any]) -> None:
+            """Kept at once: whatever comes later, this was measured."""
+            points.append(point)
+            print(text_table(*serve_table(points)), flush=True)
+            if args.out:
+                args.out.write_text(json.dumps({"ready_s": ready_s, "options": args.options, "points": points}))
+
         with serving(folder, args.options) as (url, ready_s):
-            result = sweep(
-                Target(url=url), plan, lambda each: print(each["load"], f"{each['seconds']:.1f} s", flush=True)
-            )
+            result = sweep(Target(url=url), plan, told)
         if args.bandwidth:
             with_floor(result, text, args.bandwidth * 1e9, args.floor_weights)
     result |= {"ready_s": ready_s, "layers": args.layers, "options": args.options}
-    print(text_table(*serve_table(result["points"])))
+    print(text_table(*serve_table(result["points"])))  # once more, with the floor
     print(*notes(result["points"]), f"ready after {ready_s:.1f} s", sep="\n")
     if args.out:
         args.out.write_text(as_json(result))
