@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import io
 import json
 import pstats
@@ -54,6 +55,8 @@ def main() -> None:
     }
     if not on_device:
         leave_the_device_out(engine)
+    gc.collect()
+    gc.freeze()  # as the engine's own process does
     for loop in ("simple", "overlapped") if on_device else ("simple",):
         set_loop(engine, loop)
         results[loop] = measure(engine, args.requests)

@@ -114,17 +114,22 @@ class PendingDraws:
 
     def wait(self) -> StepTokens:
         """What the batch brought. The only place in a step where the host waits for the device."""
-        if self._others is None and not self._prompt_logprobs and all(not s.num_drafts for s in self._sequences):
+        if self._others is None and not self._prompt_logprobs and not any(s.num_drafts for s in self._sequences):
             ids = self._finite_ids()
             if ids is not None:
-                drawn = iter(ids)
-                return StepTokens(
-                    drawn=[
-                        DrawnTokens(request_id=s.request.request_id, token_ids=(next(drawn),) if s.draws else ())
-                        for s in self._sequences
-                    ]
-                )
+                return StepTokens(drawn=self._one_each(ids))
         return StepTokens(drawn=[one.tokens for one in self.verified()])
+
+    def _one_each(self, ids: list[int]) -> list[DrawnTokens]:
+        """ids: of the sequences that draw."""
+        if len(ids) == len(self._sequences):
+            pairs = zip(self._sequences, ids, strict=True)
+            return [DrawnTokens(request_id=seq.request.request_id, token_ids=(token,)) for seq, token in pairs]
+        left = iter(ids)
+        return [
+            DrawnTokens(request_id=seq.request.request_id, token_ids=(next(left),) if seq.draws else ())
+            for seq in self._sequences
+        ]
 
     def verified(self) -> list[Verified]:
         """The same, with the rows the tokens came from."""

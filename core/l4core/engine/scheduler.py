@@ -37,7 +37,6 @@ __all__ = ["Scheduler", "SchedulerLimits"]
 
 NO_PAGES: Mapping[str, NewPages] = MappingProxyType({})
 LAST_TOKEN_PENDING = (PENDING,)
-NO_GUESSES: Sequence[int] = ()
 NO_DRAFTS: Mapping[str, Draft] = MappingProxyType({})
 
 
@@ -165,10 +164,10 @@ class Scheduler:
         if len(tokens.drawn) != len(flight):
             raise ValueError(f"{len(tokens.drawn)} draws came for {len(flight)} scheduled sequences")
         updates, self._updates = self._updates, []
+        self._counts.computed([entry for _, entry in flight])
         for (seq, entry), drawn in zip(flight, tokens.drawn, strict=True):
             if seq.entry is entry:
                 seq.entry = None
-            self._counts.computed(entry)
             if not seq.finished and (update := self._take_in(seq, entry, drawn)) is not None:
                 updates.append(update)
         if flight:
@@ -213,14 +212,14 @@ class Scheduler:
     # --- one step's choice -------------------------------------------------------------------------------------------------------------
 
     def _split(self) -> tuple[list[SequenceState], list[SequenceState]]:
-        """Running sequences that have only their last token left to compute, and the others; each best first. One whose last token is in flight is
-        in neither."""
+        """Running sequences that have only their last token left to compute, and the others; each best first. One that has drawn all it may, known or
+        in flight, is in neither: the last token that is allowed is seen coming, an end by its id is not."""
         decodes: list[SequenceState] = []
         prefills: list[SequenceState] = []
         for seq in self._running:
             if not seq.is_decode:
                 prefills.append(seq)
-            elif seq.may_go_on:
+            elif seq.num_tokens - seq.prompt_len < seq.stops.max_output:
                 decodes.append(seq)
         return decodes, prefills
 
@@ -242,11 +241,22 @@ class Scheduler:
             if new_pages is None:
                 continue
             last = LAST_TOKEN_PENDING if seq.num_pending else seq.output_token_ids[-1:]
-            draft, guesses = NO_DRAFT, NO_GUESSES
-            if drafts:
-                draft = drafts.get(seq.request.request_id, NO_DRAFT)
-                most = min(spare, min(seq.tables.capacity, seq.last_slot) - seq.num_tokens)
-                guesses = draft.token_ids[: max(0, most)]
+            if not drafts:
+                seq.entry = ScheduledSequence(
+                    request=seq.request,
+                    row=seq.row,
+                    start=seq.num_computed,
+                    token_ids=last,
+                    new_pages=new_pages,
+                    draws=True,
+                    is_decode=True,
+                    output_token_ids=seq.output_token_ids,
+                )
+                chosen.append(seq)
+                continue
+            draft = drafts.get(seq.request.request_id, NO_DRAFT)
+            most = min(spare, min(seq.tables.capacity, seq.last_slot) - seq.num_tokens)
+            guesses = draft.token_ids[: max(0, most)]
             seq.entry = ScheduledSequence(
                 request=seq.request,
                 row=seq.row,
@@ -418,6 +428,8 @@ class Scheduler:
         request_id = seq.request.request_id
         if drawn.request_id != request_id or len(drawn.token_ids) != entry.draws:
             self._check_draws(entry, drawn)
+        elif entry.is_decode and not (entry.num_drafts or drawn.error or drawn.prompt_logprobs):
+            return self._take_in_token(seq, entry, drawn)
         if drawn.error and not drawn.token_ids:
             self._end(seq)
             return SequenceUpdate(request_id=request_id, finish_reason=FinishReason.ERROR, error=drawn.error)
@@ -450,6 +462,23 @@ class Scheduler:
             error=drawn.error if reason is FinishReason.ERROR else "",
             num_cached_tokens=(seq.num_cached or 0) if is_first else 0,  # told once
             num_drafted=entry.num_drafts,
+        )
+
+    def _take_in_token(self, seq: SequenceState, entry: ScheduledSequence, drawn: DrawnTokens) -> SequenceUpdate:
+        """What `_take_in` does, of a decode without guesses: nearly all there is to take in, so it is done with the fewest calls."""
+        reason = seq.settle_one(drawn.token_ids[0])
+        if entry.start + 1 >= seq.tables.next_commit and seq.row != NO_ROW:
+            self.kv.commit(seq.tables, entry.start + 1, seq.hashes)
+        request_id = seq.request.request_id
+        if reason is None:
+            return SequenceUpdate(request_id=request_id, new_token_ids=drawn.token_ids, logprobs=drawn.logprobs)
+        self._end(seq)
+        return SequenceUpdate(
+            request_id=request_id,
+            new_token_ids=drawn.token_ids,
+            logprobs=drawn.logprobs,
+            finish_reason=reason,
+            stop_token_id=drawn.token_ids[0] if reason is FinishReason.STOP else None,
         )
 
     def _check_draws(self, entry: ScheduledSequence, drawn: DrawnTokens) -> None:

@@ -70,11 +70,6 @@ class SequenceState:
         outputs = self.output_token_ids[max(0, begin - split) : end - split]
         return outputs if begin >= split else [*prompt[begin:], *outputs]
 
-    @property
-    def may_go_on(self) -> bool:
-        """Whether a token may follow those drawn, known or not: the last one that is allowed is seen coming, an end by its id is not."""
-        return self.num_tokens - self.prompt_len < self.stops.max_output
-
     def advance(self, entry: ScheduledSequence) -> None:
         """The entry is in a batch that will be computed: from now on its tokens count as computed, and a token it draws as drawn. Of a draft only
         the token before it is sure."""
@@ -109,6 +104,16 @@ class SequenceState:
         self.output_token_ids.append(token_id)
         self.num_tokens += 1
         stops, num_output = self.stops, len(self.output_token_ids)
+        if token_id in stops.end_ids and num_output > stops.min_output:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if num_output >= stops.max_output else None
+
+    def settle_one(self, token_id: int) -> FinishReason | None:
+        """`settle` and `append` of a decode that drew one token."""
+        self.num_pending -= 1
+        output, stops = self.output_token_ids, self.stops
+        output.append(token_id)
+        num_output = len(output)
         if token_id in stops.end_ids and num_output > stops.min_output:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_output >= stops.max_output else None

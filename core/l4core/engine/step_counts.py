@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from l4core.engine.batch import ScheduledSequence
 from l4core.engine.step_costs import piece_scores
@@ -22,13 +22,12 @@ class StepCounts:
         self._drafted: list[int] = []
         self._accepted: list[int] = []
 
-    def computed(self, entry: ScheduledSequence) -> None:
-        """A piece of a prompt, or a decode, was computed."""
-        if entry.is_decode:
-            self._num_decode += 1
-        else:
-            self._num_prefill += len(entry.token_ids)
-            self._scores += piece_scores(entry.start, len(entry.token_ids))
+    def computed(self, entries: Sequence[ScheduledSequence]) -> None:
+        """Pieces of prompts, and decodes, were computed."""
+        pieces = [entry for entry in entries if not entry.is_decode]
+        self._num_decode += len(entries) - len(pieces)
+        self._num_prefill += sum(len(piece.token_ids) for piece in pieces)
+        self._scores += sum(piece_scores(piece.start, len(piece.token_ids)) for piece in pieces)
 
     def hit(self, group: str, num_tokens: int) -> None:
         """Tokens of a prefix whose pages were there."""
