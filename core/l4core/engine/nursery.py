@@ -15,6 +15,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from l4core.engine.messages import Ended, frame
 
@@ -25,8 +26,8 @@ LEAVE_SECONDS = 5.0
 POLL_SECONDS = 0.01
 
 
-def raise_ranks(preload: str, fds: Sequence[int], report_fd: int, run: Callable[[int], int]) -> int:
-    """Forks a process for each of fds, which ends with the status of `run(fd)`; → 0, or 1 when one died. Its own children only are waited for.
+def raise_ranks(preload: str, fds: Sequence[int], report_fd: int, run: Callable[[int], int]) -> NoReturn:
+    """Forks a process for each of fds, which ends with the status of `run(fd)`, and ends with 0, or 1 when one died: it does not return.
 
     preload: module they need.  report_fd: socket that is told of each end.
     """
@@ -45,10 +46,10 @@ def raise_ranks(preload: str, fds: Sequence[int], report_fd: int, run: Callable[
         living[pid] = index
     for fd in fds:
         os.close(fd)
-    return _watch_over(living, report)
+    os._exit(_watch_over(living, report))  # taking torch down in good order is slow, and nothing here needs it
 
 
-def _be_rank(fd: int, others: Sequence[int], run: Callable[[int], int]) -> None:
+def _be_rank(fd: int, others: Sequence[int], run: Callable[[int], int]) -> NoReturn:
     """Does not return."""
     status = 1
     try:

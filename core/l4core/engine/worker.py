@@ -335,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve_fd = partial(_serve_fd, args.factory)
     if args.report is None:
         return serve_fd(args.fd[0])
-    return raise_ranks(args.factory.partition(":")[0], args.fd, args.report, serve_fd)
+    raise_ranks(args.factory.partition(":")[0], args.fd, args.report, serve_fd)
 
 
 def _serve_fd(factory: str, fd: int) -> int:
