@@ -28,10 +28,10 @@ def rank_of(model: str, layers: int = 48, weights: str = "bfloat16") -> Rank:
     return Rank(ranks=8, config=config, weights=weights_by_config(config, weights), kv_bytes=2, step_tokens=8192)
 
 
-def at_the_floor(rank: Rank) -> Measured:
+def at_the_floor(rank: Rank, load: Load = LOAD) -> Measured:
     """What a device of an H200's rates would take that wastes nothing."""
-    decode = rank.decode_floor(LOAD, LOAD.middle, H200.copy)
-    prefill = rank.prefill_floor(LOAD, CARDS["H200"])
+    decode = rank.decode_floor(load, load.middle, H200.copy)
+    prefill = rank.prefill_floor(load, CARDS["H200"])
     experts = rank.config.num_experts * (1 - (1 - 1 / rank.config.num_experts) ** 64)
     layers = rank.config.num_layers
     return Measured(decode_ms=decode * 1e3, prefill_ms=prefill * 1e3, experts=experts, layers=layers, rates=H200)
@@ -65,6 +65,10 @@ def test_without_link_costs_a_perfect_device_is_at_its_floor() -> None:
     rank = rank_of("maverick", weights="fp8")
     found = predict(at_the_floor(rank), rank, rank, LOAD, "H200", Link(bandwidth=1e30, latency=0))
     assert found.tokens_per_s == pytest.approx(found.floor_tokens_per_s)
+    over_a_border = dataclasses.replace(LOAD, input=8000)  # local layers see few keys behind it, many before
+    measured = at_the_floor(rank, over_a_border)
+    found_there = predict(measured, rank, rank, over_a_border, "H200", Link(bandwidth=1e30, latency=0))
+    assert found_there.tokens_per_s == pytest.approx(found_there.floor_tokens_per_s)
     slower = predict(at_the_floor(rank), rank, rank, LOAD, "H100-80GB", NVLINK)
     assert slower.decode_ms == pytest.approx(found.decode_ms * 4.25 / 3.03)
 
@@ -78,6 +82,7 @@ def test_experts_that_were_not_hit_are_added_and_layers_that_were_not_run() -> N
     lucky = dataclasses.replace(fewer, decode_ms=fewer.decode_ms + hit / H200.copy * 1e3, experts=4.0)
     found = predict(lucky, part, whole, LOAD, "H200", NVLINK)
     assert found.tokens_per_s == pytest.approx(full.tokens_per_s)
+    assert found.decode_ms == pytest.approx(full.decode_ms)
     said = assumptions(lucky, whole, LOAD, NVLINK)
     assert any("8 of 48 layers" in line for line in said)
     assert any("hit 4.0 of 16 experts" in line for line in said)

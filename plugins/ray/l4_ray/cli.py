@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
@@ -15,7 +17,7 @@ from l4core.launch_server import configs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serves until Ctrl-C; exits with 0, 1 (failed) or 2 (wrong usage)."""
+    """Serves until SIGINT or SIGTERM; exits with 0, 1 (failed) or 2 (wrong usage)."""
     try:
         _serve(*_arguments(sys.argv[1:] if argv is None else argv))
     except (ConfigError, click.UsageError) as error:
@@ -54,7 +56,9 @@ def _serve(ours: argparse.Namespace, rest: list[str]) -> None:
     from l4_ray.ranks import PlacedRanks, RankLostError, supervise
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    ray.init(address=ours.ray_address, ignore_reinit_error=True)
+    ray.init(address=ours.ray_address)
+    for sig in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own
+        signal.signal(sig, _interrupt)
     host = None if server.host == ServerConfig().host and not _given(rest, "--host") else server.host
     ranks = PlacedRanks.place(
         engine.tp,
@@ -71,6 +75,10 @@ def _serve(ours: argparse.Namespace, rest: list[str]) -> None:
         raise L4Error(str(error)) from error
     finally:
         ranks.close()
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _given(arguments: Sequence[str], option: str) -> bool:

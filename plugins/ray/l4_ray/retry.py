@@ -119,20 +119,16 @@ class _Begun:
 async def _try(ask: Ask, attempt: Attempt) -> _Whole | _Begun | ReplicaLostError:
     """As much of an answer as must be there before the client may be told anything."""
     parts = attempt(ask)
-    begun = None
     try:
         head = await anext(parts, None)
         if not isinstance(head, Head):
+            await parts.aclose()
             return ReplicaLostError("the replica said nothing")
         if head.streams:
-            begun = _Begun(head, _piece(await anext(parts, b"")), parts)
-            return begun
+            return _Begun(head, _piece(await anext(parts, b"")), parts)
         return _Whole(head, b"".join([_piece(part) async for part in parts]))
     except ReplicaLostError as error:
         return error
-    finally:
-        if begun is None:
-            await parts.aclose()
 
 
 def _piece(part: Part) -> bytes:

@@ -1,5 +1,5 @@
 """`l4-ray serve` over a cluster of two nodes, each a machine with an address of its own: the tokens of one rank on one machine; a killed engine and
-killed actors of either rank end in recovery; Ctrl-C leaves nothing. Prints what was seen as JSON, times in seconds. Needs root (helpers/machines.py).
+killed actors of either rank end in recovery; SIGTERM leaves nothing. Prints what was seen as JSON, times in seconds. Needs root.
 
     PYTHONPATH=tests python plugins/ray/tests/nodes_script.py CHECKPOINT
 """
@@ -59,7 +59,7 @@ def main() -> None:
                 kill = named(machine, what)[-1].kill
                 found[name] = trouble(url, expected, kill, lambda: None, started, gone=name == "actor of rank 0")
         finally:
-            launcher.send_signal(signal.SIGINT)
+            launcher.send_signal(signal.SIGTERM)
             found["exit"] = launcher.wait(60)
         found["left"] = sum(len(named(m, "l4core.engine.worker")) + len(named(m, "l4_ray.leash")) for m in machines)
     print("RESULT " + json.dumps(found), flush=True)
