@@ -180,6 +180,7 @@ def _triton_experts(platform: Platform, requirements: ExpertRequirements, kept: 
     return ExpertsUsable(
         tier=Tier.TUNED,
         graph=True,
+        skips=True,
         workspace_bytes=rows * (3 * requirements.intermediate_size + requirements.hidden_size) * itemsize,
         provider=f"triton {found}",
     )

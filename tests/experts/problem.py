@@ -25,7 +25,7 @@ class Problem:
         out = kernel.forward(self.x, self.ids, self.score, self.weights)
         assert out.dtype == self.x.dtype
         assert out.shape == self.x.shape
-        return float((out.double().cpu() - self.expected).abs().max() / self.expected.abs().max())
+        return float((out.double().cpu() - self.expected).abs().max() / self.expected.abs().max().clamp(min=1e-30))
 
 
 def make(
@@ -39,7 +39,8 @@ def make(
     device: str = "cpu",
     seed: int = 0,
 ) -> Problem:
-    """Weights are float64 draws rounded to `dtype` before the expectation is computed, so that a kernel's error is its own."""
+    """ids: −1 = an expert that another rank holds.
+    Weights are float64 draws rounded to `dtype` before the expectation is computed, so that a kernel's error is its own."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -50,7 +51,10 @@ def make(
     shared_gate_up, shared_down = draw(2 * inter, hidden), draw(hidden, inter)
     score = torch.rand(len(ids), generator=generator) * 0.9 + 0.05
     expected = torch.stack(
-        [_expert(row, gate_up[e], down[e], float(s)) for row, e, s in zip(x, ids, score, strict=True)]
+        [
+            _expert(row, gate_up[e], down[e], float(s) if e >= 0 else 0.0)
+            for row, e, s in zip(x, ids, score, strict=True)
+        ]
     )
     if shared:
         expected += torch.stack([_expert(row, shared_gate_up, shared_down, 1.0) for row in x])

@@ -8,6 +8,8 @@ from l4core.experts.portable import TorchExperts
 from l4core.ops.router import route
 
 CASES = {"one token": [3], "one expert": [2] * 9, "each its own": [0, 1, 2, 3, 4], "mixed": [4, 1, 1, 4, 2, 0, 4]}
+CASES |= {"some elsewhere": [-1, 3, -1, 0, 3], "one and the rest elsewhere": [-1, 2], "all elsewhere": [-1, -1, -1]}
+"""−1: another rank holds the expert."""
 
 
 @pytest.mark.parametrize("ids", CASES.values(), ids=CASES.keys())

@@ -185,13 +185,14 @@ def _few_gate_up_kernel(
 
 @triton.jit
 def _find_group(expert_ids, num_tokens, group, BLOCK_M: tl.constexpr):
-    """→ (the group-th distinct expert, counted from 0 in order of its first token, −1 when there are fewer; which tokens have it)."""
+    """→ (the group-th distinct expert, counted from 0 in order of its first token, −1 when there are fewer; which tokens have it). A token's −1 is an
+    expert that another rank holds."""
     t = tl.arange(0, BLOCK_M)
     inside = t < num_tokens
     ids = tl.load(expert_ids + t, mask=inside, other=-1)
     others = tl.load(expert_ids + t, mask=inside, other=-1)
     earlier = (ids[:, None] == others[None, :]) & (t[None, :] < t[:, None])
-    first = inside & (tl.max(earlier.to(tl.int32), axis=1) == 0)
+    first = inside & (ids >= 0) & (tl.max(earlier.to(tl.int32), axis=1) == 0)
     rank = tl.cumsum(first.to(tl.int32), 0) - 1
     hit = tl.max(tl.where(first & (rank == group), ids, -1), 0)
     return hit, inside & (ids == hit)
@@ -252,15 +253,24 @@ def _few_down_kernel(
     t = tl.arange(0, BLOCK_M)
     inside = t < num_tokens
     mine = inside
+    ids = tl.load(expert_ids + t, mask=inside, other=-1)
     expert = group
     weight = down
     source = h
+    if not SHARED:
+        if group == 0:  # tokens whose expert another rank holds
+            n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+            nothing = tl.zeros((BLOCK_M, BLOCK_N), out.dtype.element_ty)
+            elsewhere = inside & (ids < 0)
+            tl.store(
+                out + t.to(tl.int64)[:, None] * H + n[None, :], nothing, mask=elsewhere[:, None] & (n < H)[None, :]
+            )
     if SHARED and group < 0:
         weight = shared_down
         source = h + num_tokens.to(tl.int64) * I
     else:
         expert = tl.load(hits + group)
-        mine = inside & (tl.load(expert_ids + t, mask=inside, other=-1) == expert)
+        mine = inside & (ids == expert)
         weight = down + expert.to(tl.int64) * stride_expert
     if expert >= 0 or group < 0:
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -288,7 +298,7 @@ def _few_down_kernel(
             tl.debug_barrier()  # all of this program's sums are written before it counts itself
             if tl.atomic_add(turns + column, 1, sem="acq_rel") == num_hits:
                 kept = inside[:, None] & (n < H)[None, :]
-                routed = tl.load(parts + at, mask=kept, other=0.0, volatile=True)
+                routed = tl.load(parts + at, mask=kept & (ids >= 0)[:, None], other=0.0, volatile=True)
                 shared = tl.load(parts + half + at, mask=kept, other=0.0, volatile=True)
                 tl.store(out + at, (shared + routed).to(out.dtype.element_ty), mask=kept)
         else:

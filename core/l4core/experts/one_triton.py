@@ -87,7 +87,11 @@ def _one_gate_up_kernel(
         weight = shared_gate_up
         scale = 1.0
     else:
-        weight = gate_up + tl.load(expert_ids).to(tl.int64) * stride_expert
+        expert = tl.load(expert_ids)
+        if expert < 0:  # another rank's
+            tl.store(h + group * I + n, tl.zeros([COLUMNS], h.dtype.element_ty))
+            return
+        weight = gate_up + expert.to(tl.int64) * stride_expert
         scale = tl.load(score)
     k = tl.arange(0, DEPTH)
     gate_at = weight + n[:, None] * H + k[None, :]
@@ -137,7 +141,12 @@ def _one_down_kernel(
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, DEPTH)
     at = n[:, None] * I + k[None, :]
-    routed = down + tl.load(expert_ids).to(tl.int64) * stride_expert
+    expert = tl.load(expert_ids)
+    if not SHARED:
+        if expert < 0:
+            tl.store(out + n, tl.zeros([COLUMNS], out.dtype.element_ty))
+            return
+    routed = down + tl.maximum(expert, 0).to(tl.int64) * stride_expert
     terms = tl.zeros([COLUMNS, DEPTH], tl.float32)
     for begin in range(0, I, DEPTH):
         terms += _products(h + SHARED * I, routed + at, begin, k, I, DEPTH)

@@ -63,7 +63,8 @@ class QuantisedExperts(ExpertKernel):
                 _matrix(weights.shared_gate_up, weights.shared_gate_up_scale),
                 _matrix(weights.shared_down, weights.shared_down_scale),
             )
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        make = torch.zeros_like if shared is None else torch.empty_like  # rows without an expert here stay 0
+        out = make(x, memory_format=torch.contiguous_format)
         call = _Call(self, expert_ids, score, x, eight=tiles.eight)
         rows = call.rows(x)
         if x.shape[0] <= FEW_TOKENS:

@@ -22,7 +22,8 @@ SCAN_BLOCK = 1024
 
 
 def sort_by_expert(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """expert_ids int32 [T] → (order int32 [T]: sorted row → token, stable; ends int32 [E]: the row behind each expert's last)."""
+    """expert_ids int32 [T] → (order int32 [T]: sorted row → token, stable; ends int32 [E]: the row behind each expert's last). Tokens whose expert
+    another rank holds, −1, come behind all others."""
     num_tokens = expert_ids.shape[0]
     order = torch.empty_like(expert_ids)
     ends = expert_ids.new_empty(num_experts)
@@ -97,7 +98,7 @@ def sorted_down(
     num_tokens, inter = h.shape
     num_experts, hidden = down.shape[0], down.shape[1]
     add = out is not None
-    out = h.new_empty(num_tokens, hidden) if out is None else out
+    out = h.new_zeros(num_tokens, hidden) if out is None else out  # rows without an expert here stay 0
     _down_kernel[_grid(num_tokens, num_experts, hidden, tile)](
         _rows(h, tile) if tile.tma else h,
         _weight(down, tile) if tile.tma else down,
@@ -162,12 +163,16 @@ def _sort_kernel(
     e = tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_E,), tl.int32)
     before = tl.zeros((BLOCK_E,), tl.int32)
+    lost_before = tl.zeros((), tl.int32)
     for start in range(0, num_tokens, SCAN):
         t = start + tl.arange(0, SCAN)
-        ids = tl.load(expert_ids + t, mask=t < num_tokens, other=0)
-        total += tl.histogram(ids, BLOCK_E, mask=t < num_tokens)
+        ids = tl.load(expert_ids + t, mask=t < num_tokens, other=-1)
+        held = ids >= 0
+        total += tl.histogram(ids, BLOCK_E, mask=held)
         if start < begin:
-            before += tl.histogram(ids, BLOCK_E, mask=t < tl.minimum(begin, num_tokens))
+            earlier = t < tl.minimum(begin, num_tokens)
+            before += tl.histogram(ids, BLOCK_E, mask=earlier & held)
+            lost_before += tl.sum((earlier & (ids < 0)).to(tl.int32), 0)
     end = tl.cumsum(total, 0)
     if begin == 0:
         tl.store(ends + e, end, mask=e < num_experts)
@@ -178,6 +183,7 @@ def _sort_kernel(
     same = ids[:, None] == tl.load(expert_ids + others, mask=others < num_tokens, other=-1)[None, :]
     rank = tl.sum((same & (others[None, :] < t[:, None])).to(tl.int32), 1)
     first = tl.sum(tl.where(ids[:, None] == e[None, :], (end - total + before)[None, :], 0), 1)
+    first = tl.where(ids < 0, tl.sum(total, 0) + lost_before, first)
     tl.store(order + first + rank, t, mask=inside)
 
 

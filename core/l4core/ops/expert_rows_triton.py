@@ -17,7 +17,8 @@ FEW, MANY, ALL = (tl.constexpr(mode) for mode in range(3))
 
 @triton.jit
 def few_rows(ids, entry, num_tokens, E: tl.constexpr, BLOCK_T: tl.constexpr):
-    """→ (expert, rows [BLOCK_T], tokens, which of them count, number of entries that work). ids: int32 [T]. An idle entry has expert −1."""
+    """→ (expert, rows [BLOCK_T], tokens, which of them count, number of entries that work). ids: int32 [T], −1 where another rank
+    holds the expert. An idle entry has expert −1."""
     t = tl.arange(0, BLOCK_T)
     inside = t < num_tokens
     mine = tl.load(ids + t, mask=inside, other=-1)
@@ -26,7 +27,7 @@ def few_rows(ids, entry, num_tokens, E: tl.constexpr, BLOCK_T: tl.constexpr):
     same = (mine == expert) & inside
     first = tl.min(tl.where(same, t, BLOCK_T), 0)
     earlier = (mine[:, None] == mine[None, :]) & (t[None, :] < t[:, None])
-    working = tl.sum(tl.where(inside & (tl.sum(earlier.to(tl.int32), 1) == 0), 1, 0), 0)
+    working = tl.sum(tl.where(inside & (mine >= 0) & (tl.sum(earlier.to(tl.int32), 1) == 0), 1, 0), 0)
     expert = tl.where(shared, E, tl.where(first == entry, expert, -1))
     return expert, tl.where(shared, num_tokens + t, t), t, tl.where(shared, inside, same), working
 
@@ -86,7 +87,7 @@ def weight_of(MODE: tl.constexpr, weight, shared_weight, expert, stride, E: tl.c
 
 @triton.jit
 def add_parts(
-    MODE: tl.constexpr, sums, acc, rows, tokens, inside, n, part, num_tokens, width, counter, wanted, SHARED: tl.constexpr,
+    MODE: tl.constexpr, ids, sums, acc, rows, tokens, inside, n, part, num_tokens, width, counter, wanted, SHARED: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Leaves acc [BLOCK_N, BLOCK_T] in sums float32 [PARTS, rows, width]; → (true for the last of `wanted` programs, then with the sum over parts
@@ -95,11 +96,14 @@ def add_parts(
     tl.store(sums + part * size + rows.to(tl.int64)[None, :] * width + n[:, None], acc, mask=inside[None, :])
     last = is_last(counter, wanted)
     kept = tokens < num_tokens
+    routed = kept
+    if MODE == FEW:
+        routed = tl.load(ids + tokens, mask=kept, other=-1) >= 0
     total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     if last:
         at = tokens.to(tl.int64)[None, :] * width + n[:, None]
         for i in tl.static_range(PARTS):
-            total += tl.load(sums + i * size + at, mask=kept[None, :], other=0.0, cache_modifier=".cg")
+            total += tl.load(sums + i * size + at, mask=routed[None, :], other=0.0, cache_modifier=".cg")
             if SHARED:
                 behind = num_tokens.to(tl.int64) * width
                 total += tl.load(sums + i * size + behind + at, mask=kept[None, :], other=0.0, cache_modifier=".cg")

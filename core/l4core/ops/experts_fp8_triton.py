@@ -146,7 +146,7 @@ def fp8_down(
         if MODE == FEW:
             wanted, counter = PARTS * (working + SHARED), counters + block
         last, acc, kept = add_parts(
-            MODE, sums, acc, rows, tokens, inside, n, part, num_tokens, hidden, counter, wanted, SHARED, PARTS, BLOCK_N, BLOCK_T
+            MODE, ids, sums, acc, rows, tokens, inside, n, part, num_tokens, hidden, counter, wanted, SHARED, PARTS, BLOCK_N, BLOCK_T
         )  # fmt: skip
         if not last:
             return

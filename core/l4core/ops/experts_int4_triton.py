@@ -185,6 +185,7 @@ def int4_down(
             wanted, counter = PARTS * (working + SHARED), counters + block
         last, acc, kept = add_parts(
             MODE,
+            ids,
             sums,
             acc,
             rows,
