@@ -199,6 +199,13 @@ def _find_group(expert_ids, num_tokens, group, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def _zero(out, t, rows, column, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = out + t.to(tl.int64)[:, None] * H + n[None, :]
+    tl.store(at, tl.zeros((BLOCK_M, BLOCK_N), out.dtype.element_ty), mask=rows[:, None] & (n < H)[None, :])
+
+
+@triton.jit
 def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
     if SWAP:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -252,19 +259,11 @@ def _few_down_kernel(
     group = tl.program_id(1) - SHARED  # −1: the shared expert
     t = tl.arange(0, BLOCK_M)
     inside = t < num_tokens
-    mine = inside
     ids = tl.load(expert_ids + t, mask=inside, other=-1)
-    expert = group
-    weight = down
-    source = h
-    if not SHARED:
-        if group == 0:  # tokens whose expert another rank holds
-            n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-            nothing = tl.zeros((BLOCK_M, BLOCK_N), out.dtype.element_ty)
-            elsewhere = inside & (ids < 0)
-            tl.store(
-                out + t.to(tl.int64)[:, None] * H + n[None, :], nothing, mask=elsewhere[:, None] & (n < H)[None, :]
-            )
+    mine, expert = inside, group
+    weight, source = down, h
+    if not SHARED and group == 0:
+        _zero(out, t, inside & (ids < 0), column, H, BLOCK_M, BLOCK_N)  # tokens whose expert another rank holds
     if SHARED and group < 0:
         weight = shared_down
         source = h + num_tokens.to(tl.int64) * I

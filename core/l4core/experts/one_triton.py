@@ -142,10 +142,9 @@ def _one_down_kernel(
     k = tl.arange(0, DEPTH)
     at = n[:, None] * I + k[None, :]
     expert = tl.load(expert_ids)
-    if not SHARED:
-        if expert < 0:
-            tl.store(out + n, tl.zeros([COLUMNS], out.dtype.element_ty))
-            return
+    if not SHARED and expert < 0:
+        tl.store(out + n, tl.zeros([COLUMNS], out.dtype.element_ty))
+        return
     routed = down + tl.maximum(expert, 0).to(tl.int64) * stride_expert
     terms = tl.zeros([COLUMNS, DEPTH], tl.float32)
     for begin in range(0, I, DEPTH):
