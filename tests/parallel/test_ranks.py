@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.rank_processes import run_processes
 from l4core.parallel.ranks import ALONE, Ranks
 from l4core.testing.thread_ranks import run_ranks
 
@@ -55,25 +54,6 @@ def test_an_error_of_one_thread_ends_all() -> None:
         run_ranks(3, fail)
 
 
-def _process(rank: int, size: int, folder: str) -> None:
-    from torch import distributed
-
-    store = distributed.FileStore(f"{folder}/store", size)
-    distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60)
-    )
-    torch.save(sums(Ranks(distributed.group.WORLD)), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("size", [2])
+@pytest.mark.parametrize("size", [2, 8])
 def test_processes(size: int, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    processes = [context.Process(target=_process, args=(rank, size, str(tmp_path))) for rank in range(size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    check([torch.load(tmp_path / f"{rank}.pt") for rank in range(size)])
+    check(run_processes(size, sums, tmp_path))

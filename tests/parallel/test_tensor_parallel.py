@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from helpers.rank_processes import run_processes
 from l4core.errors import ConfigError
 from l4core.parallel.agree import ROWS
 from l4core.parallel.ranks import ALONE
@@ -78,6 +80,16 @@ def test_sums_and_gathers_of_a_step_are_counted(scout: Path) -> None:
     served = serve_over(2, scout, asked, keep=False)[0]
     assert served.num_steps == 9
     assert served.counts == {"all_reduce": 9 * (2 * 4 + 1) + len(ROWS), "all_gather": 9 + 1 + len(ROWS)}
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 64), (8, 16)])
+def test_processes_over_gloo(
+    tmp_path: Path, scout: Path, scout_alone: Served, requests: Sequence[Request], size: int, count: int
+) -> None:
+    """The same as with threads, but sums are gloo's."""
+    some = requests[:count]
+    for rank in run_processes(size, partial(serve, scout, some, keep=False), tmp_path):
+        assert rank.tokens == {request.request_id: scout_alone.tokens[request.request_id] for request in some}
 
 
 def test_int4_groups_are_not_cut(tmp_path: Path) -> None:
