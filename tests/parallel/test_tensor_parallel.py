@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers.rank_processes import run_processes
+from l4core.engine.build import ModelMaker, build_engine
+from l4core.engine.capacity import load_config, rank_weight_bytes
 from l4core.errors import ConfigError
+from l4core.model.layout import parameters
 from l4core.parallel.agree import ROWS
-from l4core.parallel.ranks import ALONE
+from l4core.parallel.ranks import ALONE, Ranks
+from l4core.quant.formats import PLAIN, format_of
 from l4core.request import Request
 from l4core.testing.checkpoints import make_tiny_checkpoint
 from l4core.testing.drafts_eagle3 import make_tiny_draft
-from l4core.testing.rank_serving import Served, compare, mixed_requests, serve, serve_over
+from l4core.testing.rank_serving import Served, compare, mixed_requests, rank_config_of, serve, serve_over
+from l4core.testing.thread_ranks import run_ranks
 
 SCOUT = {"layers": 4, "hidden": 64, "heads": 40, "kv_heads": 8, "head_dim": 8, "inter": 128, "experts": 4, "vocab": 512}
 """Scout's ratio of query to KV heads, 40 to 8; three local layers and a global one."""
@@ -128,3 +135,27 @@ def test_eagle3(
         assert rank.tokens == alone.tokens
         differ = sum(a != b for a, b in zip(rank.guesses, alone.guesses, strict=True))
         assert differ <= len(alone.guesses) // 100
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "quantization"), [(1, 1, None), (8, 1, None), (8, 8, "fp8"), (4, 2, "int4"), (16, 1, "fp8")]
+)
+def test_a_rank_takes_the_bytes_that_plan_says(tp: int, ep: int, quantization: str | None) -> None:
+    """Scout's whole shape, on the meta device."""
+    config = load_config("scout") if tp < 16 else dataclasses.replace(load_config("scout"), num_q_heads=48)
+    names = (parameter.name for parameter in parameters(config, ()))
+    formats = {name: kept for name in names if (kept := format_of(name, quantization)) != PLAIN}
+    ranks = Ranks()
+    ranks.rank, ranks.size = tp - 1, tp
+    model = ModelMaker(config=config, dtype=torch.bfloat16, formats=formats, ranks=ranks, ep=ep)(1)
+    planned = rank_weight_bytes(config, tp, quantization or "bfloat16", ep=ep)
+    assert sum(parameter.nbytes for parameter in model.parameters()) == planned
+
+
+def test_engines_of_ranks_agree_on_memory_and_report_who_they_are(scout: Path) -> None:
+    """Each counts its own weights; the smallest budget decides for all."""
+    built = run_ranks(4, lambda ranks: build_engine(rank_config_of(scout, ranks, ep=2), ranks=ranks, progress=False))
+    planned = rank_weight_bytes(built[0].model_config, 4, "bfloat16", ep=2) * 2  # float32 here
+    assert {one.budget.needs.weights for one in built} == {planned}
+    assert len({one.budget.kv for one in built}) == 1
+    assert any("4 compute the model together, experts dealt out to 2 groups" in line for line in built[0].report)

@@ -32,6 +32,7 @@ LIBRARIES = ("triton==3.6.0", "flash_attn_interface==3.0.0", "flashinfer==0.7.2"
 @click.option("--gpu", metavar="NAME", help="H100-80GB, H200, B200, MI300X, … (see an unknown one's error for all)")
 @click.option("--memory", type=click.FloatRange(min=0.1), metavar="GIB", help="memory of one device, instead of --gpu")
 @click.option("--tp", type=click.IntRange(min=1), default=1, metavar="N", help="tensor-parallel devices [1]")
+@click.option("--ep", type=click.IntRange(min=1), default=1, metavar="N", help="groups of them for the experts [1]")
 @click.option(
     "--quantization", type=click.Choice(["none", "fp8", "int4"]), default="none", help="of the weights [none]"
 )
@@ -78,6 +79,7 @@ def plan(
     gpu: str | None,
     memory: float | None,
     tp: int,
+    ep: int,
     quantization: str,
     kv_cache_dtype: str,
     draft: Path | None,
@@ -110,6 +112,7 @@ def plan(
     setup = Setup(
         memory_bytes=memory_of(gpu, memory),
         tp=tp,
+        ep=ep,
         formats=formats_of(model, config, None if quantization == "none" else quantization),
         weights="bfloat16" if quantization == "none" else quantization,
         kv_bytes=kv_bytes,

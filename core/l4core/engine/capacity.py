@@ -17,7 +17,7 @@ from l4core.model.config import ModelConfig
 from l4core.model.draft_size import check_draft_kv, draft_elements, draft_token_elements
 from l4core.model.eagle3_config import DraftConfig
 from l4core.model.layout import Parameter, parameters
-from l4core.model.slicing import check_world, rank_config, rank_shape
+from l4core.model.slicing import check_groups, check_world, rank_config, rank_shape
 from l4core.quant.formats import ONLINE, PLAIN, bytes_in, format_of, stored_bytes
 
 GIB = 1 << 30
@@ -53,7 +53,8 @@ RATIOS = (1.0, 0.8, 0.1, 0.01)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is asked. memory_bytes: of one device.  weights: one of WEIGHTS.  formats: by parameter, of a checkpoint that is quantised already.
+    """What is asked. memory_bytes: of one device.  tp: devices; ep: groups of them that the experts are dealt out to.
+    weights: one of WEIGHTS.  formats: by parameter, of a checkpoint that is quantised already.
     kv_bytes: of one stored element.  fraction: None = the default.
     local_ratio: cap on local KV (kv.planner.local_cap).  hybrid: local pages of finished chunks are dropped.
     workspace: of the attention backend, bytes.  num_tokens: computed in one step at most.  graphs: batches of captured decode steps.
@@ -61,6 +62,7 @@ class Setup:
 
     memory_bytes: int
     tp: int = 1
+    ep: int = 1
     weights: str = "bfloat16"
     formats: Mapping[str, str] | None = None
     kv_bytes: int = 2
@@ -94,6 +96,7 @@ class Capacity:
         needs = self.budget.needs
         return {
             "tp": self.setup.tp,
+            "ep": self.setup.ep,
             "memory_bytes": self.setup.memory_bytes,
             "weight_bytes": needs.weights,
             "draft_bytes": self.draft_bytes,
@@ -144,7 +147,7 @@ def capacity(config: ModelConfig, setup: Setup) -> Capacity:
         workspace += ITEM_BYTES * num_tokens * draft_token_elements(setup.draft, ranks=setup.tp)
     needs = needs_of(
         rank,
-        weights=rank_weight_bytes(config, setup.tp, setup.weights, setup.formats) + draft,
+        weights=rank_weight_bytes(config, setup.tp, setup.weights, setup.formats, setup.ep) + draft,
         workspace=workspace,
         num_tokens=num_tokens,
         max_running=setup.max_running,
@@ -183,18 +186,17 @@ def capacity(config: ModelConfig, setup: Setup) -> Capacity:
     )
 
 
-def rank_weight_bytes(config: ModelConfig, tp: int, weights: str, formats: Mapping[str, str] | None = None) -> int:
+def rank_weight_bytes(
+    config: ModelConfig, tp: int, weights: str, formats: Mapping[str, str] | None = None, ep: int = 1
+) -> int:
     """Bytes of the largest rank's share. weights: one of WEIGHTS; what each takes says quant.formats.  formats: those of a checkpoint that is
-    quantised already, by parameter, in place of that."""
-    check_world(config, tp)
+    quantised already, by parameter, in place of that.  ep: as Setup has it."""
+    check_world(config, tp, ep)
     quantization = None if weights == "bfloat16" else weights
-
-    def kept(name: str) -> str:
-        return format_of(name, quantization) if formats is None else formats.get(name, PLAIN)
-
-    return max(
-        sum(bytes_in(kept(p.name), rank_shape(p, rank, tp)) for p in parameters(config, ())) for rank in range(tp)
-    )
+    of = list(parameters(config, ()))
+    kept = {p.name: format_of(p.name, quantization) if formats is None else formats.get(p.name, PLAIN) for p in of}
+    check_groups(of, kept, tp, ep)
+    return max(sum(bytes_in(kept[p.name], rank_shape(p, rank, tp, ep)) for p in of) for rank in range(tp))
 
 
 def element_bytes(parameter: Parameter, weights: str) -> float:
