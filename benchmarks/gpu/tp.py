@@ -1,9 +1,10 @@
 """Several GPUs of one machine as one engine: does it compute what one computes, and how fast.
 
-    python benchmarks/gpu/tp.py [--ranks N] [--parts sums,tokens,logits,speed] [--sums nccl,direct] [--layers 8] [--batches 1,8,32,128]
-                                [--prefills 8x2048] [--json OUT]
+    python benchmarks/gpu/tp.py [--ranks N] [--parts sums,tokens,logits,speed] [--sums nccl,direct] [--ep 1,2] [--layers 8]
+                                [--batches 1,8,32,128] [--prefills 8x2048] [--json OUT]
 
-tokens   64 mixed requests in float32 on a small model with l4-triton: graphs, and every kernel launched from the host, against one GPU's tokens
+tokens   64 mixed requests in float32 on a small model with l4-triton against one GPU's tokens: graphs, every kernel launched from the host, experts
+         dealt out, an EAGLE3 draft, FP8 weights
 logits   the same in bfloat16: the difference from float32 on one GPU, of N ranks and of one; N ranks may have LOGITS times the error of one (the
          median of all rows: where a router's choice is a tie, one rounding sends a token elsewhere)
 sums     microseconds of a sum over ranks in a graph, by NCCL and by reading each other's memory
@@ -30,10 +31,11 @@ import torch
 import torch.distributed as dist
 from collectives import microseconds
 from decode import Bench, measure_rates
+from direct_sums import DirectRanks
 
-from l4core.parallel.direct import DirectRanks
 from l4core.parallel.ranks import ALONE, Ranks
 from l4core.testing.checkpoints import make_tiny_checkpoint
+from l4core.testing.drafts_eagle3 import make_tiny_draft
 from l4core.testing.rank_serving import Served, mixed_requests, serve
 
 SMALL = {
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, help="default: all GPUs here")
     parser.add_argument("--parts", default="tokens,logits,sums,speed")
     parser.add_argument("--sums", default="nccl", help="how speed adds up over ranks: nccl, direct, or both")
+    parser.add_argument("--ep", default="1", help="how speed deals out experts: 1, 2, …, or several")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batches", default="1,8,32,128")
     parser.add_argument("--prefills", default="8x2048")
@@ -117,6 +120,8 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             if self.is_first:
                 make_tiny_checkpoint(Path(folder), **SMALL)
+                target = json.loads((Path(folder) / "config.json").read_text())
+                make_tiny_draft(Path(folder) / "draft", target, aux_layers=(0, 2))
             shared = [folder]
             dist.broadcast_object_list(shared, src=0, group=self.control)
             yield Path(shared[0])
@@ -133,17 +138,32 @@ class Run:
 
     def tokens(self) -> None:
         requests = mixed_requests(64, vocab=SMALL["vocab"], max_tokens=24)
-        options = {"device": "cuda", "attention_backend": "triton", "cuda_graph_max_bs": 64}
+        options: dict[str, Any] = {"device": "cuda", "attention_backend": "triton", "cuda_graph_max_bs": 32}
+        fp8 = {"quantization": "fp8"}
         with self.small() as path:
-            alone: Served = self.by_one(lambda: serve(path, requests, ALONE, keep=False, **options))
-            made = {"nccl": self.ranks, "direct": self.direct()}
-            for name, ranks in made.items():
-                for eager in (False, True) if name == "nccl" else (False,):
-                    if ranks is None:
-                        continue
-                    served = serve(path, requests, ranks, keep=False, disable_cuda_graph=eager, **options)
-                    equal = sum(served.tokens[i] == alone.tokens[i] for i in alone.tokens)
-                    self.note(f"tokens, {name}, {'eager' if eager else 'graphs'}", f"{equal} of {len(requests)} equal")
+            draft = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(path / "draft")}
+            for alone, variants in (
+                (
+                    {},
+                    {
+                        "graphs": {},
+                        "eager": {"disable_cuda_graph": True},
+                        "ep": {"ep": self.ranks.size},
+                        "EAGLE3": draft,
+                    },
+                ),
+                (fp8, {"fp8": fp8}),
+            ):
+                wanted: Served = self.by_one(
+                    lambda own=alone: serve(path, requests, ALONE, keep=False, **options, **own)
+                )
+                self.note("tokens of one GPU", f"{time.perf_counter() - self.began:.0f} s {alone}")
+                for name, own in variants.items():
+                    served = serve(path, requests, self.ranks, keep=False, **options, **own)
+                    equal = sum(served.tokens[i] == wanted.tokens[i] for i in wanted.tokens)
+                    self.note(
+                        f"tokens, {name}", f"{equal} of {len(requests)} equal, {time.perf_counter() - self.began:.0f} s"
+                    )
                     every = [None] * self.ranks.size
                     dist.all_gather_object(every, served.tokens, group=self.control)
                     assert all(one == served.tokens for one in every), "ranks disagree"
@@ -190,8 +210,8 @@ class Run:
         gc.collect()
         torch.cuda.empty_cache()
 
-        def measure(name: str, ranks: Ranks) -> list[dict[str, Any]]:
-            bench = Bench(self.args.layers, batches, {}, {"temperature": 1.0}, ranks)
+        def measure(name: str, ranks: Ranks, ep: str = "1") -> list[dict[str, Any]]:
+            bench = Bench(self.args.layers, batches, {"ep": ep}, {"temperature": 1.0}, ranks)
             rows = []
             for batch in batches:
                 ms, floor, experts = bench.decode(batch, 1024, rates, profile=False)
@@ -204,11 +224,13 @@ class Run:
             return rows
 
         alone = self.by_one(lambda: measure("1 GPU", ALONE))
-        for kind in self.args.sums.split(","):
+        ways = [(kind, ep) for kind in self.args.sums.split(",") for ep in self.args.ep.split(",")]
+        for kind, ep in ways:
             ranks = self.ranks if kind == "nccl" else self.direct()
             if ranks is None:
                 continue
-            many = measure(f"{self.ranks.size} GPUs, {kind}", ranks)
+            way = kind if ep == "1" else f"{kind}, ep {ep}"
+            many = measure(f"{self.ranks.size} GPUs, {way}", ranks, ep)
             gc.collect()
             torch.cuda.empty_cache()
             for one, row in zip(alone, many, strict=True):
@@ -218,7 +240,7 @@ class Run:
                 floor = row["bytes_ms"] + sums
                 ratio, scaling = row["ms"] / floor, one["ms"] / row["ms"] / self.ranks.size
                 self.note(
-                    f"{kind}: {row['what']}",
+                    f"{way}: {row['what']}",
                     {
                         "ms": round(row["ms"], 3),
                         "one_gpu_ms": round(one["ms"], 3),

@@ -147,7 +147,7 @@ def note_guesses(speculation: Speculation, served: Served) -> None:
         served.guesses += sorted(drafts.items(), key=lambda item: item[0])
         return drafts
 
-    speculation.propose = noting  # type: ignore[method-assign]
+    speculation.propose = noting  # type: ignore[assignment, method-assign]
 
 
 def compare(served: Sequence[Served], alone: Served, *, tolerance: float = 1e-4) -> float:

@@ -2,6 +2,7 @@
 
 A ring of n ranks takes 2 (n − 1) turns, and for the few kilobytes of a decode step each turn is latency. Here there are two signals and no turn. The
 bits are the same on all ranks since all add in the same order. Larger tensors go the library's way, which moves fewer bytes.
+Not used by the engine: docs/decisions/025-ranks-and-the-model.md says why; `tp.py --sums nccl,direct` measures both.
 """
 
 from __future__ import annotations
