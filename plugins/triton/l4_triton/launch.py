@@ -152,9 +152,8 @@ def _common(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments and constants that both kernels take."""
     fp8 = kv.k.dtype.itemsize == 1
-    pairs = (
-        fp8 and q.dtype != torch.float32
-    )  # for float32 terms are added in the order of keys that are float32 themselves
+    # Float32 queries: terms are added in the order of keys that are float32 themselves.
+    pairs = fp8 and q.dtype != torch.float32
     k, v = (x.view(torch.uint16 if pairs else torch.uint8) if fp8 else x for x in (kv.k, kv.v))
     tree = meta.tree
     arguments = {
