@@ -1,4 +1,4 @@
-"""One decode of a long sequence by l4-triton on one KV head (a rank of eight of Scout), alone and beside chats: tiles, programs, the merge's block.
+"""One decode of a long sequence by l4-triton on one KV head (a rank of eight of Scout), alone and beside chats: tiles, programs, shares.
 
     python benchmarks/gpu/long_decode.py --out long-decode.json     [--warm: compile and compare with the definition only]
     python benchmarks/gpu/long_decode.py --chats 256 --out beside.json
@@ -28,8 +28,8 @@ TILES = {
     torch.float8_e4m3fn: [(64, 2, 4, 4), (64, 2, 5, 4), (64, 2, 3, 4), (64, 2, 6, 3), (64, 2, 3, 5), (64, 4, 4, 3), (64, 4, 5, 3), (64, 1, 4, 4)],
 }  # fmt: skip
 """Keys a tile, warps, stages, programs a multiprocessor."""
-MERGES = [(16, 128), (64, 128), (64, 64), (128, 64), (256, 32)]
-"""Parts and dimensions of a program of the merge, beside chats."""
+STARTS = [0, 2, 3, 4, 6]
+"""What beginning a sequence counts for, in tiles, beside chats."""
 
 
 def traits() -> Any:
@@ -97,16 +97,15 @@ def main() -> None:
         problem = Problem(dtype, 100_003 if args.warm else tokens, args.chats)
         ways = [(*way, None) for way in variants(dtype)]
         if args.chats:
-            ways = [(*next(variants(dtype)), merge) for merge in MERGES]
-        for tile, partials, merge in ways:
+            ways = [(*next(variants(dtype)), start) for start in STARTS]
+        for tile, partials, start in ways:
             record: dict[str, Any] = {
                 "dtype": str(dtype),
                 "tile": [tile.block_n, tile.warps, tile.stages],
                 "programs": partials.programs,
             }
-            if merge is not None:
-                record["merge"] = merge
-                launch.merge_block = lambda *_, merge=merge: dict(zip(("BLOCK_PARTS", "DIMS"), merge, strict=True))
+            if start is not None:
+                record["start"] = launch.START = start
             try:
                 problem.run(tile, partials)
                 record |= {"error": problem.error()} if args.warm else _times(problem, tile, partials)

@@ -8,8 +8,8 @@ from l4core.ops.device import has_kernels
 from l4core.ops.norm import HALF, add_rms_norm
 from l4core.ops.router import route
 
-FEW_TOKENS = 32
-"""Up to so many tokens one launch does both: each reads the router's weight by itself, so for many it would be read too often."""
+FEW_TOKENS, FEW_EXPERTS = 32, 16
+"""Up to so many one launch does both: each token reads the router's weight by itself, so many would read it too often, and a large one too slowly."""
 
 
 def norm_route(
@@ -18,7 +18,8 @@ def norm_route(
     """`add_rms_norm`, then `route` of its result → (normed [T, H], expert_ids int32 [T], score [T]). router: [E, H].
 
     Float32 always goes the separate ways, which add a token's terms in one order whatever the batch."""
-    if stream.dtype in HALF and stream.shape[0] <= FEW_TOKENS and has_kernels(stream):
+    few = stream.shape[0] <= FEW_TOKENS and router.shape[0] <= FEW_EXPERTS
+    if few and stream.dtype in HALF and has_kernels(stream):
         from l4core.ops.norm_route_triton import norm_route_triton
 
         return norm_route_triton(stream, update, weight, eps, router)

@@ -92,7 +92,7 @@ def compile_all(arch: str, variants: Sequence[Variant] = VARIANTS) -> Iterator[d
         tiles = tiles_for(arch, variant.q_dtype, variant.head_dim, variant.kv_dtype)
         if variant.rows:
             tile = tiles.split(variant.rows * variant.group)
-            shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "MIN_TILES": tiles.min_tiles}
+            shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "MIN_TILES": tiles.min_tiles, "START": 0}
             yield _compile(decode_kernel, variant, shape, arch, target, tile)
             key = (variant.q_dtype, variant.head_dim, variant.chunk > 0)
             if key not in merged:

@@ -20,10 +20,14 @@ FEW_SEQS = 32
 """Sequences up to which there may be few programs to merge, each with many parts: a long sequence alone has hundreds of parts and five rows."""
 
 
+START = 3
+"""Tiles that beginning an item is worth where there are more than FEW_SEQS sequences."""
+
+
 def merge_block(num_seqs: int, head_dim: int) -> dict[str, int]:
     """Parts and dimensions that a program of the merge takes at a time."""
     if num_seqs > FEW_SEQS:
-        return {"BLOCK_PARTS": 16, "DIMS": head_dim}
+        return {"BLOCK_PARTS": 64, "DIMS": head_dim}
     return {"BLOCK_PARTS": 512, "DIMS": 16}
 
 
@@ -105,6 +109,7 @@ def decode(
     rows = meta.max_seqlen_q * group
     items = kv_heads * triton.cdiv(rows, tile.block_m)
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "MIN_TILES": min_tiles}
+    blocks["START"] = START if meta.num_seqs > FEW_SEQS else 0
     arguments, constants = _common(q, kv, meta, out, lse, traits)
     early = {"PDL": True, "launch_pdl": True} if traits.starts_early else {"PDL": False}
     decode_kernel[(partials.programs,)](

@@ -55,6 +55,14 @@ def test_any_number_of_programs_shares_the_tiles(programs: int) -> None:
     assert_right(decode(problem(RAGGED), programs), problem(RAGGED))
 
 
+@pytest.mark.parametrize("programs", [1, 3, 8, 23, 90])
+def test_a_long_sequence_among_many(programs: int) -> None:
+    """Where there are many, each counts START tiles more than it has; boundaries of programs fall before, into and behind those."""
+    lengths = (*(0 if i % 11 == 5 else 1 + 7 * i % 40 for i in range(launch.FEW_SEQS)), 333, 1, 60)
+    case = Case(name="many", seq_lens=lengths, q_lens=(1,) * len(lengths), phase="decode")
+    assert_right(decode(problem(case), programs), problem(case))
+
+
 def test_a_program_takes_at_least_min_tiles() -> None:
     """With 12 tiles of which a program wants 8, one of forty works; partial results of others must not be looked for."""
     p = problem(RAGGED)

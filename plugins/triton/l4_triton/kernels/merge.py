@@ -31,6 +31,7 @@ def merge_kernel(
     MIN_TILES: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     DIMS: tl.constexpr,
+    START: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (num_seqs, items of a sequence, rows of a block that may exist × HEAD_DIM // DIMS). The line of tiles, and who took what of it, are
@@ -39,19 +40,19 @@ def merge_kernel(
         let_next_start()
     b, item, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) // (HEAD_DIM // DIMS)
     items = tl.num_programs(1)
-    tiles, ends, total_tiles, busy = tile_line(
-        cu_seqlens_q, seq_lens, num_seqs, items, programs, CHUNK, SEQS, BLOCK_N, MIN_TILES
+    lengths, ends, line, busy = tile_line(
+        cu_seqlens_q, seq_lens, num_seqs, items, programs, CHUNK, SEQS, BLOCK_N, MIN_TILES, START
     )
     ids = tl.arange(0, SEQS)
-    item_tiles = tl.sum(tl.where(ids == b, tiles, 0)).to(tl.int64)
-    begin = tl.sum(tl.where(ids == b, ends, 0)) - item_tiles * (items - item)
-    first = ((begin + 1) * busy - 1) // tl.maximum(total_tiles, 1)
-    last = ((begin + item_tiles) * busy - 1) // tl.maximum(total_tiles, 1)
+    length = tl.sum(tl.where(ids == b, lengths, 0)).to(tl.int64)
+    begin = tl.sum(tl.where(ids == b, ends, 0)) - length * (items - item)
+    first = ((begin + START + 1) * busy - 1) // tl.maximum(line, 1)
+    last = ((begin + length) * busy - 1) // tl.maximum(line, 1)
     if PDL:
         wait_for_last()
     token_0 = tl.load(cu_seqlens_q + b)
     seq_row = item // kv_heads * BLOCK_M + row
-    if (item_tiles == 0) | (first == last) | (seq_row >= (tl.load(cu_seqlens_q + b + 1) - token_0) * GROUP):
+    if (length == 0) | (first == last) | (seq_row >= (tl.load(cu_seqlens_q + b + 1) - token_0) * GROUP):
         return
 
     dim = tl.program_id(2) % (HEAD_DIM // DIMS) * DIMS + tl.arange(0, DIMS)
