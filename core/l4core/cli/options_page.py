@@ -12,8 +12,9 @@ HEAD = """# Options
 Generated from the table in `core/l4core/config.py` by `python -m l4core.cli.options_page`; do not edit.
 
 Every option has one name. `l4 serve`, `l4 generate`, `l4 chat` and `python -m l4core.launch_server` take it as a flag (`--context-length`,
-with `-` or `_`), a YAML file for `--config` as a key (`context_length`), and `LLM(...)` as a keyword (the groups before "Server"). The other
-spellings are those of SGLang and vLLM and mean the same. A yes/no option is a flag; `--no-…` takes back what a file sets.
+with `-` or `_`), a YAML file for `--config` as a key (`context_length`), and `LLM(...)` as a keyword (the groups before "Server", but of
+"Parallelism" the first three). The other spellings are those of SGLang and vLLM and mean the same. A yes/no option is a flag; `--no-…` takes back
+what a file sets.
 
 A flag beats the environment, and that beats the file. An unknown name is an error that names the nearest one, and so is an option given twice.
 """

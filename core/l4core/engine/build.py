@@ -37,6 +37,7 @@ from l4core.engine.resolve import (
     torch_dtype,
 )
 from l4core.engine.runner import Runner
+from l4core.engine.samplers import sampling_pipeline
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.engine.speculation import SpeculationPlan, create_speculation, draft_pace, plan_speculation
 from l4core.engine.start_report import Choices, start_report
@@ -59,9 +60,7 @@ from l4core.model.weights import fill_dummy, load_weights
 from l4core.parallel.agree import check_sums, least
 from l4core.parallel.ranks import ALONE, Ranks
 from l4core.platform import detect
-from l4core.plugin_api import Sampler
-from l4core.plugin_manager import Plugins, create_object, load_plugins
-from l4core.sampling.pipeline import SamplingPipeline
+from l4core.plugin_manager import Plugins, load_plugins
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +96,7 @@ def build_engine(
     model_config: for benchmarks of shapes that no folder holds (model.slicing.rank_config); weights are then dummy ones.
     """
     began = time.perf_counter()
+    progress = progress and ranks.rank == 0
     if config.tp != ranks.size:
         raise ConfigError(f"--tp is {config.tp}, and {ranks.size} ranks are here", fix=f"--tp {ranks.size}")
     if model_config is not None and config.load_format != "dummy":
@@ -248,19 +248,11 @@ def _wire(
         clear=selected.verdict.finite_tail,
         scales=scales,
     )
-    samplers = {
-        provided.entry.name: create_object(provided, Sampler)  # type: ignore[type-abstract]
-        for provided in plugins.samplers
-    }
-    if config.sampler not in samplers:
-        raise ConfigError(
-            f"--sampler {config.sampler!r} is unknown; there are {', '.join(sorted(samplers))}", fix="l4 plugins"
-        )
     runner = Runner(
         model,
         memory,
         selected.backend,
-        SamplingPipeline(samplers, vocab_size=model_config.vocab_size),
+        sampling_pipeline(config, plugins, model_config.vocab_size),
         groups=groups,
         page_size=plan.page_size,
         max_running=plan.max_running,

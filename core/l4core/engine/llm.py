@@ -1,4 +1,5 @@
-"""The offline API: `LLM(model=...).generate(prompts, SamplingParams(...))`. The engine runs in this process; prompts of any number are batched."""
+"""The offline API: `LLM(model=...).generate(prompts, SamplingParams(...))`. The engine runs in this process, or with `tp` in one a rank; prompts of
+any number are batched."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from l4core.chat.assemble import Assembler
 from l4core.config import EngineConfig, from_mapping
 from l4core.engine.batch import Inbox
 from l4core.engine.build import BuiltEngine, build_engine
+from l4core.engine.engine import Engine
 from l4core.engine.frontend import Frontend
 from l4core.engine.pace import paced
+from l4core.engine.remote import RemoteBuilt, build_remotely
 from l4core.errors import ConfigError, RequestError
 from l4core.request import CompletionOutput, Request, RequestOutput, SamplingParams, SequenceUpdate
 
@@ -23,7 +26,7 @@ PROMPTS = "a string, a list of strings, or a list of token-id lists"
 
 
 class LLM:
-    """One model in this process.
+    """One model in this process; with `tp` above 1 in processes of its own, one a rank, that end with it.
 
     model: folder or hub id.  options: every field of EngineConfig by its own name or an alias (`max_model_len`, `seed`, …); an unknown
     one is a ConfigError that names the nearest.
@@ -37,7 +40,9 @@ class LLM:
                 "LLM() takes engine options only; found one of the HTTP server", fix="l4 serve takes those"
             )
         self.config: EngineConfig = config
-        self._open: BuiltEngine | None = build_engine(config, progress=progress)
+        self._open: BuiltEngine | RemoteBuilt | None = (
+            build_engine(config, progress=progress) if config.tp == 1 else build_remotely(config)
+        )
         self._frontend = Frontend.from_plugins(
             config, self._built.model_config, self._built.folder, self._built.plugins
         )
@@ -46,7 +51,7 @@ class LLM:
     @property
     def report(self) -> tuple[str, ...]:
         """The start-up block: model, dtype, backend, KV, largest context."""
-        return self._built.report
+        return tuple(self._built.report)
 
     @property
     def context_length(self) -> int:
@@ -86,7 +91,9 @@ class LLM:
 
     def close(self) -> None:
         """Give the model's memory back. The object is of no use afterwards."""
-        self._open = None
+        made, self._open = self._open, None
+        if isinstance(made, RemoteBuilt):
+            made.engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -97,7 +104,7 @@ class LLM:
         self.close()
 
     @property
-    def _built(self) -> BuiltEngine:
+    def _built(self) -> BuiltEngine | RemoteBuilt:
         if self._open is None:
             raise ConfigError("this LLM is closed", fix="make another: LLM(model=...)")
         return self._open
@@ -122,7 +129,11 @@ class LLM:
     def _drive(self, jobs: Mapping[str, _Job], requests: Sequence[Request], use_tqdm: bool) -> None:
         """Step until every request ended. Leaving early (an error, Ctrl-C) aborts what is unfinished, so the engine stays usable."""
         engine, unfinished = self._built.engine, {r.request_id for r in requests}
-        inbox, step = Inbox(requests=requests), paced(engine, self.config.itl_target_ms, self._built.drafts)
+        inbox, is_here = (
+            Inbox(requests=requests),
+            isinstance(engine, Engine),
+        )  # the ranks of a remote one pace themselves
+        step = paced(engine, self.config.itl_target_ms if is_here else None, self._built.drafts)
         try:
             with tqdm(total=len(requests), unit="seq", disable=not use_tqdm or len(requests) < 8) as bar:
                 while unfinished:

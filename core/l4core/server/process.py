@@ -13,14 +13,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
 from l4core.config import EngineConfig
+from l4core.engine.last_words import LastWords
 from l4core.engine.messages import (
-    LOST_STATUS,
     TRACE_SIGNAL,
     Ended,
     Failed,
@@ -32,11 +31,11 @@ from l4core.engine.messages import (
     decode_for_server,
     frame,
 )
-from l4core.errors import EngineDeadError, RankLostError
+from l4core.engine.spawn import worker_command, worker_environment
+from l4core.errors import EngineDeadError
 from l4core.parallel.place import Place
 from l4core.parallel.wire import HEADER
 
-API_KEY_VARIABLE = "L4_API_KEY"
 LAST_BYTES_SECONDS = 0.2
 LAST_WORDS_SECONDS = 1.0
 """For the other ranks, once the first has ended."""
@@ -54,8 +53,7 @@ class EngineProcess:
         """lines: by place.  report: tells of the end of each of several ranks."""
         self._process, self._places = process, places
         self._lines, self._report = lines, report
-        self._failed: list[Failed] = []
-        self._ends: list[Ended] = []
+        self._words = LastWords(places)
         self._said: set[str] = set()
         self._exit = asyncio.create_task(self._watch(), name="engine-exit")
         self._listening = [
@@ -76,10 +74,10 @@ class EngineProcess:
             fds = [theirs.enter_context(there).fileno() for _, there in pairs]
             listeners = [place.listen_fd for place in places if place.listen_fd is not None]
             process = await asyncio.create_subprocess_exec(
-                *_command(fds[: len(places)], fds[-1] if many else None, factory),
+                *worker_command(fds[: len(places)], fds[-1] if many else None, factory),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[*fds, *listeners],
-                env=_without_key(os.environ),
+                env=worker_environment(),
                 process_group=0 if many else None,
             )
         lines = [await _Line.open(ours) for ours, _ in pairs]
@@ -102,10 +100,10 @@ class EngineProcess:
         while (message := await self._lines[0].receive()) is not None:
             if self._report is None or not isinstance(message, Failed):
                 return message
-            self._note(self._places[0], message)
+            self._words.failed(self._places[0], message)
         if self._listening:
             await asyncio.wait([self._exit, *self._listening], timeout=LAST_WORDS_SECONDS)
-        return self._first_cause()
+        return self._words.cause()
 
     async def abandon(self) -> None:
         """It hangs: have it write where (to stderr), then read and write no more. `stop` ends it."""
@@ -126,13 +124,13 @@ class EngineProcess:
             self._signal(signal.SIGKILL)
             await self._exit
         await asyncio.gather(*self._listening)
-        return self._ending()
+        return self._words.ending(self._process.returncode)
 
     async def _watch(self) -> None:
         """A child of the engine process may hold its end of the socket open after its death: the exit is watched too."""
         await self._process.wait()
         await asyncio.sleep(LAST_BYTES_SECONDS)  # its last words may still lie in the socket
-        if len(self._ends) < len(self._places):
+        if self._report is not None and not self._words.all_ended:
             self._signal(signal.SIGKILL)  # of the group: the nursery was killed, its ranks were not
         self._close()
 
@@ -140,25 +138,12 @@ class EngineProcess:
         with contextlib.suppress(EngineDeadError):  # broken off in the middle of a message
             while (message := await line.receive()) is not None:
                 if isinstance(message, Ended):
-                    self._ends.append(message)
+                    self._words.ended(message)
                 elif isinstance(message, Failed):
-                    self._note(place, message)
+                    self._words.failed(place, message)
                 elif isinstance(message, Log) and message.level >= logging.WARNING and message.text not in self._said:
                     self._said.add(message.text)  # eight ranks say the same
                     logging.getLogger(message.name).log(message.level, "%s: %s", place, message.text)
-
-    def _note(self, place: Place, words: Failed) -> None:
-        is_named = words.heard or place.rank == 0
-        self._failed.append(words if is_named else msgspec.structs.replace(words, message=f"{place}: {words.message}"))
-
-    def _first_cause(self) -> Failed | None:
-        """What the ranks say why they end, once. What one says itself is better than what another has heard of it; and that another one ended is
-        worth saying only where that is not one of these, whose end is known."""
-        failed, self._failed = self._failed, []
-        causes = [words for words in failed if words.kind != RankLostError.__name__]
-        own = [words for words in causes if not words.heard]
-        known = any(end.is_cause for end in self._ends)
-        return next(iter([*own, *causes] if known else [*own, *causes, *failed]), None)
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -170,12 +155,6 @@ class EngineProcess:
     def _close(self) -> None:
         for line in [*self._lines, *([] if self._report is None else [self._report])]:
             line.close()
-
-    def _ending(self) -> str:
-        if not self._ends:
-            return _describe(self._process.returncode)
-        first = next((end for end in self._ends if end.is_cause), self._ends[0])
-        return f"of {self._places[first.index]} {_describe(first.status)}"
 
 
 class _Line:
@@ -204,24 +183,3 @@ class _Line:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def _command(fds: Sequence[int], report: int | None, factory: str | None) -> list[str]:
-    command = [sys.executable, "-P", "-m", "l4core.engine.worker"]
-    for fd in fds:
-        command += ["--fd", str(fd)]
-    if report is not None:
-        command += ["--report", str(report)]
-    return command if factory is None else [*command, "--factory", factory]
-
-
-def _without_key(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environ.items() if name != API_KEY_VARIABLE}
-
-
-def _describe(status: int | None) -> str:
-    if status == LOST_STATUS:
-        return "ended"
-    if status is None or status >= 0:
-        return f"ended with exit status {status}"
-    return f"was ended by signal {signal.Signals(-status).name}"

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from l4core.engine.spawn import API_KEY_VARIABLE
 from l4core.errors import ConfigError, RequestError
 from l4core.server.failures import error_response
-from l4core.server.process import API_KEY_VARIABLE
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 
