@@ -121,9 +121,9 @@ class PendingDraws:
         return StepTokens(drawn=[one.tokens for one in self.verified()])
 
     def _one_each(self, ids: list[int]) -> list[DrawnTokens]:
-        """ids: of the sequences that draw."""
-        if len(ids) == len(self._sequences):
-            pairs = zip(self._sequences, ids, strict=True)
+        """ids: of the sequences that draw, and of padding."""
+        if len(self._plain) == len(self._sequences):
+            pairs = zip(self._sequences, ids, strict=False)
             return [DrawnTokens(request_id=seq.request.request_id, token_ids=(token,)) for seq, token in pairs]
         left = iter(ids)
         return [

@@ -1,0 +1,65 @@
+"""What a batch's draws become on the host: each token goes to the sequence that drew it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from l4core.engine.batch import ScheduledSequence
+from l4core.engine.draws import PendingDraws
+from l4core.request import Request, SamplingParams
+
+
+class Arrived:
+    """A download that is there: ids, and the largest logit of each row as draw_triton keeps it."""
+
+    def __init__(self, ids: Sequence[int], best: Sequence[float]) -> None:
+        bits = np.array(best, dtype=np.float32).view(np.int32)
+        self._rows = torch.from_numpy(np.array([ids, bits], dtype=np.int64))
+
+    def wait(self) -> torch.Tensor:
+        return self._rows
+
+
+def sequence(name: str, *, draws: bool) -> ScheduledSequence:
+    request = Request(
+        request_id=name,
+        prompt_token_ids=[1, 2, 3],
+        params=SamplingParams(max_tokens=5),
+        eos_token_ids=(),
+        max_total_tokens=8,
+    )
+    return ScheduledSequence(request=request, row=0, start=0, token_ids=[1], new_pages={}, draws=draws, is_decode=draws)
+
+
+def pending(which: str, best: Sequence[float] | None = None, padding: int = 0) -> PendingDraws:
+    """which: "d" for a sequence that draws, "p" for a prompt that is unfinished; ids count from 10."""
+    sequences = [sequence(f"{kind}{i}", draws=kind == "d") for i, kind in enumerate(which)]
+    num = which.count("d")
+    ids = [10 + i for i in range(num)]
+    arrived = Arrived(ids + [0] * padding, [*(best or [1.0] * num), *[0.0] * padding])
+    return PendingDraws(
+        sequences,
+        plain=np.ones(num, dtype=bool),
+        positions=np.full(num, 3),
+        drawn=arrived,  # type: ignore[arg-type]
+        others=None,
+        prompt_logprobs={},
+    )
+
+
+@pytest.mark.parametrize("which", ["ddd", "dpd", "pdd", "ddp", "pp"])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_each_token_goes_to_the_sequence_that_drew_it(which: str, padding: int) -> None:
+    ids = iter(range(10, 20))
+    wanted = [(f"{kind}{i}", [next(ids)] if kind == "d" else []) for i, kind in enumerate(which)]
+    assert [(d.request_id, list(d.token_ids)) for d in pending(which, padding=padding).wait().drawn] == wanted
+
+
+def test_a_row_without_a_number_ends_its_sequence_alone() -> None:
+    drawn = pending("dpdd", best=[1.0, float("nan"), 2.0]).wait().drawn
+    assert [list(d.token_ids) for d in drawn] == [[10], [], [], [12]]
+    assert [bool(d.error) for d in drawn] == [False, False, True, False]
