@@ -259,6 +259,33 @@ def test_compiling_and_stalls_do_not_starve_the_prompt() -> None:
     assert min(length for length, _ in steps[42:60]) > 800, "two stalls in a row changed what is known"
 
 
+def test_kernels_compiled_one_after_the_other_do_not_starve_the_prompt() -> None:
+    """Pieces of a new length meet kernels that are not compiled yet: seen on an H200, four slow steps in a row, and again later."""
+    stalls = {10: 190.0, 11: 190.0, 14: 140.0, 23: 175.0, 24: 175.0, 25: 160.0, 26: 485.0, 28: 1075.0}
+    steps = drive(SCOUT, 20.0, prompt_len=131_072, stalls=stalls)
+    assert len(steps) <= 1.1 * len(drive(SCOUT, 20.0, prompt_len=131_072))
+    assert sum(ms > 20 for number, (_, ms) in enumerate(steps) if number not in stalls) <= 0.02 * len(steps)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.5])
+def test_a_machine_that_changes_for_good_is_learned_anew(factor: float) -> None:
+    """Other requests' work, another clock: from step 60 on everything takes `factor` times as long."""
+    pace, clock = Pace(30.0, now := Clock()), now
+    took: list[tuple[int, float]] = []
+    for number in range(140):
+        inbox = pace.stamp(EMPTY)
+        assert inbox.step_costs is not None
+        length = StepBudget(8192, inbox.step_costs, 8).piece(0, 10**6, 64) if number >= 20 else 0
+        ms = (SCOUT.base + length * SCOUT.token) * (factor if number >= 60 else 1.0)
+        clock.seconds += ms / 1e3
+        pace.observe(
+            StepStats(num_prefill_tokens=length, num_prefill_scores=length**2 / 2, num_decode_tokens=8), busy=True
+        )
+        took.append((length, ms))
+    assert all(ms < 31 for _, ms in took[80:])
+    assert all(ms > 22 for _, ms in took[90:])
+
+
 def test_a_restless_machine_gives_prompts_half_of_the_room_at_least() -> None:
     """Every fifth step takes twice its time, whatever is in it."""
     steps = drive(SCOUT, 20.0, prompt_len=65_536, stalls=dict.fromkeys(range(3, 2000, 5), 10.0))
@@ -294,7 +321,7 @@ def test_idle_time_is_no_step() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 8192), st.integers(0, 10**6)), min_size=1, max_size=40))
 def test_fitted_costs_are_never_negative(steps: list[tuple[int, int]]) -> None:
-    fit, draw = Fit((1024.0, 1024.0 * 8192)), random.Random(0)
+    fit, draw = Fit((1024.0, 1024.0 * 8192), patience=6), random.Random(0)
     for tokens, start in steps:
         fit.add((tokens, piece_scores(start, tokens)), draw.uniform(0.1, 100), beside=5.0)
         assert all(value >= 0 for value in fit.coefficients)

@@ -20,6 +20,7 @@ OWN_UNITS = (1.0, 64.0)
 """Steps and decodes …"""
 PIECE_UNITS = (1024.0, 1024.0 * 8192.0)
 """… and prompt tokens and scores that cost one unknown each: all of them then lie between 0.1 and 100 ms."""
+DRIFT = 8
 SWEEPS = 8
 
 
@@ -60,7 +61,7 @@ class Pace:
         """target_ms: wanted between two tokens of a request.  clock: seconds."""
         self._target_ms, self._clock = target_ms, clock
         self._since: float | None = None
-        self._own, self._pieces = Fit(OWN_UNITS), Fit(PIECE_UNITS)
+        self._own, self._pieces = Fit(OWN_UNITS, patience=2), Fit(PIECE_UNITS, patience=6)
         self._num_decodes = 0
         self._most = FIRST_PREFILL_TOKENS
 
@@ -105,11 +106,11 @@ class Fit:
     last solution. What recent steps cannot tell apart keeps the split it had. error_ms: usual error of a prediction.
     """
 
-    def __init__(self, units: Sequence[float]) -> None:
-        self._units = units
-        self._solution, self._right = [0.0] * len(units), [0.0] * len(units)
-        self._matrix = [[0.0] * len(units) for _ in units]
-        self._known, self._strange, self.error_ms = False, 0, 0.0
+    def __init__(self, units: Sequence[float], patience: int) -> None:
+        """patience: slow steps in a row that are taken for accidents."""
+        self._units, self._patience = units, patience
+        self._known, self._strange = False, 0
+        self._forget()
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -123,22 +124,39 @@ class Fit:
     def add(self, features: Sequence[float], ms: float, *, beside: float = 0.0) -> bool:
         """Learn from one step → whether it counted. beside: ms of it that are known to be for something else.
 
-        One that took over four times what was expected (a kernel being compiled, a stalled machine) is let go, and so is a second: a third in a
-        row, or one that took less than a quarter, says that what was known is no longer so.
+        One that took over twice what was expected (a kernel being compiled, a stalled machine) is let go, `patience` times in a row. If that goes
+        on, what was known is no longer so: costs double with each such step until they fit. One that took less than half says so at once, for
+        nothing makes a step too fast; and so do DRIFT steps in a row that all took longer, or all shorter, by more than a tenth.
         """
         expected = beside + self.expected(features)
-        if self._known and ms > 4 * expected and self._strange < 2:
+        if self._known and ms > 2 * expected:
             self._strange += 1
-            return False
-        if self._known and not expected / 4 <= ms <= 4 * expected:
-            fresh = Fit(self._units)
-            self._solution, self._right, self._matrix = fresh._solution, fresh._right, fresh._matrix
-            self.error_ms = 0.0
+            if self._strange <= self._patience:
+                return False
+            self._forget()
+            ms = 2 * expected
         elif self._known:
-            self.error_ms += 0.1 * (abs(ms - expected) - self.error_ms)
-        self._strange, self._known = 0, True
+            self._strange = 0
+            if ms < expected / 2 or self._drifts(ms / expected):
+                self._forget()
+            else:
+                self.error_ms += 0.1 * (abs(ms - expected) - self.error_ms)
+        self._known = True
         self._learn([value / unit for value, unit in zip(features, self._units, strict=True)], max(0.0, ms - beside))
         return True
+
+    def _drifts(self, ratio: float) -> bool:
+        """ratio: of what a step took to what was expected."""
+        side = (ratio > 1.1) - (ratio < 1 / 1.1)
+        self._drift = 0 if not side else self._drift + side if self._drift * side > 0 else side
+        return abs(self._drift) >= DRIFT
+
+    def _forget(self) -> None:
+        self._drift = 0
+        num = len(self._units)
+        self._solution, self._right = [0.0] * num, [0.0] * num
+        self._matrix = [[0.0] * num for _ in range(num)]
+        self.error_ms = 0.0
 
     def _learn(self, x: Sequence[float], ms: float) -> None:
         for i, row in enumerate(self._matrix):
