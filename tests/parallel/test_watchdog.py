@@ -55,7 +55,7 @@ def watched() -> Iterator[Watched]:
     made = Watched()
     yield made
     made.watchdog.stop()
-    made.over.wait(2 * TIMEOUT / 10)  # its thread has seen that
+    made.watchdog.join()
     for sock in (made.ours, made.other, made.listener):
         sock.close()
 

@@ -12,7 +12,7 @@ import select
 import socket
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,10 @@ class _Joined:
         except ConnectionError:
             return True
 
+    def close(self) -> None:
+        for sock in filter(None, (self.beats, self.steps)):
+            sock.close()
+
 
 @dataclass
 class _Gathering:
@@ -94,6 +98,29 @@ class _Gathering:
 
     def run(self) -> Met:
         listener = _own_listener(self.place)
+        try:
+            self._gather(listener)
+        except BaseException:
+            listener.close()
+            for joined in self.joined.values():
+                joined.close()
+            raise
+        host = listener.getsockname()[0]
+        store = listening(host, 0)
+        port = store.getsockname()[1]
+        self._tell(Welcome(port))
+        return Met(
+            place=self.place,
+            steps={rank: _steady(joined.steps) for rank, joined in self.joined.items() if joined.steps is not None},
+            beats={rank: joined.beats for rank, joined in self.joined.items()},
+            hosts={rank: joined.hello.host for rank, joined in self.joined.items()},
+            store_host=LOOPBACK if host in EVERYWHERE else host,
+            store_port=port,
+            store=store,
+            listener=listener,
+        )
+
+    def _gather(self, listener: socket.socket) -> None:
         listener.settimeout(TICK_SECONDS)
         host = listener.getsockname()[0]
         deadline, told = time.monotonic() + JOIN_SECONDS, time.monotonic()
@@ -109,23 +136,11 @@ class _Gathering:
             if now > told + TELL_SECONDS:
                 told = now
                 logger.info("waiting for %s at %s:%d", ranks_text(missing), host, self.place.port)
-        store = listening(host, 0)
-        port = store.getsockname()[1]
-        self._tell(Welcome(port))
-        return Met(
-            place=self.place,
-            steps={rank: _steady(joined.steps) for rank, joined in self.joined.items() if joined.steps is not None},
-            beats={rank: joined.beats for rank, joined in self.joined.items()},
-            hosts={rank: joined.hello.host for rank, joined in self.joined.items()},
-            store_host=LOOPBACK if host in EVERYWHERE else host,
-            store_port=port,
-            store=store,
-            listener=listener,
-        )
 
     def _missing(self) -> list[int]:
         """Who is not there, or no more. Those who are hear of it: they are not forgotten."""
-        self.joined = {rank: joined for rank, joined in self.joined.items() if not joined.gone}
+        for rank in [rank for rank, joined in self.joined.items() if joined.gone]:
+            self.joined.pop(rank).close()
         missing = [r for r in range(1, self.place.size) if r not in self.joined or self.joined[r].steps is None]
         if missing:
             self._tell(Waiting(missing))
@@ -145,6 +160,8 @@ class _Gathering:
                 return
         elif isinstance(message, Hello):
             self._check(message, sock)
+            if message.rank in self.joined:
+                self.joined[message.rank].close()
             self.joined[message.rank] = _Joined(message, sock)
             return
         sock.close()
@@ -153,7 +170,7 @@ class _Gathering:
         problem = self._difference(hello)
         if problem is None:
             return
-        with suppress(OSError):
+        with sock, suppress(OSError):
             sock.sendall(framed(encode(Refusal(*problem))))
         self._tell(Refusal(*problem))
         raise ConfigError(problem[0], fix=problem[1])
@@ -236,36 +253,25 @@ def _try_join(place: Place, identity: Mapping[str, str]) -> Met:
     host, port = (place.host, place.port) if not place.in_store else _address_in_store(place)
     nonce = secrets.token_hex(8)
     hello = Hello(rank=place.rank, size=place.size, nonce=nonce, host=place.where, identity=identity)
-    beats = _connect(host, port, hello)
-    try:
-        steps = _connect(host, port, Attach(place.rank, nonce))
-    except OSError:
-        beats.close()
-        raise
-    beats.settimeout(max(place.timeout, HANDSHAKE_SECONDS + 2 * TICK_SECONDS))  # rank 0 says something every second
-    while not isinstance(message := _next(beats, steps), Welcome):
+    with ExitStack() as undo:
+        beats = undo.enter_context(_connect(host, port, hello))
+        steps = undo.enter_context(_connect(host, port, Attach(place.rank, nonce)))
+        beats.settimeout(max(place.timeout, HANDSHAKE_SECONDS + 2 * TICK_SECONDS))  # rank 0 says something every second
+        store_port = _welcomed(beats)
+        undo.pop_all()
+    met = {0: _steady(steps)}
+    return Met(place=place, steps=met, beats={0: beats}, hosts={}, store_host=host, store_port=store_port)
+
+
+def _welcomed(beats: socket.socket) -> int:
+    """Waits until all are there → the port of the store."""
+    while (payload := read_frame(beats, most=MOST_BYTES)) is not None:
+        message = decode(payload)
         if isinstance(message, Refusal):
             raise ConfigError(message.message, fix=message.fix)
-    return Met(
-        place=place,
-        steps={0: _steady(steps)},
-        beats={0: beats},
-        hosts={},
-        store_host=host,
-        store_port=message.store_port,
-    )
-
-
-def _next(beats: socket.socket, steps: socket.socket) -> Message:
-    try:
-        payload = read_frame(beats, most=MOST_BYTES)
-        if payload is None:
-            raise ConnectionResetError("rank 0 went away")
-        return decode(payload)
-    except OSError:
-        beats.close()
-        steps.close()
-        raise
+        if isinstance(message, Welcome):
+            return message.store_port
+    raise ConnectionResetError("rank 0 went away")
 
 
 def _address_in_store(place: Place) -> tuple[str, int]:

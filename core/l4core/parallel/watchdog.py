@@ -51,6 +51,10 @@ class Watchdog:
         """The engine ends on purpose: whoever goes now is not missed."""
         self._stopped.set()
 
+    def join(self) -> None:
+        """Wait until its thread has seen that."""
+        self._thread.join()
+
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Around each step of this rank."""
