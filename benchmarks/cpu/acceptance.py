@@ -114,7 +114,7 @@ def independent(args: argparse.Namespace, answers: Sequence[Answer]) -> Spans:
     found = []
     for ids, begin in answers:
         tokens = torch.tensor([ids], device=args.device)
-        states = model(tokens, output_hidden_states=True).hidden_states
+        states = model.model(tokens, output_hidden_states=True).hidden_states  # without the head: it is not asked
         aux = torch.cat([states[layer + 1] for layer in layers], -1).float()
         embeds = F.embedding(F.pad(tokens, (0, STEPS + 1))[:, 1:], table).float()
         guesses = [keep[said.argmax(-1)][0].tolist() for said in draft.unroll(aux, embeds, STEPS)]

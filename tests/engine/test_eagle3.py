@@ -19,7 +19,7 @@ import torch
 from helpers.eagle3_definition import Definition
 from helpers.profile import FULL
 from l4core import LLM, SamplingParams
-from l4core.engine.batch import Draft, DraftRequest, Inbox
+from l4core.engine.batch import Draft, DraftRequest, Inbox, ScheduledBatch
 from l4core.engine.draft_steps import FixedExtend, FixedGuess
 from l4core.engine.engine import EMPTY
 from l4core.engine.fixed_step import StepShape
@@ -221,8 +221,20 @@ def test_overlapped_while_nothing_is_guessed(folder: Path, plain: list[RequestOu
         ahead += engine._in_flight is not None
         return step(replace(inbox, num_drafts=0 if count % 9 > 4 else STEPS))
 
-    engine.step = stepped  # type: ignore[method-assign]
-    params = [SamplingParams(max_tokens=TOKENS - n, temperature=0.0, ignore_eos=True) for n in range(COUNT)]
+    speculation: Any = engine.speculation
+    observe = speculation.observe
+
+    def observed(batch: ScheduledBatch, *given: Any) -> None:
+        """Only of sequences that still have their rows: what lies in the others' pages may be anyone's."""
+        assert all(engine.scheduler.holds(seq) for seq in batch.sequences)
+        observe(batch, *given)
+
+    engine.step, speculation.observe = stepped, observed  # type: ignore[method-assign]
+    ends = [output.outputs[0].token_ids[14 + 3 * n] for n, output in enumerate(plain)]
+    params = [
+        SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True, stop_token_ids=(ends[n],) if n % 2 else ())
+        for n in range(COUNT)
+    ]
     for mine, theirs in zip(llm.generate(prompts(), params, use_tqdm=False), plain, strict=True):
         given = mine.outputs[0].token_ids
         assert given == theirs.outputs[0].token_ids[: len(given)]
