@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,16 @@ def tiles(path: str, rows: int) -> Iterator[Tile]:
     """Candidates of one launch. path: "few gate_up", "few down", "many gate_up" or "many down"."""
     few, halves = path.startswith("few"), 1 + path.endswith("gate_up")
     if rows >= 64 and not few:  # bound by tensor cores
-        shapes = itertools.product((64, 128, 256), (3, 4, 5), (4, 8), (8, 16), (False, True))
-        for columns, stages, warps, group, tma in shapes:
-            shared = (halves * columns + rows) * 64 * 2 * stages
+        blocks = ((0, 0), (64, 64))
+        shapes = itertools.product((64, 128, 256), (3, 4, 5), (4, 8), (8, 16), (False, True), blocks)
+        for columns, stages, warps, group, tma, (half, extra) in shapes:
+            if extra and not (tma and rows == 128 and warps == 8):
+                continue
+            shared = (halves * columns + rows + extra) * 64 * 2 * stages
             fits = 90 << 10 <= shared <= 224 << 10 and rows * columns * halves <= warps << 12
             if fits and 128 <= halves * columns <= 256:
-                yield Tile(rows=rows, columns=columns, inputs=64, warps=warps, stages=stages, group=group, tma=tma)
+                tile = Tile(rows=rows, columns=columns, inputs=64, warps=warps, stages=stages, group=group, tma=tma)
+                yield replace(tile, half=half, extra=extra)
         return
     for columns, inputs, stages, swap in itertools.product(
         (16, 32, 64, 128), (64, 128, 256, 512), (3, 4, 5, 6), (False, True)
@@ -253,7 +257,11 @@ def show(found: list[dict[str, object]], args: argparse.Namespace) -> None:
             t = f["tile"]
             assert isinstance(t, dict)
             shape = f"{t['rows']}x{t['columns']}x{t['inputs']} warps {t['warps']} stages {t['stages']}{' swap' if t['swap'] else ''}"
-            shape += f" group {t['group']}{' tma' if t['tma'] else ''}" if t["rows"] >= 64 else ""
+            shape += (
+                f" group {t['group']}{' tma' if t['tma'] else ''}{' long' if t['extra'] else ''}"
+                if t["rows"] >= 64
+                else ""
+            )
             print(
                 f"{path:14} T {tokens:6} {us:9.1f} us  {read:5.2f} TB/s  {flops:6.1f} TFLOP/s  {shape}  (of {len(mine)})"
             )

@@ -29,6 +29,13 @@ few_examples = settings(
     suppress_health_check=list(HealthCheck),
 )
 dtypes = st.sampled_from(list(TOLERANCE))
+TILES: list[dict[str, int]] = [
+    {"rows": 16},
+    {"rows": 32},
+    {"rows": 32, "half": 16},
+    {"rows": 32, "extra": 16},
+    {"rows": 32, "half": 16, "extra": 16},
+]
 
 
 @st.composite
@@ -40,10 +47,9 @@ def routings(draw: st.DrawFn, most: int) -> tuple[list[int], int]:
     return ids, num_experts
 
 
-def kernel(
-    *, few: bool, rows: int, columns: int = 32, inputs: int = 32, swap: bool = False, tma: bool = False
-) -> TritonExperts:
-    tile = Tile(rows=rows, columns=columns, inputs=inputs, warps=4, stages=2, swap=swap, group=2, tma=tma)
+def kernel(*, few: bool, rows: int, columns: int = 32, **options: int) -> TritonExperts:
+    """options: of the tile."""
+    tile = Tile(rows=rows, columns=columns, inputs=32, warps=4, stages=2, group=2, **options)
     return TritonExperts(Tiles(rows=(Row(tokens=1 << 30, few=few, gate_up=tile, down=tile),)))
 
 
@@ -69,14 +75,26 @@ def one(routing: tuple[list[int], int], dtype: torch.dtype, shared: bool, hidden
     routing=routings(150),
     dtype=dtypes,
     shared=st.booleans(),
-    rows=st.sampled_from([16, 32]),
+    tile=st.sampled_from(TILES),
     hidden=st.sampled_from([64, 80]),
     tma=st.booleans(),
 )
-def many(routing: tuple[list[int], int], dtype: torch.dtype, shared: bool, rows: int, hidden: int, tma: bool) -> None:
+def many(routing: tuple[list[int], int], dtype: torch.dtype, shared: bool, tile: dict, hidden: int, tma: bool) -> None:
     ids, num_experts = routing
     problem = make(ids, num_experts, hidden=hidden, dtype=dtype, shared=shared, device=DEVICE)
-    assert problem.error(kernel(few=False, rows=rows, tma=tma)) < TOLERANCE[dtype]
+    assert problem.error(kernel(few=False, **(tile | {"tma": tma or "extra" in tile}))) < TOLERANCE[dtype]
+
+
+def blocks_of_every_size() -> None:
+    """Numbers of rows at the borders of whole, half and longer blocks, in one call and in a random order."""
+    counts = (15, 16, 17, 32, 33, 48, 49, 0, 64, 65, 97)
+    ids = [expert for expert, count in enumerate(counts) for _ in range(count)]
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()
+    problem = make([ids[i] for i in order], len(counts), dtype=torch.bfloat16, device=DEVICE)
+    for tile in TILES:
+        for tma in (False, True):
+            if tma or "extra" not in tile:
+                assert problem.error(kernel(few=False, **tile, tma=tma)) < TOLERANCE[torch.bfloat16], (tile, tma)
 
 
 def float32_bits_do_not_depend_on_the_batch() -> None:
@@ -143,7 +161,17 @@ def router_ties() -> None:
     assert score.tolist() == [0.5] * 3
 
 
-CHECKS = (few, one, many, float32_bits_do_not_depend_on_the_batch, only_hit_experts_are_read, sort, router, router_ties)
+CHECKS = (
+    few,
+    one,
+    many,
+    blocks_of_every_size,
+    float32_bits_do_not_depend_on_the_batch,
+    only_hit_experts_are_read,
+    sort,
+    router,
+    router_ties,
+)
 
 if __name__ == "__main__":
     for check in CHECKS:

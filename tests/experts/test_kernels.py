@@ -18,6 +18,7 @@ CHECKS = {
     "few",
     "one",
     "many",
+    "blocks_of_every_size",
     "float32_bits_do_not_depend_on_the_batch",
     "only_hit_experts_are_read",
     "sort",

@@ -17,7 +17,8 @@ FEW_ROWS = (16, 32, 64)
 class Tile:
     """rows: tokens.  columns: outputs (of gate and of up each).  inputs: of one step.  swap: weights are the left operand, for few rows.
     group: blocks of rows that go through the columns together, for many rows.  tma: operands come by the device's copy engine (NVIDIA's, from
-    Hopper on), for many rows.  warps, stages: as Triton counts them."""
+    Hopper on), for many rows.  half: rows that are computed where a block has no more, 0 = always all.  extra: how many rows more a block may have,
+    with tma only.  warps, stages: as Triton counts them."""
 
     rows: int
     columns: int
@@ -27,11 +28,16 @@ class Tile:
     swap: bool = False
     group: int = 8
     tma: bool = False
+    half: int = 0
+    extra: int = 0
 
     def constants(self, *, grouped: bool = False) -> dict[str, Any]:
         """Compile-time arguments of a kernel."""
         shape: dict[str, Any] = {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.inputs}
-        shape |= {"GROUP": self.group, "TMA": self.tma} if grouped else {"SWAP": self.swap}
+        if grouped:
+            shape |= {"GROUP": self.group, "TMA": self.tma, "HALF": self.half, "EXTRA": self.extra}
+        else:
+            shape |= {"SWAP": self.swap}
         return shape | {"num_warps": self.warps, "num_stages": self.stages}
 
 

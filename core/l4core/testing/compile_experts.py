@@ -12,7 +12,8 @@ import triton.language as tl
 
 from l4core.experts.few_triton import MIN_COLUMNS, _few_down_kernel, _few_gate_up_kernel
 from l4core.experts.one_triton import _one_down_kernel, _one_gate_up_kernel
-from l4core.experts.sorted_triton import _down_kernel, _gate_up_kernel, _sort_kernel
+from l4core.experts.sorted_blocks_triton import _down_kernel, _gate_up_kernel
+from l4core.experts.sorted_triton import _sort_kernel
 from l4core.experts.tiles import Tile, tiles_for
 from l4core.ops.router_triton import BLOCK_K, PIECE, ROWS, STAGES, _logits_kernel, _pick_kernel
 from l4core.testing.compile_ops import CoreKernel, compile_kernels
@@ -107,12 +108,22 @@ def _few(experts: int, dtype: str, gate_up: Tile, down: Tile) -> Iterator[CoreKe
 def _sorted(experts: int, dtype: str, gate_up: Tile, down: Tile) -> Iterator[CoreKernel]:
     common = {"H": HIDDEN, "I": INTER, "E": experts, "BLOCK_E": experts, "DOT_TYPE": _DOTS[dtype]}
     sorting = {"order": "i32", "ends": "i32"}
-    pointers = {"x": dtype, "score": "fp32", "gate_up": dtype, "h": dtype, **sorting}
+    pointers = {"x": dtype, "x_half": dtype, "x_extra": dtype, "score": "fp32", "gate_up": dtype, "h": dtype, **sorting}
     name = f"many tokens, {experts} experts, {dtype}"
-    rows = {"x": (dtype, (gate_up.rows, gate_up.inputs)), "gate_up": (dtype, (1, gate_up.columns, 2, gate_up.inputs))}
+    rows = {
+        "x": (dtype, (gate_up.rows, gate_up.inputs)),
+        "x_half": (dtype, (gate_up.half, gate_up.inputs)),
+        "x_extra": (dtype, (gate_up.extra, gate_up.inputs)),
+        "gate_up": (dtype, (1, gate_up.columns, 2, gate_up.inputs)),
+    }
     yield _kernel(name, _gate_up_kernel, pointers, common, gate_up, rows, grouped=True)
-    pointers = {"h": dtype, "down": dtype, "out": dtype, **sorting}
-    rows = {"h": (dtype, (down.rows, down.inputs)), "down": (dtype, (down.columns, down.inputs))}
+    pointers = {"h": dtype, "h_half": dtype, "h_extra": dtype, "down": dtype, "out": dtype, **sorting}
+    rows = {
+        "h": (dtype, (down.rows, down.inputs)),
+        "h_half": (dtype, (down.half, down.inputs)),
+        "h_extra": (dtype, (down.extra, down.inputs)),
+        "down": (dtype, (down.columns, down.inputs)),
+    }
     yield _kernel(name, _down_kernel, pointers, common | {"ADD": True}, down, rows, grouped=True)
 
 
@@ -136,7 +147,7 @@ def _kernel(
         scalars={},
         warps=tile.warps,
         stages=tile.stages,
-        descriptors=(descriptors or {}) if tile.tma else {},
+        descriptors={name: one for name, one in (descriptors or {}).items() if tile.tma and one[1][0]},
     )
 
 
