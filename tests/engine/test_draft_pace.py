@@ -149,3 +149,12 @@ def test_steps_that_bring_no_guess_are_left_in_peace() -> None:
     assert machine.barren_step(requests=[request("new")]) > 0
     machine.barren_step()
     assert sum(machine.barren_step() > 0 for _ in range(8)) == 8
+
+
+def test_a_busy_machine_does_not_make_a_bad_draft_good(caplog: pytest.LogCaptureFixture) -> None:
+    """Where a step with guesses was timed shorter than a plain one, that is noise: what brings no tokens is not taken up again for it."""
+    machine = Machine(0.01, lambda k, _: 0.9)
+    with caplog.at_level(logging.INFO, logger="l4core"):
+        made = machine.run(3000, 1)
+    assert sum(k > 0 for k in made[200:]) < 120
+    assert machine.pace.num_pauses <= 3

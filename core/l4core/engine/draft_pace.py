@@ -159,20 +159,21 @@ class DraftPace:
         return self._acceptance.length(num_drafts) / self._slowdown(bucket, num_drafts)
 
     def _slowdown(self, bucket: int, num_drafts: int) -> float:
-        """Time of a step with so many guesses as a multiple of a plain one: measured, or from its neighbours, or by counting bytes."""
+        """Time of a step with so many guesses as a multiple of a plain one: measured, or from its neighbours, or by counting bytes. It does more, so
+        less than one is noise."""
         if num_drafts == 0:
             return 1.0
         plain, own = self._time(bucket, 0), self._time(bucket, num_drafts)
         batch = max(1, 3 << bucket >> 2)
         predicted = self._costs.ratio(batch, num_drafts)
         if own.count >= FEW:
-            return own.value / plain.value
+            return max(1.0, own.value / plain.value)
         measured = [k for k in range(1, self._max + 1) if self._time(bucket, k).count >= FEW]
         if not measured:
             return predicted
         near = min(measured, key=lambda k: abs(k - num_drafts))
         share = (predicted - 1.0) / max(self._costs.ratio(batch, near) - 1.0, 1e-9)
-        return 1.0 + (self._time(bucket, near).value / plain.value - 1.0) * share
+        return max(1.0, 1.0 + (self._time(bucket, near).value / plain.value - 1.0) * share)
 
     def _time(self, bucket: int, num_drafts: int) -> _Mean:
         return self._times.setdefault((bucket, num_drafts), _Mean())
