@@ -9,6 +9,7 @@
     l4-fa3    on l4-fa3 (FlashAttention-3)
     start     `startup.py`: L4's seconds until ready, with an empty kernel cache and a warm one
     vllm, sglang
+    l4-tp2, vllm-tp2, l4-tp4, vllm-tp4    the same shapes on so many GPUs (`gpu/tp.py`); all other runs see the first one alone
 
 --kit: a folder with packed peers (vLLM as vk.00, vk.01; FlashAttention-3 as tsfa3.tar.xz), unpacked once into --site; without it they must be
 importable. A run that is not there, fails or takes too long is a line of the table, not the end of it; rows that were measured before are kept,
@@ -36,10 +37,11 @@ from side_process import end_children_when_terminated, run, unpack
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LIMIT_SECONDS = {"l4": 80, "l4-fa3": 70, "vllm": 220, "sglang": 240, "start": 110}
+LIMIT_SECONDS |= {f"{engine}-tp{tp}": limit for tp in (2, 4) for engine, limit in (("l4", 120), ("vllm", 240))}
 LEAST_SECONDS = 12
 """With less left, nothing is begun."""
 BATCHES, CONTEXT, PREFILLS = "1,8,32,128", 1024, "8x2048,4x4000,1x2048"
-OURS = ("l4", "l4-fa3")
+OURS = ("l4", "l4-fa3", "l4-tp2", "l4-tp4")
 
 
 class Table:
@@ -65,18 +67,20 @@ class Table:
             limit_s = min(LIMIT_SECONDS[engine], left)
             ready, error = run(label, command, env, self.args.logs / f"{label}.log", limit_s)
         found = {"rows": []} | _read(out)
+        if _is_ours(engine) and _tp(engine) > 1:
+            found = rows_of_ranks(found, _tp(engine))
         seconds = time.perf_counter() - began
         return found | {"engine": engine, "label": label, "ready_s": ready, "error": error, "seconds": seconds}
 
     def _missing(self, engine: str) -> str:
         """Unpacks what the run needs → "" or what is not there."""
-        if engine == "vllm" and self.args.kit:
+        if engine.startswith("vllm") and self.args.kit:
             return self._unpacked("vk.0?", "vllm")
         if engine == "l4-fa3" and self.args.kit:
             why = self._unpacked("tsfa3.tar.xz", "fa3")
             return "" if (self.args.site / "vllm").is_dir() else why  # vLLM brings a build of it too
-        module = {"l4-fa3": "flash_attn_interface"}.get(engine, engine)
-        if engine in ("l4", "start") or importlib.util.find_spec(module):
+        module = {"l4-fa3": "flash_attn_interface"}.get(engine, engine.split("-")[0])
+        if module == "l4" or engine == "start" or importlib.util.find_spec(module):
             return ""
         return f"{module} is not installed here"
 
@@ -88,7 +92,7 @@ class Table:
         return problem and f"the kit could not be unpacked: {problem}"
 
     def _command(self, engine: str, out: Path) -> tuple[list[str], dict[str, str]]:
-        if engine in ("vllm", "sglang"):
+        if not _is_ours(engine):
             return self._peer(engine, out)
         paths = [str(ROOT / "core"), *(str(p) for p in (ROOT / "plugins").iterdir() if p.is_dir())]
         paths.append(str(metadata(self.folder / "metadata")))
@@ -97,24 +101,54 @@ class Table:
             options.append("attention_backend=fa3")
             paths += [str(site) for name in ("fa3", "vllm") if (site := self.args.site / name).is_dir()][:1]
         cache = os.environ.get("TRITON_CACHE_DIR", str(self.folder / "cache"))
-        env = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": _path(*paths)}
+        env = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": _path(*paths), **_devices(engine)}
         gpu = ROOT / "benchmarks" / "gpu"
         if engine == "start":
             command = [str(gpu / "startup.py"), str(out), "--layers", str(self.args.layers)]
             return [sys.executable, *command, *(f"--option={option}" for option in options)], env
+        if (tp := _tp(engine)) > 1:
+            command = [str(gpu / "tp.py"), "--ranks", str(tp), "--parts", "speed", "--layers", str(self.args.layers)]
+            command += ["--batches", BATCHES, "--prefills", PREFILLS, "--json", str(out)]
+            return [sys.executable, *command], env
         command = [str(gpu / "decode.py"), "--layers", str(self.args.layers), "--json", str(out)]
         command += ["--batches", BATCHES, "--contexts", str(CONTEXT), "--prefills", PREFILLS]
         return [sys.executable, *command, *options], env
 
-    def _peer(self, name: str, out: Path) -> tuple[list[str], dict[str, str]]:
+    def _peer(self, engine: str, out: Path) -> tuple[list[str], dict[str, str]]:
+        name = engine.split("-")[0]
         paths = [str(self.args.site / name)] if name == "vllm" and self.args.kit else []
         caches = {"VLLM_CACHE_ROOT": "vllm", "TRITON_CACHE_DIR": "peer-triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-        env = {**os.environ, "PYTHONPATH": _path(*paths)} | {k: str(self.folder / v) for k, v in caches.items()}
+        env = {**os.environ, "PYTHONPATH": _path(*paths), **_devices(engine)}
+        env |= {variable: str(self.folder / part) for variable, part in caches.items()}
         model = self.folder / "model"
         model.mkdir(exist_ok=True)
         (model / "config.json").write_text(json.dumps(scout(self.args.layers)))
         command = [str(HERE / f"{name}_side.py"), str(model), str(out), "--batches", BATCHES]
-        return [sys.executable, *command, "--context", str(CONTEXT), "--prefills", PREFILLS], env
+        command += ["--context", str(CONTEXT), "--prefills", PREFILLS]
+        return [sys.executable, *command, *(["--tp", str(tp)] if (tp := _tp(engine)) > 1 else [])], env
+
+
+def _is_ours(engine: str) -> bool:
+    return engine in OURS or engine == "start"
+
+
+def _tp(engine: str) -> int:
+    """GPUs of a run."""
+    return int(engine.rpartition("-tp")[2]) if "-tp" in engine else 1
+
+
+def _devices(engine: str) -> dict[str, str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[: _tp(engine)])}
+
+
+def rows_of_ranks(found: dict[str, Any], tp: int) -> dict[str, Any]:
+    """What `gpu/tp.py` wrote, as the other runs write it. Floors: bytes a rank reads, without sums."""
+    rows, prefix = [], f"{tp} GPUs, nccl, "
+    for what, row in ((key.removeprefix(prefix), row) for key, row in found.items() if key.startswith(prefix)):
+        name = f"decode bs {what.split()[1]} at {CONTEXT}" if what.startswith("decode") else what
+        rows.append({"name": name, "ms": row["ms"], "floor_ms": row["bytes_ms"], "experts": row.get("experts")})
+    return {**found, "rows": rows}
 
 
 def _read(out: Path) -> dict[str, Any]:
@@ -153,11 +187,13 @@ def scout(layers: int) -> dict[str, Any]:
 
 
 def join(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a shape: each engine's best time, the floor, each engine's distinct experts a layer."""
-    rows: dict[str, dict[str, Any]] = {}
+    """One row a shape and number of GPUs: each engine's best time, the floor, each engine's distinct experts a layer."""
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
     for one in runs:
+        gpus = _tp(one["engine"])
         for found in one["rows"]:
-            row = rows.setdefault(found["name"], {"name": found["name"], "ms": {}, "floor": None, "experts": {}})
+            fresh = {"name": found["name"], "gpus": gpus, "ms": {}, "floor": None, "experts": {}}
+            row = rows.setdefault((gpus, found["name"]), fresh)
             engine = one["engine"]
             if found["ms"] < row["ms"].get(engine, float("inf")):
                 row["ms"][engine] = found["ms"]
@@ -168,14 +204,28 @@ def join(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(result: dict[str, Any]) -> str:
-    """ours: the first of L4's engines that has rows; every other column stands beside it."""
+    """A table for each number of GPUs, then what is to be said about the runs."""
     engines = list(dict.fromkeys(one["engine"] for one in result["runs"] if one["rows"]))
-    ours = next((name for name in engines if name in OURS), "l4")
+    lines = []
+    for gpus in sorted({row["gpus"] for row in result["rows"]}):
+        rows = [row for row in result["rows"] if row["gpus"] == gpus]
+        lines += [*_table(rows, [name for name in engines if _tp(name) == gpus]), ""]
+    ready = [f"{one['label']} {one['ready_s']:.1f} s" for one in result["runs"] if one.get("ready_s")]
+    for one in result["runs"]:
+        ready += [f"L4 {kind} {one[kind]['ready_s']:.1f} s" for kind in ("cold", "warm") if kind in one]
+    lines.append(f"Ready, dummy weights, from the process's start: {', '.join(ready) or '–'}.")
+    lines += [f"{one['label']}: {one['error']}" for one in result["runs"] if one["error"]]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[dict[str, Any]], engines: Sequence[str]) -> list[str]:
+    """The first of L4's engines stands beside the floor, every other column beside it."""
+    ours = next((name for name in engines if _is_ours(name)), "l4")
     others = [name for name in engines if name != ours]
     head = ["ms", "floor", ours, f"{ours} / floor", *(cell for name in others for cell in (name, f"{name} / {ours}"))]
     head.append("experts a layer: " + ", ".join([ours, *others]))
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-    for row in result["rows"]:
+    for row in rows:
         mine, floor = row["ms"].get(ours), row["floor"]
         cells = [row["name"], _ms(floor), _ms(mine), _ratio(mine, floor)]
         for name in others:
@@ -183,12 +233,7 @@ def show(result: dict[str, Any]) -> str:
         counts = [row["experts"].get(name) for name in (ours, *others)]
         cells.append(", ".join("–" if count is None else f"{count:.2f}" for count in counts))
         lines.append("| " + " | ".join(cells) + " |")
-    ready = [f"{one['label']} {one['ready_s']:.1f} s" for one in result["runs"] if one.get("ready_s")]
-    for one in result["runs"]:
-        ready += [f"L4 {kind} {one[kind]['ready_s']:.1f} s" for kind in ("cold", "warm") if kind in one]
-    lines.append(f"\nReady, dummy weights, from the process's start: {', '.join(ready) or '–'}.")
-    lines += [f"{one['label']}: {one['error']}" for one in result["runs"] if one["error"]]
-    return "\n".join(lines)
+    return lines
 
 
 def _ms(value: float | None) -> str:

@@ -1,6 +1,6 @@
 """vLLM's side of the table: decode steps, prefills, distinct experts and the time until it is ready, in one process. `table.py` runs this.
 
-    python benchmarks/peers/vllm_side.py MODEL_FOLDER OUT.json [--batches 1,8,32,128] [--context 1024] [--prefills 8x2048,4x4000,1x2048]
+    python benchmarks/peers/vllm_side.py MODEL_FOLDER OUT.json [--batches 1,8,32,128] [--context 1024] [--prefills 8x2048,4x4000,1x2048] [--tp 1]
 
 Weights are drawn anew on the device after loading (vLLM's dummy ones are so small that every token goes to one expert). Experts are counted in
 extra steps without compilation or graphs, where hooks are called; those steps are not timed.
@@ -13,6 +13,7 @@ import json
 import os
 import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ os.environ |= {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # it would use NVLink's multicast, which these machines must not
     "HF_HUB_OFFLINE": "1",
 }
 VOCAB, NEW_TOKENS = 200_000, 96
@@ -32,7 +34,7 @@ COUNTED_TOKENS = 24
 class Engine:
     """vLLM, stepped by hand: the time of a step is that between two returns of `step`."""
 
-    def __init__(self, model: str, batches: list[int]) -> None:
+    def __init__(self, model: str, batches: list[int], tp: int = 1) -> None:
         from vllm import LLM, SamplingParams, __version__
         from vllm.sampling_params import RequestOutputKind
 
@@ -46,6 +48,7 @@ class Engine:
             max_num_seqs=max(batches),
             max_num_batched_tokens=16384,
             gpu_memory_utilization=0.85,
+            tensor_parallel_size=tp,
             enable_prefix_caching=False,
             seed=0,
             compilation_config={"cudagraph_capture_sizes": sorted(batches)},
@@ -92,25 +95,37 @@ class Engine:
 
     def experts(self, batch: int, context: int) -> float | None:
         """Distinct experts a layer in steps of `batch` decodes: the mean of layers and steps; None where no router was seen."""
-        found: list[int] = []
-
-        def note(_: Any, given: tuple[Any, ...], output: Any) -> None:
-            logits = output[0]
-            if logits.shape[0] == batch:
-                found.append(logits.argmax(-1).unique().numel())
-
-        def watch(model: Any) -> list[Any]:
-            for part in model.modules():
-                if hasattr(part, "do_not_compile"):
-                    part.do_not_compile = True
-            routers = [part for name, part in model.named_modules() if name.endswith(".router")]
-            return [router.register_forward_hook(note) for router in routers]
-
-        hooks = self.model(watch)
+        self.model(partial(watch, batch=batch))
         self.run(batch, context, COUNTED_TOKENS)
-        for hook in hooks:
-            hook.remove()
+        found: list[int] = self.model(counted)
         return sum(found) / len(found) if found else None
+
+
+# What is done to the model, in this process or in those of the ranks: found there by name, so no function may be defined inside another that is sent.
+
+
+def watch(model: Any, batch: int) -> None:
+    """From now on the model counts the experts that its routers choose for `batch` rows."""
+    found = model.counted_experts = list[int]()
+
+    def note(_: Any, given: tuple[Any, ...], output: Any) -> None:
+        logits = output[0]
+        if logits.shape[0] == batch:
+            found.append(logits.argmax(-1).unique().numel())
+
+    for part in model.modules():
+        if hasattr(part, "do_not_compile"):
+            part.do_not_compile = True
+    routers = [part for name, part in model.named_modules() if name.endswith(".router")]
+    model.counting_hooks = [router.register_forward_hook(note) for router in routers]
+
+
+def counted(model: Any) -> list[int]:
+    """What was counted; the counting ends."""
+    for hook in model.counting_hooks:
+        hook.remove()
+    found: list[int] = model.counted_experts
+    return found
 
 
 def draw_weights(model: Any) -> float:
@@ -133,9 +148,10 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32,128")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prefills", default="8x2048,4x4000,1x2048")
+    parser.add_argument("--tp", type=int, default=1)
     args = parser.parse_args()
     batches = [int(text) for text in args.batches.split(",")]
-    engine = Engine(args.model, batches)
+    engine = Engine(args.model, batches, args.tp)
     print(f"ready after {engine.ready_s:.1f} s", flush=True)
     result: dict[str, Any] = {"engine": "vllm", "version": engine.version, "own_ready_s": engine.ready_s, "rows": []}
 

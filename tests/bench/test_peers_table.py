@@ -43,6 +43,7 @@ def test_the_better_time_of_ours_stands_beside_the_floor_and_the_peers(table: Mo
     rows = table.join(runs)
     assert rows[0] == {
         "name": "decode bs 1 at 1024",
+        "gpus": 1,
         "ms": {"l4": 2.4, "vllm": 3.0, "l4-fa3": 2.25},
         "floor": 2.0,
         "experts": {"l4": 1.0, "vllm": 1.0, "l4-fa3": 1.0},
@@ -54,6 +55,24 @@ def test_the_better_time_of_ours_stands_beside_the_floor_and_the_peers(table: Mo
     assert "L4 cold 31.0 s" in shown
     lines = [line for line in shown.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_runs_on_several_gpus_have_a_table_of_their_own(table: ModuleType) -> None:
+    """The ranks' benchmark writes other keys; its rows join those of the peer."""
+    wrote = {
+        "1 GPU, decode 1": {"what": "decode 1", "ms": 2.5, "bytes_ms": 2.0, "experts": 1.0},
+        "2 GPUs, nccl, decode 1": {"what": "decode 1", "ms": 1.5, "bytes_ms": 1.0, "experts": 1.0},
+        "2 GPUs, nccl, prefill 8x2048": {"what": "prefill 8x2048", "ms": 80.0, "bytes_ms": 60.0},
+        "nccl: decode 1": {"ms": 1.5, "efficiency": 0.8},
+    }
+    ranks = {**table.rows_of_ranks(wrote, 2), "engine": "l4-tp2", "label": "l4-tp2", "error": ""}
+    peer = {"engine": "vllm-tp2", "label": "vllm-tp2", "error": ""}
+    peer["rows"] = [{"name": "decode bs 1 at 1024", "ms": 3.0}, {"name": "prefill 8x2048", "ms": 88.0}]
+    runs = [ours(2.4), ranks, peer]
+    shown = table.show({"rows": table.join(runs), "runs": runs}).splitlines()
+    assert "| decode bs 1 at 1024 | 2.00 | 2.40 | 1.20 | 1.00 |" in shown
+    assert "| decode bs 1 at 1024 | 1.00 | 1.50 | 1.50 | 3.00 | 2.00 | 1.00, – |" in shown
+    assert "| prefill 8x2048 | 60.00 | 80.00 | 1.33 | 88.00 | 1.10 | –, – |" in shown
 
 
 def python(code: str) -> list[str]:
@@ -123,7 +142,7 @@ def test_plugins_are_found_where_nothing_is_installed(table: ModuleType, tmp_pat
 
     found = {d.name: d.entry_points for d in distributions(path=[str(table.metadata(tmp_path))])}
     assert {"l4core", "l4-fa3", "l4-triton"} <= found.keys()
-    assert all(len(points.select(group="l4core")) for points in found.values())
+    assert all(found[name].select(group="l4core") for name in ("l4core", "l4-fa3", "l4-triton"))
 
 
 def test_the_peers_config_is_scouts_with_fewer_layers(table: ModuleType) -> None:
