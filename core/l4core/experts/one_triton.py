@@ -88,8 +88,7 @@ def _one_gate_up_kernel(
         scale = 1.0
     else:
         expert = tl.load(expert_ids)
-        if expert < 0:  # another rank's
-            tl.store(h + group * I + n, tl.zeros([COLUMNS], h.dtype.element_ty))
+        if expert < 0:  # another rank's, which `down` leaves out
             return
         weight = gate_up + expert.to(tl.int64) * stride_expert
         scale = tl.load(score)
@@ -109,14 +108,25 @@ def _one_gate_up_kernel(
 @triton.jit
 def _products(x, at, begin, k, SIZE: tl.constexpr, DEPTH: tl.constexpr):
     """float32 [COLUMNS, DEPTH]: inputs begin + k of x [SIZE], each times the weights at `at` + begin."""
+    return _inputs(x, begin, k, SIZE, DEPTH) * _weights(at, begin, k, SIZE, DEPTH).to(tl.float32)
+
+
+@triton.jit
+def _inputs(x, begin, k, SIZE: tl.constexpr, DEPTH: tl.constexpr):
     if SIZE % DEPTH == 0:
         inputs = tl.load(x + begin + k)
+    else:
+        inputs = tl.load(x + begin + k, mask=begin + k < SIZE, other=0.0)
+    return inputs.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _weights(at, begin, k, SIZE: tl.constexpr, DEPTH: tl.constexpr):
+    if SIZE % DEPTH == 0:
         weights = tl.load(at + begin, eviction_policy="evict_first")
     else:
-        inside = begin + k < SIZE
-        inputs = tl.load(x + begin + k, mask=inside, other=0.0)
-        weights = tl.load(at + begin, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-    return inputs.to(tl.float32)[None, :] * weights.to(tl.float32)
+        weights = tl.load(at + begin, mask=(begin + k < SIZE)[None, :], other=0.0, eviction_policy="evict_first")
+    return weights
 
 
 @triton.jit
@@ -134,21 +144,25 @@ def _one_down_kernel(
     DEPTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (H // COLUMNS,)."""
+    """Grid (H // COLUMNS,). What is known of the weights before the kernel ahead has ended is on its way by then: no kernel writes them."""
     if PDL:
         let_next_start()
-        wait_for_last()
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, DEPTH)
     at = n[:, None] * I + k[None, :]
-    expert = tl.load(expert_ids)
-    if not SHARED and expert < 0:
-        tl.store(out + n, tl.zeros([COLUMNS], out.dtype.element_ty))
-        return
-    routed = down + tl.maximum(expert, 0).to(tl.int64) * stride_expert
     terms = tl.zeros([COLUMNS, DEPTH], tl.float32)
-    for begin in range(0, I, DEPTH):
-        terms += _products(h + SHARED * I, routed + at, begin, k, I, DEPTH)
-        if SHARED:
+    if SHARED:
+        first = _weights(shared_down + at, 0, k, I, DEPTH)
+        if PDL:
+            wait_for_last()
+        terms = _inputs(h, 0, k, I, DEPTH) * first.to(tl.float32)
+        for begin in range(DEPTH, I, DEPTH):
             terms += _products(h, shared_down + at, begin, k, I, DEPTH)
+    elif PDL:
+        wait_for_last()
+    expert = tl.load(expert_ids)
+    if expert >= 0:  # else another rank's
+        routed = down + expert.to(tl.int64) * stride_expert + at
+        for begin in range(0, I, DEPTH):
+            terms += _products(h + SHARED * I, routed, begin, k, I, DEPTH)
     tl.store(out + n, tl.sum(terms, axis=1).to(out.dtype.element_ty))

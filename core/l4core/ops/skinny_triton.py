@@ -99,19 +99,17 @@ def _skinny_kernel(
     w = weight + tl.where(mine, column, 0).to(tl.int64)[:, None] * stride_weight + at[None, :]
     if PDL:
         let_next_start()
-        wait_for_last()
     if ROWS == 1:
-        terms = tl.zeros([COLUMNS, DEPTH], dtype=tl.float32)
-        for k in range(0, depth, DEPTH):
-            if EVEN:
-                a = tl.load(x + k + at)
-                b = tl.load(w + k, eviction_policy="evict_first")
-            else:
-                a = tl.load(x + k + at, mask=k + at < depth, other=0.0)
-                b = tl.load(w + k, mask=(k + at < depth)[None, :], other=0.0, eviction_policy="evict_first")
-            terms += a.to(tl.float32)[None, :] * b.to(tl.float32)
+        first = _inputs(w, at, 0, depth, EVEN)  # on its way while the kernel ahead still runs: no kernel writes weights
+        if PDL:
+            wait_for_last()
+        terms = _row(x, at, 0, depth, EVEN)[None, :] * first.to(tl.float32)
+        for k in range(DEPTH, depth, DEPTH):
+            terms += _row(x, at, k, depth, EVEN)[None, :] * _inputs(w, at, k, depth, EVEN).to(tl.float32)
         tl.store(out + column, tl.sum(terms, axis=1).to(out.dtype.element_ty), mask=mine)
     else:
+        if PDL:
+            wait_for_last()
         row = tl.arange(0, ROWS)
         rows = x + row[:, None] * stride_x + at[None, :]
         sums = tl.zeros([COLUMNS, ROWS], dtype=tl.float32)
@@ -121,3 +119,23 @@ def _skinny_kernel(
             sums = tl.dot(b.to(DOT_TYPE), tl.trans(a.to(DOT_TYPE)), acc=sums, input_precision="ieee")
         target = out + row[None, :] * stride_out + column[:, None]
         tl.store(target, sums.to(out.dtype.element_ty), mask=mine[:, None] & (row < num_rows)[None, :])
+
+
+@triton.jit
+def _inputs(w, at, k, depth, EVEN: tl.constexpr):
+    """Weights of inputs k + at, [COLUMNS, DEPTH]."""
+    if EVEN:
+        b = tl.load(w + k, eviction_policy="evict_first")
+    else:
+        b = tl.load(w + k, mask=(k + at < depth)[None, :], other=0.0, eviction_policy="evict_first")
+    return b
+
+
+@triton.jit
+def _row(x, at, k, depth, EVEN: tl.constexpr):
+    """Inputs k + at of the only row, float32 [DEPTH]."""
+    if EVEN:
+        a = tl.load(x + k + at)
+    else:
+        a = tl.load(x + k + at, mask=k + at < depth, other=0.0)
+    return a.to(tl.float32)
