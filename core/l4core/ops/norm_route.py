@@ -8,8 +8,9 @@ from l4core.ops.device import has_kernels
 from l4core.ops.norm import HALF, add_rms_norm
 from l4core.ops.router import route
 
-FEW_TOKENS, FEW_EXPERTS = 32, 16
-"""Up to so many one launch does both: each token reads the router's weight by itself, so many would read it too often, and a large one too slowly."""
+FEW_TOKENS, FEW_EXPERTS = 128, 16
+"""Up to so many one launch does both: each token reads the router's weight by itself, so many would read it too often, and a large one too slowly.
+H200, 16 experts, in three launches and in one: 5.1 and 4.4 µs at one token, 6.3 and 4.7 at 64."""
 
 
 def norm_route(

@@ -64,7 +64,6 @@ VARIANTS = (
     Variant(name="fp8 decode", kv_dtype="float8_e4m3fn"),
     Variant(name="float16 decode, page 16, head_dim 64", q_dtype="float16", kv_dtype="float16", page=16, head_dim=64),
     Variant(name="float32 decode", q_dtype="float32", kv_dtype="float32"),
-    Variant(name="float32 decode, fp8 KV", q_dtype="float32", kv_dtype="float8_e4m3fn"),
     Variant(name="chain verify", rows=4),
     Variant(name="tree verify", rows=8, tree=True),
     Variant(name="prefill", rows=0),
