@@ -153,7 +153,7 @@ async def _stream(first: bytes, parts: AsyncGenerator[Part, None]) -> AsyncGener
 
 
 def _unavailable(reason: str, tries: int) -> Answer:
-    body = _error(f"no replica could answer ({reason}); {tries} tries", "no_replica")
+    body = _error(f"no replica could answer; the last of {tries} tries: {reason}", "no_replica")
     head = Head(status=503, headers=(("content-type", "application/json"), ("retry-after", "5")))
     return Answer(head=head, body=_once(body), tries=tries)
 

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ PORT = int(os.environ.get("L4_RAY_TEST_PORT", "8123"))
 URL = f"http://127.0.0.1:{PORT}"
 NUM_REQUESTS, AT_ONCE = 48, 12
 TOKENS = 24
+HANG_UP_SECONDS = 8
+"""Far more than 200 tokens take."""
 
 
 OPTIONS = {
@@ -76,13 +79,14 @@ def cluster(num_nodes: int) -> Iterator[None]:
 
 
 def replicas() -> list[tuple[psutil.Process, psutil.Process]]:
-    """(replica, engine) of each that has one: its child on a leash serves our checkpoint, and has the engine as its child."""
+    """(server, engine) of each that has one: a process on a leash that serves our checkpoint has the engine as its child, and the replica as its
+    parent."""
     found = []
     for server in psutil.process_iter(["cmdline"]):
         command = server.info["cmdline"] or []
         if "l4_ray.leash" in command and sys.argv[1] in command:
             with contextlib.suppress(psutil.NoSuchProcess):
-                found += [(server.parent(), child) for child in server.children()]
+                found += [(server, child) for child in server.children()]
     return found
 
 
@@ -162,7 +166,7 @@ async def load_with_deaths() -> dict[str, Any]:
             done += 1
             if done == NUM_REQUESTS // 4:
                 killed["at"] = time.monotonic()
-                replicas()[0][0].kill()
+                replicas()[0][0].parent().kill()
             if done == NUM_REQUESTS // 2:
                 replicas()[0][1].kill()
 
@@ -201,19 +205,25 @@ async def death_of_a_rank() -> float:
     return time.monotonic() - began
 
 
-async def hang_up() -> bool:
-    """A client that goes stops its engine's work: long after, no engine has it any more."""
+async def hang_up() -> dict[str, float]:
+    """A client that goes after the first of 200 tokens: how many all engines generate because of it."""
     async with client() as http:
+        before = await generated(http)
         asking = {**body(3, stream=True), "max_tokens": 200}
         async with http.stream("POST", f"{URL}/v1/completions", json=asking) as reply:
             await anext(reply.aiter_raw())
-        for _ in range(60):
-            await asyncio.sleep(0.1)
-            text = (await http.get(f"{URL}/metrics")).text + (await http.get(f"{URL}/metrics")).text
-            running = [line for line in text.splitlines() if line.startswith("l4_") and "running" in line]
-            if all(float(line.rsplit(" ", 1)[1]) == 0 for line in running):
-                return bool(running)
-    return False
+        await asyncio.sleep(HANG_UP_SECONDS)
+        return {"tokens": await generated(http) - before}
+
+
+async def generated(http: httpx.AsyncClient) -> float:
+    """Tokens of all engines so far, as their own servers count them."""
+    total = 0.0
+    for server, _ in replicas():
+        port = server.cmdline()[server.cmdline().index("--port") + 1]
+        text = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
+        total += sum(float(n) for n in re.findall(r"^l4_generation_tokens_total(?:{.*})? (.*)$", text, flags=re.M))
+    return total
 
 
 if __name__ == "__main__":

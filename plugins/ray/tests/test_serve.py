@@ -61,7 +61,7 @@ def test_nothing_that_had_not_begun_is_lost_when_a_replica_and_an_engine_are_kil
 
 
 def test_a_client_that_hangs_up_frees_its_engine(seen: dict[str, Any]) -> None:
-    assert seen["hung_up"]
+    assert 1 <= seen["hung_up"]["tokens"] < 150, "of 200"
 
 
 def test_nothing_is_left_behind(seen: dict[str, Any]) -> None:
