@@ -14,11 +14,19 @@ def test_the_released_models_and_their_shards_have_measured_tiles(experts: int, 
 
 
 def test_another_number_of_experts_takes_a_tile_at_as_many_rows_an_expert() -> None:
-    scout, maverick = (tiles_for("sm90", experts, 5120, 8192, "bfloat16") for experts in (16, 128))
+    scout, other = (tiles_for("sm90", experts, 5120, 8192, "bfloat16") for experts in (16, 32))
     for tokens in (1, 8, 32):
-        assert maverick.row(tokens) == scout.row(tokens)
+        assert other.row(tokens) == scout.row(tokens)
     for tokens in (100, 500, 2000, 10_000):
-        assert maverick.row(8 * tokens).gate_up == scout.row(tokens).gate_up
+        assert other.row(2 * tokens).gate_up == scout.row(tokens).gate_up
+
+
+def test_maverick_has_tiles_of_its_own() -> None:
+    """On one rank of eight an expert of 128 has a sixteenth of the rows that one of 16 has on the whole: small blocks last longer."""
+    maverick, scout = (tiles_for("sm90", experts, 5120, 1024, "bfloat16") for experts in (128, 16))
+    assert maverick.row(2048).gate_up.rows == 32
+    assert scout.row(2048).gate_up.rows == 128
+    assert maverick.row(8) == scout.row(8)
 
 
 @pytest.mark.parametrize("experts", [1, 4])
