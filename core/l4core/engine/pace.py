@@ -109,7 +109,7 @@ class Fit:
     def __init__(self, units: Sequence[float], patience: int) -> None:
         """patience: slow steps in a row that are taken for accidents."""
         self._units, self._patience = units, patience
-        self._known, self._strange = False, 0
+        self._known, self._strange, self._drift = False, 0, 0
         self._forget()
 
     @property
