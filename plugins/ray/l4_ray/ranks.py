@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from l4_ray.places import Where, rank_places
 from l4_ray.process import LeashedProcess, free_port
+from l4core.errors import L4Error
 
 logger = logging.getLogger(__name__)
 CALL_SECONDS = 30.0
@@ -81,6 +82,23 @@ def _resources(ranks: int, *, gpus: bool) -> dict[str, float]:
     return {"CPU": float(ranks)} | ({"GPU": float(ranks)} if gpus else {})
 
 
+def _wait_for_room(group: PlacementGroup, wanted: Sequence[Mapping[str, float]]) -> None:
+    """A cluster may grow. Raises L4Error when it has not within PLACE_SECONDS."""
+    needed = {kind: sum(bundle.get(kind, 0) for bundle in wanted) for kind in wanted[0]}
+    there = ray.cluster_resources()
+    text = ", ".join(f"{number:g} {kind} (the cluster has {there.get(kind, 0):g})" for kind, number in needed.items())
+    if any(there.get(kind, 0) < number for kind, number in needed.items()):
+        logger.warning("waiting for room: %s on %d bundles", text, len(wanted))
+    try:
+        ray.get(group.ready(), timeout=PLACE_SECONDS)
+    except GetTimeoutError as error:
+        remove_placement_group(group)
+        raise L4Error(
+            f"Ray found no room for the ranks within {PLACE_SECONDS:g} s: {text}, in {len(wanted)} bundles",
+            fix="fewer ranks (--tp), other nodes (--nnodes), or --device cpu where there are no GPUs",
+        ) from error
+
+
 class RankLostError(Exception):
     """A rank's process or actor is gone. rank: which; the message says how it ended."""
 
@@ -124,7 +142,7 @@ class PlacedRanks:
         wanted, strategy = bundles(size, nodes, gpus=gpus)
         own = placement_group(wanted, strategy=strategy) if group is None else None
         if own is not None:
-            ray.get(own.ready(), timeout=PLACE_SECONDS)
+            _wait_for_room(own, wanted)
         kind = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=-1)(RankActor)
         share = size // len(wanted)
 
