@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
 
 from l4core.config import EngineConfig, ServerConfig
 from l4core.errors import ConfigError
-from l4core.parallel.place import Layout, layouts, split_address
+from l4core.parallel.place import Layout, layouts, listening, split_address
 
 TORCHRUN = {
     "RANK": "9",
@@ -95,7 +96,7 @@ def test_options_of_machines_that_do_not_fit(server: dict[str, Any], text: str) 
 
 
 def test_an_address_that_is_not_this_machines_is_said() -> None:
-    with pytest.raises(ConfigError, match=r"--dist-init-addr 203\.0\.113\.1:5000: cannot listen there"):
+    with pytest.raises(ConfigError, match=r"cannot listen at 203\.0\.113\.1:5000"):
         layout(2, nnodes=2, dist_init_addr="203.0.113.1:5000").open()
 
 
@@ -105,3 +106,12 @@ def test_an_address_that_is_not_this_machines_is_said() -> None:
 )
 def test_addresses(text: str, parts: tuple[str, int]) -> None:
     assert split_address(text) == parts
+
+
+def test_a_name_that_means_the_loopback_here_is_listened_for_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But only where other machines are to come."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+    for reachable, address in ((True, "0.0.0.0"), (False, "127.0.1.1")):
+        with listening("node0", 0, reachable=reachable) as sock:
+            assert sock.getsockname()[0] == address

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from l4core.parallel.ranks import Ranks
 
 ECHO_SECONDS = 0.5
+LOAD_SECONDS = 3600.0
+"""By which one rank may have read its weights before another, with a sum over both to come."""
 
 
 class Crew:
@@ -80,8 +82,8 @@ class Crew:
         from l4core.parallel.ranks import Ranks
 
         device = take_device(device_type, self.place)
-        _name_interface(next(iter(self.met.steps.values())))
-        longest = max(JOIN_SECONDS, 2 * HANG_FACTOR * self.place.timeout)  # the watchdog is sooner
+        _name_interface(self.met.steps[max(self.met.steps)], alone=self.place.whole)
+        longest = max(LOAD_SECONDS, 2 * HANG_FACTOR * self.place.timeout)  # the watchdog is sooner
         backend = distributed.get_default_backend_for_device(device_type)
         distributed.init_process_group(
             backend,
@@ -126,11 +128,14 @@ def take_device(device_type: str, place: Place) -> torch.device:
     return torch.device(device_type, place.device)
 
 
-def _name_interface(sock: socket.socket) -> None:
-    """gloo takes the network that this machine's own name stands for, which may be none that the others reach; they reach the one of `sock`."""
+def _name_interface(sock: socket.socket, *, alone: bool) -> None:
+    """gloo takes the network that this machine's own name stands for, which may be none that the others reach; they reach the one of `sock`.
+    alone: on this machine."""
     import psutil
 
     here = sock.getsockname()[0]
+    if here.startswith("127.") and not alone:
+        return
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address.partition("%")[0] == here for address in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -15,6 +15,7 @@ from l4core.errors import ConfigError
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun (or anyone who starts one process a rank) sets for each process."""
 LOOPBACK = "127.0.0.1"
+EVERYWHERE = ("0.0.0.0", "::")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +64,11 @@ class Layout:
             return None
         first = self.places[0]
         try:
-            return listening(first.host, first.port)
+            return listening(first.host, first.port, reachable=not first.whole)
         except OSError as error:
             raise ConfigError(
-                f"--dist-init-addr {first.host}:{first.port}: cannot listen there: {error.strerror or error}",
-                fix="an address of machine 0 (`ip addr` lists them), and a port that is free there",
+                f"cannot listen at {first.host}:{first.port}: {error.strerror or error}",
+                fix="--dist-init-addr with an address of machine 0 (`ip addr` lists them), and a port that is free there",
             ) from error
 
     def with_listener(self, listener: socket.socket | None) -> tuple[Place, ...]:
@@ -81,9 +82,12 @@ class Layout:
         )
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """A socket bound to that address alone."""
+def listening(host: str, port: int, *, reachable: bool = False) -> socket.socket:
+    """A socket bound to that address alone. reachable: from other machines; a name that means the loopback here (a line of many /etc/hosts) then
+    stands for all addresses."""
     family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if reachable and str(where[0]).startswith("127.") and where[0] != host:
+        where = (EVERYWHERE[0], port)
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -20,7 +20,7 @@ import msgspec
 
 from l4core.errors import ConfigError, L4Error, RankLostError
 from l4core.parallel.messages import MOST_BYTES, Attach, Hello, Message, Refusal, Waiting, Welcome, decode, encode
-from l4core.parallel.place import LOOPBACK, Place, listening
+from l4core.parallel.place import EVERYWHERE, LOOPBACK, Place, listening
 from l4core.parallel.store import open_store
 from l4core.parallel.wire import framed, read_frame
 
@@ -33,7 +33,6 @@ HANDSHAKE_SECONDS = 5.0
 RETRY_SECONDS = 0.2
 TELL_SECONDS = 15.0
 """Between two log lines about who is missing."""
-EVERYWHERE = ("0.0.0.0", "::")
 KEY = "l4/rank-0"
 """Where torchrun's store says where rank 0 is."""
 
@@ -222,7 +221,7 @@ def _local_address(place: Place) -> str:
     """This machine's, as the others reach it: torchrun's store is here. All of them where its name is one of the loopback here."""
     with socket.create_connection((place.host, place.port), timeout=HANDSHAKE_SECONDS) as probe:
         found: str = probe.getsockname()[0]
-    return "0.0.0.0" if found.startswith("127.") else found
+    return EVERYWHERE[0] if found.startswith("127.") else found
 
 
 def _torchrun_store(place: Place) -> Any:
@@ -255,7 +254,11 @@ def _try_join(place: Place, identity: Mapping[str, str]) -> Met:
     hello = Hello(rank=place.rank, size=place.size, nonce=nonce, host=place.where, identity=identity)
     with ExitStack() as undo:
         beats = undo.enter_context(_connect(host, port, hello))
-        steps = undo.enter_context(_connect(host, port, Attach(place.rank, nonce)))
+        try:
+            steps = undo.enter_context(_connect(host, port, Attach(place.rank, nonce)))
+        except OSError:
+            _welcomed(beats)  # rank 0 may have ended because of this one: then it has said so
+            raise
         beats.settimeout(max(place.timeout, HANDSHAKE_SECONDS + 2 * TICK_SECONDS))  # rank 0 says something every second
         store_port = _welcomed(beats)
         undo.pop_all()
