@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/host_cost.py [--requests 256] [--json OUT] [--profile OUT.txt] [ENGINE OPTION=VALUE …]
 
-For the simple loop and the overlapped one: ms a step, and how much of it the host waited for the device. The bar is 1.0 ms in the simple loop. On a
-machine without an accelerator the same is measured with the forward pass and the draw left out: the host's share of a step and nothing else.
+For the simple loop and the overlapped one: ms a step, of its parts, how much of it the host waited for the device. The bar is 1.0 ms in the simple
+loop. On a machine without an accelerator the same is measured with the forward pass and the draw left out: the host's share and nothing else.
 --profile: where the host's time goes (cProfile, the simple loop), kept under benchmarks/results/.
 """
 
@@ -18,7 +18,8 @@ import pstats
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 import l4core.engine.build as build
 import l4core.engine.resolve as resolve
 from l4core.config import from_mapping
-from l4core.engine.batch import Inbox, StepTokens
+from l4core.engine.batch import Inbox
 from l4core.engine.draws import PendingDraws
 from l4core.engine.engine import Engine
 from l4core.engine.fixed_step import Computed
@@ -170,33 +171,54 @@ def leave_the_device_out(engine: Engine) -> None:
 
 
 def measure(engine: Engine, num_requests: int) -> dict[str, float]:
+    """ms of a step, and in the median of its parts; `waited` is what of `wait` the host did nothing but wait for the device."""
     start(engine, num_requests)
-    waited = 0.0
-    wait = PendingDraws.wait
-
-    def timed(pending: PendingDraws) -> StepTokens:
-        nonlocal waited
-        event = getattr(pending._drawn, "_event", None)
-        began = time.perf_counter()
-        if event is not None:
-            event.synchronize()
-        waited += time.perf_counter() - began
-        return wait(pending)
-
-    PendingDraws.wait = timed  # type: ignore[method-assign]
     times = []
-    for _ in range(STEPS):
-        began = time.perf_counter()
-        engine.step()
-        times.append((time.perf_counter() - began) * 1e3)
-    PendingDraws.wait = wait  # type: ignore[method-assign]
+    with timed(engine) as spent:
+        for _ in range(STEPS):
+            began = time.perf_counter()
+            engine.step()
+            times.append((time.perf_counter() - began) * 1e3)
     finish(engine)
     return {
         "ms a step": statistics.fmean(times),
         "median": statistics.median(times),
         "p99": sorted(times)[int(0.99 * len(times))],
-        "waited": waited / STEPS * 1e3,
+        **{part: statistics.median(seconds or [0.0]) * 1e3 for part, seconds in spent.items()},
     }
+
+
+@contextmanager
+def timed(engine: Engine) -> Iterator[dict[str, list[float]]]:
+    """→ seconds that each step spends in each of its parts, by its name, while this lasts."""
+    runner, scheduler = engine.runner, engine.scheduler
+    parts: list[tuple[Any, str]] = [(scheduler, "schedule"), (runner, "build"), (runner, "execute"), (runner, "draw")]
+    parts += [(PendingDraws, "wait"), (scheduler, "commit")]
+    spent: dict[str, list[float]] = {name: [] for name in (*(name for _, name in parts), "waited")}
+
+    def wrap(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def one(*args: Any) -> Any:
+            began = time.perf_counter()
+            if name == "wait" and (event := getattr(args[0]._drawn, "_event", None)) is not None:
+                event.synchronize()
+                spent["waited"].append(time.perf_counter() - began)
+            made = call(*args)
+            spent[name].append(time.perf_counter() - began)
+            return made
+
+        return one
+
+    own = [(owner, name, getattr(owner, name), name in vars(owner)) for owner, name in parts]
+    for owner, name, call, _ in own:
+        setattr(owner, name, wrap(call, name))
+    try:
+        yield spent
+    finally:
+        for owner, name, call, is_its_own in own:
+            if is_its_own:
+                setattr(owner, name, call)
+            else:
+                delattr(owner, name)
 
 
 def profile(engine: Engine, num_requests: int) -> str:
