@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("kit", help="the plugin's test file")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--commit", default="", help="where this tree has no .git: what the file shall say")
     parser.add_argument("--seconds", type=int, default=600, help="for each process")
     args = parser.parse_args()
     environment = os.environ | {"L4_TEST_DEVICE": "cuda"}
@@ -60,7 +61,7 @@ def main() -> int:
     for name in sorted({record.backend for record in records}):
         mine = [record for record in records if record.backend == name]
         cases = {case.name: case for record in mine for case in record.cases}
-        whole = dataclasses.replace(mine[0], cases=tuple(cases.values()))
+        whole = dataclasses.replace(mine[0], cases=tuple(cases.values()), commit=args.commit or mine[0].commit)
         print(name, whole.counts, "of", len(tests), "tests; processes ended with", codes)
         write_records([whole], args.out)
     return max(codes)
