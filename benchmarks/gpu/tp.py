@@ -33,10 +33,11 @@ from collectives import microseconds
 from decode import Bench, measure_rates
 from direct_sums import DirectRanks
 
+from l4core.engine.build import build_engine
 from l4core.parallel.ranks import ALONE, Ranks
 from l4core.testing.checkpoints import make_tiny_checkpoint
 from l4core.testing.drafts_eagle3 import make_tiny_draft
-from l4core.testing.rank_serving import Served, mixed_requests, serve
+from l4core.testing.rank_serving import Served, mixed_requests, rank_config_of, serve, serve_with
 
 SMALL = {
     "layers": 4,
@@ -138,8 +139,14 @@ class Run:
 
     def tokens(self) -> None:
         requests = mixed_requests(64, vocab=SMALL["vocab"], max_tokens=24)
-        options: dict[str, Any] = {"device": "cuda", "attention_backend": "triton", "cuda_graph_max_bs": 32}
+        options: dict[str, Any] = {"device": "cuda", "attention_backend": "triton", "cuda_graph_max_bs": 16}
         fp8 = {"quantization": "fp8"}
+
+        def answers(name: str, path: Path, ranks: Ranks, own: dict[str, Any]) -> Served:
+            built = build_engine(rank_config_of(path, ranks, **options, **own), ranks=ranks, progress=False)
+            self.note(f"{name}, ready", f"{time.perf_counter() - self.began:.0f} s")
+            return serve_with(built, requests, ranks, keep=False)
+
         with self.small() as path:
             draft = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(path / "draft")}
             for alone, variants in (
@@ -154,12 +161,9 @@ class Run:
                 ),
                 (fp8, {"fp8": fp8}),
             ):
-                wanted: Served = self.by_one(
-                    lambda own=alone: serve(path, requests, ALONE, keep=False, **options, **own)
-                )
-                self.note("tokens of one GPU", f"{time.perf_counter() - self.began:.0f} s {alone}")
+                wanted: Served = self.by_one(lambda own=alone: answers(f"one GPU {own}", path, ALONE, own))
                 for name, own in variants.items():
-                    served = serve(path, requests, self.ranks, keep=False, **options, **own)
+                    served = answers(name, path, self.ranks, own)
                     equal = sum(served.tokens[i] == wanted.tokens[i] for i in wanted.tokens)
                     self.note(
                         f"tokens, {name}", f"{equal} of {len(requests)} equal, {time.perf_counter() - self.began:.0f} s"

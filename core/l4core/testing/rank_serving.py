@@ -22,7 +22,7 @@ from l4core.request import Request, SamplingParams, TokenLogprobs
 from l4core.testing.thread_ranks import run_ranks
 
 CHUNK = 64
-AT_ONCE = 24
+AT_ONCE = 44
 """Requests in the first inbox; every second step brings one more."""
 
 
