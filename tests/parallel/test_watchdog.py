@@ -15,7 +15,7 @@ from l4core.parallel.rendezvous import Met
 from l4core.parallel.watchdog import Watchdog
 from l4core.parallel.wire import framed, read_frame
 
-TIMEOUT = 0.5
+TIMEOUT = 0.3
 
 
 class Watched:
@@ -72,7 +72,7 @@ def test_a_rank_that_beats_is_let_be_and_one_that_is_silent_is_missed(watched: W
         watched.beat()
         assert not watched.ended
         time.sleep(TIMEOUT / 10)
-    assert watched.verdict() == "rank 1 was not heard of for 0.5 s"
+    assert watched.verdict() == f"rank 1 was not heard of for {TIMEOUT:g} s"
 
 
 def test_a_rank_that_ends_is_missed_at_once_and_its_words_go_before(watched: Watched) -> None:
@@ -105,7 +105,7 @@ def test_a_step_that_does_not_end_is_a_hang_and_who_is_not_in_it_is_named(
     with watched.watchdog.step():
         while not watched.over.wait(TIMEOUT / 10):
             watched.beat(0)
-    assert watched.verdict().startswith("rank 0 has been in step 1 for 5 s; not in it: rank 1")
+    assert watched.verdict().startswith(f"rank 0 has been in step 1 for {10 * TIMEOUT:g} s; not in it: rank 1")
     assert "test_a_step_that_does_not_end" in capfd.readouterr().err
 
 
