@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from l4core.testing.record import read_record, write_records
@@ -30,7 +31,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--commit", default="", help="where this tree has no .git: what the file shall say")
-    parser.add_argument("--seconds", type=int, default=600, help="for each process")
+    parser.add_argument("--seconds", type=int, default=600, help="for all that runs")
     args = parser.parse_args()
     environment = os.environ | {"L4_TEST_DEVICE": "cuda"}
     tests = collected(args.kit, environment)
@@ -50,13 +51,16 @@ def main() -> int:
             )
             for i, part in enumerate(parts)
         ]
-        codes = []
+        codes, deadline = [], time.monotonic() + args.seconds
         for process in running:
             try:
-                codes.append(process.wait(args.seconds))
+                codes.append(process.wait(max(0.1, deadline - time.monotonic())))
             except subprocess.TimeoutExpired:
                 process.kill()
                 codes.append(124)
+        if 124 in codes:
+            print(f"not whole: processes ended with {codes}; give it more --seconds")
+            return 124
         records = [read_record(path) for part in parts for path in sorted(part.glob("*.json"))]
     for name in sorted({record.backend for record in records}):
         mine = [record for record in records if record.backend == name]
