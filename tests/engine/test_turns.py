@@ -6,13 +6,17 @@ import contextlib
 import queue
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from l4core.config import EngineConfig
 from l4core.engine.batch import Inbox, NewPages, ScheduledBatch, ScheduledSequence
+from l4core.engine.build import build_engine
+from l4core.engine.engine import Engine
 from l4core.engine.step_costs import StepCosts
 from l4core.engine.turns import LeadEngine, Turn, _decoder, _encoder, checksum, follow
 from l4core.errors import EngineDeadError
@@ -172,3 +176,42 @@ def test_a_checksum_is_of_all_that_was_scheduled(changes: dict[str, Any]) -> Non
 def test_a_checksum_is_of_what_was_drawn() -> None:
     other = StepOutput(updates=[SequenceUpdate(request_id="a", new_token_ids=[4])])
     assert checksum(None, OUTPUT) != checksum(None, other)
+
+
+def real_engine(folder: Path, *, overlap: bool) -> Engine:
+    """Of one rank; in the small pool requests evict each other."""
+    config = EngineConfig(
+        model=folder.as_posix(),
+        device="cpu",
+        dtype="float32",
+        page_size=16,
+        max_total_tokens=700,
+        max_running_requests=8,
+    )
+    engine = build_engine(config, progress=False).engine
+    engine.overlap, engine.scheduler.max_in_flight = overlap, 2 if overlap else 1
+    return engine
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["simple", "overlapped"])
+def test_two_engines_make_the_same_steps(tiny: Path, overlap: bool) -> None:
+    """Requests that come, end, are aborted, evict each other and look back, in both loops: each step's checksum is checked by `follow`."""
+    line = Line()
+    lead = LeadEngine(real_engine(tiny, overlap=overlap), line)  # type: ignore[arg-type]
+    drawn: list[int] = []
+    for number in range(120):
+        news = (
+            []
+            if number > 60 or number % 3
+            else [request(str(number), [(number + j) % 256 for j in range(1 + 7 * number % 90)])]
+        )
+        if number % 15 == 6:
+            news = [replace(one, params=SamplingParams(seed=2, repetition_penalty=1.2)) for one in news]
+        aborts = [str(number - 6)] if number % 12 == 6 else []
+        if number == 40:
+            lead.abort(["36"])
+        output = lead.step(Inbox(requests=news, aborts=aborts, flush_cache=number == 50))
+        drawn += [token for update in output.updates for token in update.new_token_ids]
+    lead.close()
+    assert len(drawn) > 200
+    follow(real_engine(tiny, overlap=overlap), line)  # type: ignore[arg-type]
