@@ -299,7 +299,8 @@ class ServerConfig:
 
     dp: int = _opt(
         1,
-        "engines on this machine behind one address, each with --tp devices of its own; the least loaded gets the next request",
+        "engines on this machine behind one address, each with --tp devices of its own; the least loaded gets the next request "
+        "(on a CPU each takes half of what memory is free: --max-total-tokens)",
         PARALLEL,
         aliases=("dp_size", "data_parallel_size"),
         unit="engines",
