@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,10 @@ def machines(launch: Launch, **differing: Any) -> tuple[Served, Served]:
     return launch(nnodes=2, node_rank=0, dist_init_addr=address), second
 
 
-def test_a_machine_that_lost_its_rank_comes_back_and_ends_with_the_first(launch: Launch, until: Any) -> None:
+def test_a_machine_that_lost_its_rank_comes_back_and_ends_with_the_first(
+    launch: Launch, until: Any, tmp_path: Path
+) -> None:
+    """Told to end at once, as by torchrun or Kubernetes, they finish what runs."""
     first, second = machines(launch)
     url = first.wait()
     assert ask(url, "hello").json()["choices"][0]["message"]["content"].startswith("Seed 7:")
@@ -95,7 +100,14 @@ def test_a_machine_that_lost_its_rank_comes_back_and_ends_with_the_first(launch:
     until(lambda: httpx.get(f"{url}/health", verify=False).status_code == 503)
     until(lambda: answers(url))
     assert "rank 1 (machine 1" in first.output
-    first.process.send_signal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, url, f"HOLD {tmp_path / 'go'} please")
+        until(lambda: 'l4_requests_running{model_name="smol"} 1' in httpx.get(f"{url}/metrics", verify=False).text)
+        for served in (second, first):
+            served.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        (tmp_path / "go").touch()
+        assert asked.result().status_code == 200
     assert first.process.wait(60) == 0, first.output
     assert second.process.wait(60) == 0, second.output
 

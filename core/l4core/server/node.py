@@ -18,6 +18,8 @@ from l4core.server.process import EngineProcess
 
 logger = logging.getLogger(__name__)
 REJOIN_SECONDS = 0.5
+GRACE_SECONDS = 5.0
+"""Beyond the time that rank 0's requests have to finish."""
 
 
 class Node:
@@ -36,15 +38,17 @@ class Node:
         self._factory = factory
         self._policy = policy or RestartPolicy()
         self._deaths: collections.deque[float] = collections.deque()
-        self._stopping = asyncio.Event()
-        self._was_ready = False
+        self._stopping, self._at_once = asyncio.Event(), asyncio.Event()
+        self._is_ready = self._was_ready = False
 
     async def run(self) -> None:
-        """Until rank 0's server ends on purpose, or SIGTERM. Raises the L4Error that kept the ranks from starting, or EngineDeadError when ranks of
-        this machine died too often."""
+        """Until rank 0's server ends on purpose, or some time after SIGTERM (at once after a second).
+
+        Raises the L4Error that kept the ranks from starting, or EngineDeadError when ranks of this machine died too often.
+        """
         configure_logging(self._server_config)
         for sig in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(sig, self._stopping.set)
+            asyncio.get_running_loop().add_signal_handler(sig, self._stop)
         stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
         while not self._stopping.is_set():
             process = await EngineProcess.spawn(
@@ -53,8 +57,10 @@ class Node:
                 factory=self._factory,
                 places=self._layout.places,
             )
+            self._is_ready = False
             talk = asyncio.create_task(self._listen(process), name="ranks")
             await asyncio.wait({talk, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await self._drain(talk)
             ending = await process.stop()
             words = await talk
             if self._stopping.is_set():
@@ -65,13 +71,30 @@ class Node:
             self._judge(words or EngineDeadError(f"the engine process {ending}"))
             await asyncio.wait({stopping}, timeout=REJOIN_SECONDS)
 
+    def _stop(self) -> None:
+        if self._stopping.is_set():
+            self._at_once.set()
+        self._stopping.set()
+
+    async def _drain(self, talk: asyncio.Task[L4Error | None]) -> None:
+        """Rank 0 may have been told to end as well (torchrun and Kubernetes tell all at once), and its requests still need these ranks."""
+        if talk.done() or not self._is_ready:
+            return
+        seconds = self._server_config.drain_seconds + GRACE_SECONDS
+        logger.info(
+            "%s: waiting for rank 0's server to end, at most %g s; a second signal ends at once", self._names(), seconds
+        )
+        at_once = asyncio.create_task(self._at_once.wait(), name="at-once")
+        await asyncio.wait({talk, at_once}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        at_once.cancel()
+
     async def _listen(self, process: EngineProcess) -> L4Error | None:
         """Until the ranks are gone → why, if one said so."""
         words: L4Error | None = None
         try:
             while (message := await process.receive()) is not None:
                 if isinstance(message, Ready):
-                    self._was_ready = True
+                    self._is_ready = self._was_ready = True
                     logger.info("%s: ready", self._names())
                 elif isinstance(message, Log):
                     logging.getLogger(message.name).log(message.level, "%s", message.text)
