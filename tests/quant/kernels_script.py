@@ -84,7 +84,7 @@ def many(
     ids = ids * (1 + 40 // len(ids))  # more than one tile of some expert
     problem = make(kept, ids, num_experts, hidden=256, inter=64, dtype=dtype, shared=shared, device=DEVICE)
     one, sharing = Tile(rows=rows, ratio=ratio), Tile(rows=rows, parts=parts, ratio=ratio)
-    tiles = Tiles(gate_up=one, down=one, shared_gate_up=sharing, shared_down=sharing)
+    tiles = Tiles(gate_up=sharing, down=sharing, shared_gate_up=sharing, shared_down=one)
     assert error(problem, KERNELS[kept](DEVICE), tiles) < TOLERANCE[dtype]
 
 

@@ -17,6 +17,7 @@ from l4core.ops.dots_triton import dot_type, unpacks_inline
 from l4core.ops.expert_rows_triton import ALL, FEW, MANY
 from l4core.ops.experts_fp8_triton import fp8_down, fp8_gate_up
 from l4core.ops.experts_int4_triton import int4_down, int4_gate_up
+from l4core.ops.overlap_triton import launch_options
 from l4core.ops.quantise_rows import quantise_rows
 from l4core.plugin_api import ExpertContext, ExpertKernel, ExpertWeights
 from l4core.quant.formats import GROUP
@@ -71,12 +72,13 @@ class QuantisedExperts(ExpertKernel):
             inner = call.gate_up(FEW, rows, gate_up, shared and shared[0], tiles.gate_up)
             call.down(FEW, call.rows(inner), down, shared and shared[1], out, tiles.down)
             return out
-        if shared is not None:
-            inner = call.gate_up(ALL, rows, shared[0], None, tiles.shared_gate_up)
-            call.down(ALL, call.rows(inner), shared[1], None, out, tiles.shared_down)
         call.sort(gate_up.weight.shape[0])
-        inner = call.gate_up(MANY, rows, gate_up, None, tiles.gate_up)
-        call.down(MANY, call.rows(inner), down, None, out, tiles.down, add=shared is not None)
+        # Of two launches in a row one does not need the other's result, so it starts while the other ends (`late`).
+        inner_shared = None if shared is None else call.gate_up(ALL, rows, shared[0], None, tiles.shared_gate_up)
+        inner = call.gate_up(MANY, rows, gate_up, None, tiles.gate_up, late=shared is not None)
+        if shared is not None and inner_shared is not None:
+            call.down(ALL, call.rows(inner_shared), shared[1], None, out, tiles.shared_down)
+        call.down(MANY, call.rows(inner), down, None, out, tiles.down, late=shared is not None)
         return out
 
     @abstractmethod
@@ -136,7 +138,7 @@ class _Call:
     ) -> None:
         self.kernel, self.expert_ids, self.score, self.eight = kernel, expert_ids, score, eight
         self.order = self.ends = expert_ids
-        self.constants = {"ASM": unpacks_inline(x), "DOT": dot_type(x)}
+        self.constants = {"ASM": unpacks_inline(x), "DOT": dot_type(x)} | launch_options(x) | {"enable_fp_fusion": True}
         self.num_tokens, self.dtype = x.shape[0], x.dtype
 
     def sort(self, num_experts: int) -> None:
@@ -147,12 +149,14 @@ class _Call:
             return Rows(values=(x,), inputs=x.shape[1])
         return Rows(values=quantise_rows(x) if self.eight else (x, self.score), inputs=x.shape[1])
 
-    def gate_up(self, mode: Any, rows: Rows, weight: Matrix, shared: Matrix | None, tile: Tile) -> torch.Tensor:
-        """→ silu(gate) · up, [rows, I]."""
+    def gate_up(
+        self, mode: Any, rows: Rows, weight: Matrix, shared: Matrix | None, tile: Tile, *, late: bool = False
+    ) -> torch.Tensor:
+        """→ silu(gate) · up, [rows, I].  late: nothing that the launch before it writes is read."""
         inter = self.kernel.outputs(weight.weight) // 2
         count = self.num_tokens * (1 if shared is None else 2)
         out = torch.empty(count, inter, dtype=self.dtype, device=self.score.device)
-        launch = self._launch(mode, rows, weight, shared, tile, inter)
+        launch = self._launch(mode, rows, weight, shared, tile, inter, late=late)
         sums = self._sums(launch.parts * count * 2 * inter if launch.parts > 1 else 1)
         self.kernel.kernels()[0][launch.grid](
             *rows.values, *launch.weights, self.expert_ids, self.order, self.ends, self.score, out, sums,
@@ -169,20 +173,20 @@ class _Call:
         out: torch.Tensor,
         tile: Tile,
         *,
-        add: bool = False,
+        late: bool = False,
     ) -> None:
-        """Writes out [T, H], or adds to it."""
+        """Writes out [T, H].  late: adds to it what the launch before left there, which is all it needs of that."""
         hidden = out.shape[1]
-        launch = self._launch(mode, rows, weight, shared, tile, hidden)
+        launch = self._launch(mode, rows, weight, shared, tile, hidden, late=late)
         adds_up = launch.parts > 1 or mode == FEW
         sums = self._sums(launch.parts * rows.values[0].shape[0] * hidden if adds_up else 1)
         self.kernel.kernels()[1][launch.grid](
             *rows.values, *launch.weights, self.expert_ids, self.order, self.ends, out, sums, self.kernel.counters,
-            self.num_tokens, rows.values[0].stride(0), launch.blocks, rows.inputs, hidden, **launch.constants, ADD=add,
+            self.num_tokens, rows.values[0].stride(0), launch.blocks, rows.inputs, hidden, **launch.constants, ADD=late,
         )  # fmt: skip
 
     def _launch(
-        self, mode: Any, rows: Rows, weight: Matrix, shared: Matrix | None, tile: Tile, outputs: int
+        self, mode: Any, rows: Rows, weight: Matrix, shared: Matrix | None, tile: Tile, outputs: int, *, late: bool
     ) -> _Launch:
         num_experts = 0 if mode == ALL else weight.weight.shape[0]
         columns = math.gcd(outputs, tile.columns)
@@ -197,6 +201,8 @@ class _Call:
             parts = 1
         if isinstance(self.kernel, Fp8Experts):
             constants["A8"] = self.eight
+        else:
+            constants["LATE"] = late
         constants |= self.constants | {
             "MODE": mode, "E": num_experts, "SHARED": shared is not None, "BLOCK_E": triton.next_power_of_2(num_experts + 1),
             "BLOCK_N": columns, "BLOCK_T": tile.rows, "PARTS": parts, "num_warps": tile.warps, "num_stages": tile.stages,

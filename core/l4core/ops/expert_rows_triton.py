@@ -1,7 +1,7 @@
 """Which rows a program of an expert kernel works on, and how programs that share an output add up.
 
-FEW    T ≤ BLOCK_T and nothing is sorted: entry t of the grid stands for token t and works for every token with the same expert, if t is the first
-       of them; entry T is the shared expert. Row p < T of the intermediate is token p at its routed expert, row T + t token t at the shared one.
+FEW    T ≤ BLOCK_T and nothing is sorted: entry 0 of the grid is the shared expert, if there is one; the next ones stand for a token each and work
+       for every token with the same expert, if theirs is the first of them. Row p < T of the intermediate is token p at its routed expert, row T + t token t at the shared one.
 MANY   `order` lists tokens by expert and `ends` where each expert ends; row p is the p-th of them. The tiles of one expert and one piece of weight
        follow one another, so that the weight is read from memory once.
 ALL    one matrix that every row meets: the shared expert beside MANY, and linear layers.
@@ -16,13 +16,14 @@ FEW, MANY, ALL = (tl.constexpr(mode) for mode in range(3))
 
 
 @triton.jit
-def few_rows(ids, entry, num_tokens, E: tl.constexpr, BLOCK_T: tl.constexpr):
+def few_rows(ids, entry, num_tokens, E: tl.constexpr, SHARED: tl.constexpr, BLOCK_T: tl.constexpr):
     """→ (expert, rows [BLOCK_T], tokens, which of them count, number of entries that work). ids: int32 [T], −1 where another rank
     holds the expert. An idle entry has expert −1."""
     t = tl.arange(0, BLOCK_T)
     inside = t < num_tokens
     mine = tl.load(ids + t, mask=inside, other=-1)
-    shared = entry == num_tokens
+    entry -= SHARED
+    shared = entry < 0
     expert = tl.sum(tl.where(t == entry, mine, 0), 0)
     same = (mine == expert) & inside
     first = tl.min(tl.where(same, t, BLOCK_T), 0)
@@ -60,11 +61,12 @@ def all_rows(pid, num_tokens, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def find_rows(
-    MODE: tl.constexpr, pid, ids, order, ends, num_tokens, n_blocks, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr
+    MODE: tl.constexpr, pid, ids, order, ends, num_tokens, n_blocks, E: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """→ (expert, rows, tokens, which of them count, block of outputs, experts that work). An idle program has expert −1, ALL has expert 0."""
     if MODE == FEW:
-        expert, rows, tokens, inside, working = few_rows(ids, pid // n_blocks, num_tokens, E, BLOCK_T)
+        expert, rows, tokens, inside, working = few_rows(ids, pid // n_blocks, num_tokens, E, SHARED, BLOCK_T)
         return expert, rows, tokens, inside, pid % n_blocks, working
     elif MODE == MANY:
         expert, rows, tokens, inside, block = many_rows(order, ends, pid, n_blocks, E, BLOCK_E, BLOCK_T)
@@ -95,18 +97,18 @@ def add_parts(
     size = (1 + SHARED) * num_tokens.to(tl.int64) * width
     tl.store(sums + part * size + rows.to(tl.int64)[None, :] * width + n[:, None], acc, mask=inside[None, :])
     last = is_last(counter, wanted)
-    kept = tokens < num_tokens
-    routed = kept
-    if MODE == FEW:
+    kept, routed, at = inside, inside, rows
+    if MODE == FEW:  # whoever comes last adds up for every token
+        kept, at = tokens < num_tokens, tokens
         routed = tl.load(ids + tokens, mask=kept, other=-1) >= 0
     total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     if last:
-        at = tokens.to(tl.int64)[None, :] * width + n[:, None]
+        from_row = at.to(tl.int64)[None, :] * width + n[:, None]
         for i in tl.static_range(PARTS):
-            total += tl.load(sums + i * size + at, mask=routed[None, :], other=0.0, cache_modifier=".cg")
+            total += tl.load(sums + i * size + from_row, mask=routed[None, :], other=0.0, cache_modifier=".cg")
             if SHARED:
                 behind = num_tokens.to(tl.int64) * width
-                total += tl.load(sums + i * size + behind + at, mask=kept[None, :], other=0.0, cache_modifier=".cg")
+                total += tl.load(sums + i * size + behind + from_row, mask=kept[None, :], other=0.0, cache_modifier=".cg")
     return last, total, kept
 
 

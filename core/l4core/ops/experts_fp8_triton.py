@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from l4core.ops.expert_rows_triton import ALL, FEW, add_parts, find_rows, is_last, weight_of
+from l4core.ops.overlap_triton import let_next_start, wait_for_last
 
 
 @triton.jit
@@ -57,11 +58,15 @@ def fp8_gate_up(
     num_tokens, x_stride, n_blocks, K, inter,
     MODE: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr, A8: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out[p] = silu(s·g) · (s·u), [rows, inter]; see int4_gate_up. x_scale float32 [T], with A8."""
     pid, part = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        let_next_start()
+        wait_for_last()
     expert, rows, tokens, inside, block, _ = find_rows(
-        MODE, pid, ids, order, ends, num_tokens, n_blocks, E, BLOCK_E, BLOCK_T
+        MODE, pid, ids, order, ends, num_tokens, n_blocks, E, SHARED, BLOCK_E, BLOCK_T
     )
     if expert < 0:
         return
@@ -114,12 +119,15 @@ def fp8_down(
     num_tokens, x_stride, n_blocks, K, hidden,
     MODE: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr, A8: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr,
-    ADD: tl.constexpr,
+    ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [T, hidden] = the sum over a token's experts of W · x[p]; see int4_down. x_scale float32 [rows], with A8. With ALL it is a linear layer."""
     pid, part = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        let_next_start()
+        wait_for_last()
     expert, rows, tokens, inside, block, working = find_rows(
-        MODE, pid, ids, order, ends, num_tokens, n_blocks, E, BLOCK_E, BLOCK_T
+        MODE, pid, ids, order, ends, num_tokens, n_blocks, E, SHARED, BLOCK_E, BLOCK_T
     )
     if expert < 0:
         return

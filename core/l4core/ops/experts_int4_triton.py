@@ -1,7 +1,9 @@
 """SwiGLU experts on 4-bit weights with one scale for 128 inputs: two Triton kernels, for one row or for thousands.
 
 The product is written W · xᵀ: weight words go from memory to registers, are unpacked there straight into the operand of the tensor core and
-never touch shared memory as bfloat16. A group's product is exact in its integers (−8 … 7 are bfloat16 numbers) and meets its scale in float32.
+never touch shared memory as bfloat16. A group's product is exact in its integers (−8 … 143 are bfloat16 numbers) and meets its scale in float32.
+For few rows the weights stay 136 too large, which saves a third of the unpacking; −136 times the sum of a group's inputs, one more product, makes up
+for it.
 
 W [N, K] of one expert is kept as (quant.int4):
     packed int16 [⌈K/128⌉, N, 32]    nibble q of word j = W[n, 128·g + 32·q + j] + 8
@@ -15,13 +17,37 @@ import triton
 import triton.language as tl
 
 from l4core.ops.expert_rows_triton import ALL, FEW, add_parts, find_rows, is_last, weight_of
+from l4core.ops.overlap_triton import let_next_start, wait_for_last
+
+OFFSET = tl.constexpr(136.0)
+"""What unpacked weights are too large by, where it is not taken off each: 128 of the bits they are put into, 8 of the packing."""
 
 
 @triton.jit
-def unpack(words, q: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr):
-    """Nibble q of int16 words, minus 8. 0x4300 | v is the bfloat16 128 + v: at most three instructions for two weights."""
+def unpack(words, q: tl.constexpr, RAW: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr):
+    """Nibble q of int16 words, minus 8; RAW: plus 128. 0x4300 | v is the bfloat16 128 + v: two instructions for two weights, or three."""
     if not ASM:
         return (((words.to(tl.int32) >> (4 * q)) & 15) - 8).to(DOT)
+    elif RAW:
+        if q == 0:
+            return tl.inline_asm_elementwise(
+                "lop3.b32 $0, $1, 0x000f000f, 0x43004300, 0xea;", "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
+            )  # fmt: skip
+        elif q == 1:
+            return tl.inline_asm_elementwise(
+                "{.reg .b32 t; shr.b32 t, $1, 4; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea;}",
+                "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
+        elif q == 2:
+            return tl.inline_asm_elementwise(
+                "{.reg .b32 t; shr.b32 t, $1, 8; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea;}",
+                "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                "{.reg .b32 t; shr.b32 t, $1, 12; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea;}",
+                "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
     elif q == 0:
         return tl.inline_asm_elementwise(
             "{.reg .b32 t, one, off; mov.b32 one, 0x3f803f80; mov.b32 off, 0xc308c308;"
@@ -48,12 +74,30 @@ def unpack(words, q: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr):
         )  # fmt: skip
 
 
+@triton.jit
+def tile_offsets(rows, x_stride, BLOCK_N: tl.constexpr):
+    """→ (of the words of BLOCK_N outputs of one group, of 32 inputs of these rows of x). 64 bits from the beginning, so that what a thread's
+    addresses have in common is computed once."""
+    j = tl.arange(0, 32).to(tl.int64)
+    return tl.arange(0, BLOCK_N).to(tl.int64)[:, None] * 32 + j[None, :], rows.to(tl.int64)[:, None] * x_stride + j[None, :]
+
+
+@triton.jit
+def load_inputs(at, k, K, EVEN_K: tl.constexpr):
+    """32 inputs from k on. Rows that do not count are some other row's: their products are never stored."""
+    if EVEN_K:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(k + tl.arange(0, 32))[None, :] < K, other=0.0)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def int4_gate_up(  # noqa: PLR0915  (one loop, from memory to result)
     x, packed, scales, shared_packed, shared_scales, ids, order, ends, score, out, sums, counters,
     num_tokens, x_stride, n_blocks, K, inter,
     MODE: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
     PARTS: tl.constexpr, EVEN_K: tl.constexpr, RATIO: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr,
+    LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[p] = silu(s·g) · (s·u), [rows, inter]; s = 1 for the shared expert and with ALL. Grid (n_blocks × entries or tiles, PARTS).
 
@@ -61,52 +105,61 @@ def int4_gate_up(  # noqa: PLR0915  (one loop, from memory to result)
     RATIO: keep the sums in units of the current scale instead of adding scaled sums: half the registers, for large tiles.
     """
     pid, part = tl.program_id(0), tl.program_id(1)
+    if PDL and not LATE:
+        wait_for_last()
+        let_next_start()
     expert, rows, tokens, inside, block, _ = find_rows(
-        MODE, pid, ids, order, ends, num_tokens, n_blocks, E, BLOCK_E, BLOCK_T
+        MODE, pid, ids, order, ends, num_tokens, n_blocks, E, SHARED, BLOCK_E, BLOCK_T
     )
     if expert < 0:
         return
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = tl.arange(0, 32)
     groups = (K + 127) // 128
     per_part = groups // PARTS
     g0 = part * per_part
-    wp = weight_of(MODE, packed, shared_packed, expert, groups * 2 * inter * 32, E, SHARED)
-    sp = weight_of(MODE, scales, shared_scales, expert, groups * 2 * inter, E, SHARED)
-    wp = wp + (g0 * (2 * inter) + n).to(tl.int64)[:, None] * 32 + j[None, :]
-    sp = sp + g0 * (2 * inter) + n
-    xp = x + tokens.to(tl.int64)[:, None] * x_stride + g0 * 128 + j[None, :]
     half = inter * 32
+    wp = weight_of(MODE, packed, shared_packed, expert, groups * 2 * half, E, SHARED)
+    wp += (g0 * (2 * inter) + block * BLOCK_N).to(tl.int64) * 32
+    sp = weight_of(MODE, scales, shared_scales, expert, groups * 2 * inter, E, SHARED) + g0 * (2 * inter) + n
+    xp = x + g0 * 128
+    in_w, in_x = tile_offsets(tl.where(inside, tokens, 0), x_stride, BLOCK_N)
+    RAW: tl.constexpr = ASM and not RATIO
     gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     gate_scale, up_scale = tl.load(sp).to(tl.float32), tl.load(sp + inter).to(tl.float32)
     for g in range(0, per_part):
-        wg = tl.load(wp)
-        wu = tl.load(wp + half)
+        wg = tl.load(wp + in_w)
+        wu = tl.load(wp + half + in_w)
         sp += 2 * inter
         more = (n * 0 + g) < per_part - 1
         next_gate = tl.load(sp, mask=more, other=1.0).to(tl.float32)
         next_up = tl.load(sp + inter, mask=more, other=1.0).to(tl.float32)
         part_gate, part_up = gate, up
+        offset = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         if not RATIO:
             part_gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
             part_up = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         for q in tl.static_range(4):
-            here = inside[:, None]
-            if not EVEN_K:
-                here = here & (((g0 + g) * 128 + q * 32 + j)[None, :] < K)
-            xq = tl.load(xp + q * 32, mask=here, other=0.0).to(DOT).T
-            part_gate = tl.dot(unpack(wg, q, ASM, DOT), xq, part_gate, input_precision="ieee")
-            part_up = tl.dot(unpack(wu, q, ASM, DOT), xq, part_up, input_precision="ieee")
+            xq = load_inputs(xp + q * 32 + in_x, (g0 + g) * 128 + q * 32, K, EVEN_K).to(DOT).T
+            if RAW:
+                offset = tl.dot(tl.full((BLOCK_N, 32), -OFFSET, DOT), xq, offset)
+            part_gate = tl.dot(unpack(wg, q, RAW, ASM, DOT), xq, part_gate, input_precision="ieee")
+            part_up = tl.dot(unpack(wu, q, RAW, ASM, DOT), xq, part_up, input_precision="ieee")
         if RATIO:
             gate = part_gate * (gate_scale / next_gate)[:, None]
             up = part_up * (up_scale / next_up)[:, None]
         else:
+            if RAW:
+                part_gate += offset
+                part_up += offset
             gate += part_gate * gate_scale[:, None]
             up += part_up * up_scale[:, None]
         gate_scale, up_scale = next_gate, next_up
         wp += half * 2
         xp += 128
+    if PDL and LATE:
+        wait_for_last()
+        let_next_start()
     if PARTS > 1:
         at = rows.to(tl.int64)[None, :] * (2 * inter) + n[:, None]
         size = (1 + SHARED) * num_tokens.to(tl.int64) * (2 * inter)
@@ -134,6 +187,7 @@ def int4_down(
     num_tokens, x_stride, n_blocks, K, hidden,
     MODE: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
     PARTS: tl.constexpr, EVEN_K: tl.constexpr, RATIO: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr, ADD: tl.constexpr,
+    LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [T, hidden] = the sum over a token's experts of W · x[p].
 
@@ -142,42 +196,50 @@ def int4_down(
     """
     pid, part = tl.program_id(0), tl.program_id(1)
     expert, rows, tokens, inside, block, working = find_rows(
-        MODE, pid, ids, order, ends, num_tokens, n_blocks, E, BLOCK_E, BLOCK_T
+        MODE, pid, ids, order, ends, num_tokens, n_blocks, E, SHARED, BLOCK_E, BLOCK_T
     )
-    if expert < 0:
-        return
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = tl.arange(0, 32)
     groups = (K + 127) // 128
     per_part = groups // PARTS
     g0 = part * per_part
     wp = weight_of(MODE, packed, shared_packed, expert, groups * hidden * 32, E, SHARED)
-    sp = weight_of(MODE, scales, shared_scales, expert, groups * hidden, E, SHARED)
-    wp = wp + (g0 * hidden + n).to(tl.int64)[:, None] * 32 + j[None, :]
-    sp = sp + g0 * hidden + n
-    xp = x + rows.to(tl.int64)[:, None] * x_stride + g0 * 128 + j[None, :]
+    if PDL and not LATE:
+        wait_for_last()
+        let_next_start()
+    if expert < 0:
+        return
+    wp += (g0 * hidden + block * BLOCK_N).to(tl.int64) * 32
+    sp = weight_of(MODE, scales, shared_scales, expert, groups * hidden, E, SHARED) + g0 * hidden + n
+    xp = x + g0 * 128
+    in_w, in_x = tile_offsets(tl.where(inside, rows, 0), x_stride, BLOCK_N)
+    RAW: tl.constexpr = ASM and not RATIO
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     scale = tl.load(sp).to(tl.float32)
     for g in range(0, per_part):
-        w = tl.load(wp)
+        w = tl.load(wp + in_w)
         sp += hidden
         next_scale = tl.load(sp, mask=(n * 0 + g) < per_part - 1, other=1.0).to(tl.float32)
         one = acc
+        offset = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         if not RATIO:
             one = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         for q in tl.static_range(4):
-            here = inside[:, None]
-            if not EVEN_K:
-                here = here & (((g0 + g) * 128 + q * 32 + j)[None, :] < K)
-            xq = tl.load(xp + q * 32, mask=here, other=0.0).to(DOT).T
-            one = tl.dot(unpack(w, q, ASM, DOT), xq, one, input_precision="ieee")
+            xq = load_inputs(xp + q * 32 + in_x, (g0 + g) * 128 + q * 32, K, EVEN_K).to(DOT).T
+            if RAW:
+                offset = tl.dot(tl.full((BLOCK_N, 32), -OFFSET, DOT), xq, offset)
+            one = tl.dot(unpack(w, q, RAW, ASM, DOT), xq, one, input_precision="ieee")
         if RATIO:
             acc = one * (scale / next_scale)[:, None]
         else:
+            if RAW:
+                one += offset
             acc += one * scale[:, None]
         scale = next_scale
         wp += hidden * 32
         xp += 128
+    if PDL and LATE:
+        wait_for_last()
+        let_next_start()
     kept = inside
     if (MODE == FEW) | (PARTS > 1):
         wanted, counter = PARTS, counters + pid

@@ -70,6 +70,8 @@ def _kernel(
         "MODE": mode, "E": experts, "SHARED": mode == FEW, "BLOCK_E": triton.next_power_of_2(experts + 1), "BLOCK_N": tile.columns,
         "BLOCK_T": tile.rows, "PARTS": tile.parts, "ASM": arch.startswith("sm"), "DOT": tl.bfloat16, **extra,
     }  # fmt: skip
+    if "LATE" in kernel.arg_names:
+        constants["LATE"] = mode == MANY
     if "ADD" in kernel.arg_names:
         constants["ADD"] = mode == MANY
     named = {key: value for key, value in (_INDICES | pointers).items() if key in kernel.arg_names}
