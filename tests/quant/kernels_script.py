@@ -1,4 +1,5 @@
-"""Compares the kernels for quantised weights with the definition on `sys.argv[1]`: "cpu" under Triton's interpreter, or "cuda"."""
+"""Compares the kernels for quantised weights with the definition on `sys.argv[1]`: "cpu" under Triton's interpreter, or "cuda".
+More arguments name single checks."""
 
 from __future__ import annotations
 
@@ -76,13 +77,22 @@ def few(
     parts=st.sampled_from([1, 2]),
     rows=st.sampled_from([8, 16, 32]),
     ratio=st.booleans(),
+    sizes=st.sampled_from([(256, 64), (128, 256)]),
 )
 def many(
-    kept: str, shared: bool, routing: tuple[list[int], int], dtype: torch.dtype, parts: int, rows: int, ratio: bool
+    kept: str,
+    shared: bool,
+    routing: tuple[list[int], int],
+    dtype: torch.dtype,
+    parts: int,
+    rows: int,
+    ratio: bool,
+    sizes: tuple[int, int],
 ) -> None:
     ids, num_experts = routing
     ids = ids * (1 + 40 // len(ids))  # more than one tile of some expert
-    problem = make(kept, ids, num_experts, hidden=256, inter=64, dtype=dtype, shared=shared, device=DEVICE)
+    hidden, inter = sizes
+    problem = make(kept, ids, num_experts, hidden=hidden, inter=inter, dtype=dtype, shared=shared, device=DEVICE)
     one, sharing = Tile(rows=rows, ratio=ratio), Tile(rows=rows, parts=parts, ratio=ratio)
     tiles = Tiles(gate_up=sharing, down=sharing, shared_gate_up=sharing, shared_down=one)
     assert error(problem, KERNELS[kept](DEVICE), tiles) < TOLERANCE[dtype]
@@ -128,10 +138,15 @@ def linear_layers(kept: str, num_rows: int, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    for kept, shared in itertools.product(KERNELS, (False, True)):
-        few(kept, shared)
-        many(kept, shared)
-    print("few\nmany")
-    for check in (rows_in_eight_bits, linear_layers, *([rows] if DEVICE == "cuda" else [])):
-        check()
-        print(check.__name__)
+    wanted = sys.argv[2:] or [
+        "few",
+        "many",
+        "rows_in_eight_bits",
+        "linear_layers",
+        *(["rows"] if DEVICE == "cuda" else []),
+    ]
+    for name in wanted:
+        check = globals()[name]
+        for chosen in itertools.product(KERNELS, (False, True)) if name in ("few", "many") else [()]:
+            check(*chosen)
+        print(name)

@@ -241,7 +241,7 @@ def _run(calls: Iterable[Callable[[], int]], advance: Callable[[int], object]) -
 def fill_dummy(model_params: Mapping[str, torch.Tensor], seed: int, rank: int = 0) -> None:
     """Random weights of standard deviation 0.02, norms = 1. A tensor's values follow from the seed and its name alone: they are drawn in float32 on
     the CPU, so every device and, up to rounding, every dtype gets the same model. Beyond DUMMY_PERIOD elements they repeat. Weights in fewer bits
-    are drawn as they are kept, with one scale for all. rank: of several; each has values of its own but for the router, which is the same on all."""
+    are drawn as they are kept, with scales of one size. rank: of several; each has values of its own but for the router, which is the same on all."""
     _run((_dummy_call(name, param.detach(), seed, rank) for name, param in model_params.items()), lambda _: None)
 
 
@@ -250,13 +250,15 @@ def _dummy_call(name: str, param: torch.Tensor, seed: int, rank: int) -> Callabl
         if name.endswith("norm.weight"):
             param.fill_(1.0)
             return param.numel()
-        if name.endswith("weight_scale"):
-            param.fill_(DUMMY_STD / INT4_STD if param.dtype == torch.bfloat16 else DUMMY_FP8_SCALE)
+        is_scale = name.endswith("weight_scale")
+        if is_scale and param.dtype == torch.float32:
+            param.fill_(DUMMY_FP8_SCALE)
             return param.numel()
         label = f"{seed}:{name}" if rank == 0 or name.endswith("router.weight") else f"{seed}:{name}:{rank}"
         digest = hashlib.blake2b(label.encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        drawn = _draw(min(param.numel(), DUMMY_PERIOD), param.dtype, generator).to(param.device)
+        draw = _draw_int4_scales if is_scale else _draw
+        drawn = draw(min(param.numel(), DUMMY_PERIOD), param.dtype, generator).to(param.device)
         twice = torch.cat((drawn, drawn))  # a piece that begins anywhere in the period
         first = 0
         for box in pieces(whole(tuple(param.shape)), tuple(param.shape), DUMMY_PERIOD):
@@ -274,3 +276,9 @@ def _draw(count: int, dtype: torch.dtype, generator: torch.Generator) -> torch.T
         return torch.randint(-(1 << 15), 1 << 15, (count,), dtype=dtype, generator=generator)
     drawn = torch.empty(count, dtype=torch.float32, device="cpu").normal_(std=DUMMY_STD, generator=generator)
     return (drawn / DUMMY_FP8_SCALE).to(dtype) if dtype == torch.float8_e4m3fn else drawn
+
+
+def _draw_int4_scales(count: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Of either sign: −8 … 7 lie about −½, and layers of weights with a mean turn every token the same way, to the same few experts."""
+    signs = torch.randint(0, 2, (count,), dtype=dtype, generator=generator) * 2 - 1
+    return signs * (DUMMY_STD / INT4_STD)

@@ -1,7 +1,8 @@
 """Which rows a program of an expert kernel works on, and how programs that share an output add up.
 
 FEW    T ≤ BLOCK_T and nothing is sorted: entry 0 of the grid is the shared expert, if there is one; the next ones stand for a token each and work
-       for every token with the same expert, if theirs is the first of them. Row p < T of the intermediate is token p at its routed expert, row T + t token t at the shared one.
+       for every token with the same expert, if theirs is the first of them. Row p < T of the intermediate is token p at its routed expert, row T + t
+       token t at the shared one.
 MANY   `order` lists tokens by expert and `ends` where each expert ends; row p is the p-th of them. The tiles of one expert and one piece of weight
        follow one another, so that the weight is read from memory once.
 ALL    one matrix that every row meets: the shared expert beside MANY, and linear layers.
@@ -108,7 +109,9 @@ def add_parts(
             total += tl.load(sums + i * size + from_row, mask=routed[None, :], other=0.0, cache_modifier=".cg")
             if SHARED:
                 behind = num_tokens.to(tl.int64) * width
-                total += tl.load(sums + i * size + behind + from_row, mask=kept[None, :], other=0.0, cache_modifier=".cg")
+                total += tl.load(
+                    sums + i * size + behind + from_row, mask=kept[None, :], other=0.0, cache_modifier=".cg"
+                )
     return last, total, kept
 
 

@@ -79,7 +79,9 @@ def tile_offsets(rows, x_stride, BLOCK_N: tl.constexpr):
     """→ (of the words of BLOCK_N outputs of one group, of 32 inputs of these rows of x). 64 bits from the beginning, so that what a thread's
     addresses have in common is computed once."""
     j = tl.arange(0, 32).to(tl.int64)
-    return tl.arange(0, BLOCK_N).to(tl.int64)[:, None] * 32 + j[None, :], rows.to(tl.int64)[:, None] * x_stride + j[None, :]
+    return tl.arange(0, BLOCK_N).to(tl.int64)[:, None] * 32 + j[None, :], rows.to(tl.int64)[:, None] * x_stride + j[
+        None, :
+    ]
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def load_inputs(at, k, K, EVEN_K: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def int4_gate_up(  # noqa: PLR0915  (one loop, from memory to result)
+def int4_gate_up(  # noqa: C901, PLR0915  (one loop, from memory to result)
     x, packed, scales, shared_packed, shared_scales, ids, order, ends, score, out, sums, counters,
     num_tokens, x_stride, n_blocks, K, inter,
     MODE: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -182,7 +184,7 @@ def int4_gate_up(  # noqa: PLR0915  (one loop, from memory to result)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def int4_down(
+def int4_down(  # noqa: C901, PLR0915  (one loop, from memory to result)
     x, packed, scales, shared_packed, shared_scales, ids, order, ends, out, sums, counters,
     num_tokens, x_stride, n_blocks, K, hidden,
     MODE: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,

@@ -32,8 +32,8 @@ def _fp8_few(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torc
 
     from l4core.ops.dots_triton import dot_type, unpacks_inline
     from l4core.ops.expert_rows_triton import ALL
-    from l4core.ops.overlap_triton import launch_options
     from l4core.ops.experts_fp8_triton import fp8_down
+    from l4core.ops.overlap_triton import launch_options
 
     (num_rows, num_in), num_out = x.shape, weight.shape[0]
     rows = min(64, max(8, triton.next_power_of_2(num_rows)))
@@ -68,8 +68,8 @@ def _int4(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.T
 
     from l4core.ops.dots_triton import dot_type, unpacks_inline
     from l4core.ops.expert_rows_triton import ALL
-    from l4core.ops.overlap_triton import launch_options
     from l4core.ops.experts_int4_triton import int4_down
+    from l4core.ops.overlap_triton import launch_options
 
     (num_rows, num_in), (groups, num_out, _) = x.shape, packed.shape
     few = num_rows <= FEW_ROWS
