@@ -16,7 +16,7 @@ from l4core.experts.sorted_triton import sort_by_expert
 from l4core.ops.dots_triton import dot_type, unpacks_inline
 from l4core.ops.expert_rows_triton import ALL, FEW, MANY
 from l4core.ops.experts_fp8_triton import fp8_down, fp8_gate_up
-from l4core.ops.experts_int4_triton import int4_down, int4_gate_up
+from l4core.ops.experts_int4_triton import HELD, int4_down, int4_gate_up
 from l4core.ops.overlap_triton import launch_options
 from l4core.ops.quantise_rows import quantise_rows
 from l4core.plugin_api import ExpertContext, ExpertKernel, ExpertWeights
@@ -203,6 +203,7 @@ class _Call:
             constants["A8"] = self.eight
         else:
             constants["LATE"] = late
+            constants["FEW_GROUPS"] = steps // parts <= HELD.value and not tile.ratio
         constants |= self.constants | {
             "MODE": mode, "E": num_experts, "SHARED": shared is not None, "BLOCK_E": triton.next_power_of_2(num_experts + 1),
             "BLOCK_N": columns, "BLOCK_T": tile.rows, "PARTS": parts, "num_warps": tile.warps, "num_stages": tile.stages,

@@ -22,6 +22,9 @@ from l4core.ops.overlap_triton import let_next_start, wait_for_last
 OFFSET = tl.constexpr(136.0)
 """What unpacked weights are too large by, where it is not taken off each: 128 of the bits they are put into, 8 of the packing."""
 
+HELD = tl.constexpr(16)
+"""Groups whose scales a program may hold in registers."""
+
 
 @triton.jit
 def unpack(words, q: tl.constexpr, RAW: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr):
@@ -93,13 +96,29 @@ def load_inputs(at, k, K, EVEN_K: tl.constexpr):
         return tl.load(at, mask=(k + tl.arange(0, 32))[None, :] < K, other=0.0)
 
 
+@triton.jit
+def hold_scales(at, stride, count, BLOCK_N: tl.constexpr, ASM: tl.constexpr):
+    """Scales of BLOCK_N outputs for up to 16 groups, the left operand of `scale_of`. at: of the first group, [BLOCK_N]."""
+    g = tl.arange(0, HELD)
+    scales = tl.load(at[:, None] + g[None, :] * stride, mask=(g < count)[None, :], other=0.0)
+    return scales if ASM else scales.to(tl.float32)
+
+
+@triton.jit
+def scale_of(held, g, BLOCK_T: tl.constexpr, ASM: tl.constexpr):
+    """Group g's scales as [BLOCK_N, BLOCK_T] where a product leaves its sums: a product with a column of zeros and a one, which is exact. Loading a
+    scale in each turn of the loop takes it through shared memory, and all warps to two barriers."""
+    one = tl.where((tl.arange(0, HELD)[:, None] == g) & (tl.arange(0, BLOCK_T)[None, :] >= 0), 1.0, 0.0)
+    return tl.dot(held, one.to(held.dtype), input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def int4_gate_up(  # noqa: C901, PLR0915  (one loop, from memory to result)
     x, packed, scales, shared_packed, shared_scales, ids, order, ends, score, out, sums, counters,
     num_tokens, x_stride, n_blocks, K, inter,
     MODE: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
     PARTS: tl.constexpr, EVEN_K: tl.constexpr, RATIO: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr,
-    LATE: tl.constexpr, PDL: tl.constexpr,
+    FEW_GROUPS: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[p] = silu(s·g) · (s·u), [rows, inter]; s = 1 for the shared expert and with ALL. Grid (n_blocks × entries or tiles, PARTS).
 
@@ -128,14 +147,19 @@ def int4_gate_up(  # noqa: C901, PLR0915  (one loop, from memory to result)
     RAW: tl.constexpr = ASM and not RATIO
     gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    gate_scale, up_scale = tl.load(sp).to(tl.float32), tl.load(sp + inter).to(tl.float32)
+    if FEW_GROUPS:
+        gate_scales = hold_scales(sp, 2 * inter, per_part, BLOCK_N, ASM)
+        up_scales = hold_scales(sp + inter, 2 * inter, per_part, BLOCK_N, ASM)
+    else:
+        gate_scale, up_scale = tl.load(sp).to(tl.float32), tl.load(sp + inter).to(tl.float32)
     for g in range(0, per_part):
         wg = tl.load(wp + in_w)
         wu = tl.load(wp + half + in_w)
-        sp += 2 * inter
-        more = (n * 0 + g) < per_part - 1
-        next_gate = tl.load(sp, mask=more, other=1.0).to(tl.float32)
-        next_up = tl.load(sp + inter, mask=more, other=1.0).to(tl.float32)
+        if not FEW_GROUPS:
+            sp += 2 * inter
+            more = (n * 0 + g) < per_part - 1
+            next_gate = tl.load(sp, mask=more, other=1.0).to(tl.float32)
+            next_up = tl.load(sp + inter, mask=more, other=1.0).to(tl.float32)
         part_gate, part_up = gate, up
         offset = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         if not RATIO:
@@ -154,9 +178,14 @@ def int4_gate_up(  # noqa: C901, PLR0915  (one loop, from memory to result)
             if RAW:
                 part_gate += offset
                 part_up += offset
-            gate += part_gate * gate_scale[:, None]
-            up += part_up * up_scale[:, None]
-        gate_scale, up_scale = next_gate, next_up
+            if FEW_GROUPS:
+                gate += part_gate * scale_of(gate_scales, g, BLOCK_T, ASM)
+                up += part_up * scale_of(up_scales, g, BLOCK_T, ASM)
+            else:
+                gate += part_gate * gate_scale[:, None]
+                up += part_up * up_scale[:, None]
+        if not FEW_GROUPS:
+            gate_scale, up_scale = next_gate, next_up
         wp += half * 2
         xp += 128
     if PDL and LATE:
@@ -189,7 +218,7 @@ def int4_down(  # noqa: C901, PLR0915  (one loop, from memory to result)
     num_tokens, x_stride, n_blocks, K, hidden,
     MODE: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
     PARTS: tl.constexpr, EVEN_K: tl.constexpr, RATIO: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr, ADD: tl.constexpr,
-    LATE: tl.constexpr, PDL: tl.constexpr,
+    FEW_GROUPS: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [T, hidden] = the sum over a token's experts of W · x[p].
 
@@ -216,11 +245,15 @@ def int4_down(  # noqa: C901, PLR0915  (one loop, from memory to result)
     in_w, in_x = tile_offsets(tl.where(inside, rows, 0), x_stride, BLOCK_N)
     RAW: tl.constexpr = ASM and not RATIO
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    scale = tl.load(sp).to(tl.float32)
+    if FEW_GROUPS:
+        held = hold_scales(sp, hidden, per_part, BLOCK_N, ASM)
+    else:
+        scale = tl.load(sp).to(tl.float32)
     for g in range(0, per_part):
         w = tl.load(wp + in_w)
-        sp += hidden
-        next_scale = tl.load(sp, mask=(n * 0 + g) < per_part - 1, other=1.0).to(tl.float32)
+        if not FEW_GROUPS:
+            sp += hidden
+            next_scale = tl.load(sp, mask=(n * 0 + g) < per_part - 1, other=1.0).to(tl.float32)
         one = acc
         offset = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         if not RATIO:
@@ -235,8 +268,12 @@ def int4_down(  # noqa: C901, PLR0915  (one loop, from memory to result)
         else:
             if RAW:
                 one += offset
-            acc += one * scale[:, None]
-        scale = next_scale
+            if FEW_GROUPS:
+                acc += one * scale_of(held, g, BLOCK_T, ASM)
+            else:
+                acc += one * scale[:, None]
+        if not FEW_GROUPS:
+            scale = next_scale
         wp += hidden * 32
         xp += 128
     if PDL and LATE:

@@ -68,7 +68,7 @@ def _int4(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.T
 
     from l4core.ops.dots_triton import dot_type, unpacks_inline
     from l4core.ops.expert_rows_triton import ALL
-    from l4core.ops.experts_int4_triton import int4_down
+    from l4core.ops.experts_int4_triton import HELD, int4_down
     from l4core.ops.overlap_triton import launch_options
 
     (num_rows, num_in), (groups, num_out, _) = x.shape, packed.shape
@@ -84,7 +84,7 @@ def _int4(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.T
         x, packed, scale, packed, scale, counters, counters, counters, out, sums, counters,
         num_rows, x.stride(0), blocks, num_in, num_out,
         MODE=ALL, E=0, SHARED=False, BLOCK_E=1, BLOCK_N=columns, BLOCK_T=rows, PARTS=parts, EVEN_K=num_in % 128 == 0,
-        RATIO=rows >= 64, ASM=unpacks_inline(x), DOT=dot_type(x), ADD=False, LATE=False,
+        RATIO=rows >= 64, ASM=unpacks_inline(x), DOT=dot_type(x), ADD=False, FEW_GROUPS=groups // parts <= HELD.value and rows < 64, LATE=False,
         num_warps=4 if few else 8, num_stages=3, **launch_options(x) | {"enable_fp_fusion": True},
     )  # fmt: skip
     return out

@@ -72,6 +72,7 @@ def _kernel(
     }  # fmt: skip
     if "LATE" in kernel.arg_names:
         constants["LATE"] = mode == MANY
+        constants["FEW_GROUPS"] = mode == FEW
     if "ADD" in kernel.arg_names:
         constants["ADD"] = mode == MANY
     named = {key: value for key, value in (_INDICES | pointers).items() if key in kernel.arg_names}
