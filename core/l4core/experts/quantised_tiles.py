@@ -49,12 +49,12 @@ def int4_tiles(num_tokens: int, num_experts: int) -> Tiles:
 def _int4_pair(rows: float) -> Pair:
     """(gate_up, down) where an expert has about `rows` rows."""
     if rows <= 6:
-        return Tile(rows=8), Tile(rows=8, stages=4)
+        return Tile(rows=8), Tile(rows=8)
     if rows <= 12:
         return Tile(rows=16), Tile(rows=16, stages=4)
     if rows <= 64:
         size = 32 if rows <= 32 else 64
-        parts = 4 if rows > 16 else 1
+        parts = 1 if rows <= 16 else 4 if rows <= 32 else 2
         return (
             Tile(rows=size, parts=parts, ratio=True, warps=4),
             Tile(rows=size, columns=128, parts=2 * parts, ratio=True, warps=4),

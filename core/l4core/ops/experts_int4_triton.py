@@ -97,6 +97,25 @@ def load_inputs(at, k, K, EVEN_K: tl.constexpr):
 
 
 @triton.jit
+def end_after_last(pid, PDL: tl.constexpr):
+    """Of an idle program: where all are idle, the launch must still not end before the one ahead of it."""
+    if PDL:
+        if pid == 0:
+            wait_for_last()
+
+
+@triton.jit
+def ask_for_groups(words, stride, count, BLOCK_N: tl.constexpr):
+    """Brings the first two groups of `count` on their way to the cache while scales are still read. words: of the first group's BLOCK_N outputs.
+    stride: to the next group's."""
+    LINES: tl.constexpr = BLOCK_N // 2  # of 128 bytes
+    line = tl.arange(0, 2 * LINES)
+    at = words + (tl.minimum(line // LINES, count - 1).to(tl.int64) * stride + line % LINES * 64)
+    code: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(code, "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def hold_scales(at, stride, count, BLOCK_N: tl.constexpr, ASM: tl.constexpr):
     """Scales of BLOCK_N outputs for up to 16 groups, the left operand of `scale_of`. at: of the first group, [BLOCK_N]."""
     g = tl.arange(0, HELD)
@@ -133,6 +152,8 @@ def int4_gate_up(  # noqa: C901, PLR0915  (one loop, from memory to result)
         MODE, pid, ids, order, ends, num_tokens, n_blocks, E, SHARED, BLOCK_E, BLOCK_T
     )
     if expert < 0:
+        if LATE:
+            end_after_last(pid, PDL)
         return
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     groups = (K + 127) // 128
@@ -144,6 +165,9 @@ def int4_gate_up(  # noqa: C901, PLR0915  (one loop, from memory to result)
     sp = weight_of(MODE, scales, shared_scales, expert, groups * 2 * inter, E, SHARED) + g0 * (2 * inter) + n
     xp = x + g0 * 128
     in_w, in_x = tile_offsets(tl.where(inside, tokens, 0), x_stride, BLOCK_N)
+    if PDL:
+        ask_for_groups(wp, 2 * half, per_part, BLOCK_N)
+        ask_for_groups(wp + half, 2 * half, per_part, BLOCK_N)
     RAW: tl.constexpr = ASM and not RATIO
     gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
@@ -233,14 +257,18 @@ def int4_down(  # noqa: C901, PLR0915  (one loop, from memory to result)
     groups = (K + 127) // 128
     per_part = groups // PARTS
     g0 = part * per_part
+    sp = weight_of(MODE, scales, shared_scales, expert, groups * hidden, E, SHARED) + g0 * hidden + n
     wp = weight_of(MODE, packed, shared_packed, expert, groups * hidden * 32, E, SHARED)
+    wp += (g0 * hidden + block * BLOCK_N).to(tl.int64) * 32
     if PDL and not LATE:
+        if expert >= 0:
+            ask_for_groups(wp, hidden * 32, per_part, BLOCK_N)
         wait_for_last()
         let_next_start()
     if expert < 0:
+        if LATE:
+            end_after_last(pid, PDL)
         return
-    wp += (g0 * hidden + block * BLOCK_N).to(tl.int64) * 32
-    sp = weight_of(MODE, scales, shared_scales, expert, groups * hidden, E, SHARED) + g0 * hidden + n
     xp = x + g0 * 128
     in_w, in_x = tile_offsets(tl.where(inside, rows, 0), x_stride, BLOCK_N)
     RAW: tl.constexpr = ASM and not RATIO
