@@ -74,7 +74,6 @@ def few(
 @given(
     routing=routings(70),
     dtype=st.sampled_from(DTYPES),
-    parts=st.sampled_from([1, 2]),
     rows=st.sampled_from([8, 16, 32]),
     ratio=st.booleans(),
     sizes=st.sampled_from([(256, 64), (128, 256)]),
@@ -84,7 +83,6 @@ def many(
     shared: bool,
     routing: tuple[list[int], int],
     dtype: torch.dtype,
-    parts: int,
     rows: int,
     ratio: bool,
     sizes: tuple[int, int],
@@ -93,7 +91,7 @@ def many(
     ids = ids * (1 + 40 // len(ids))  # more than one tile of some expert
     hidden, inter = sizes
     problem = make(kept, ids, num_experts, hidden=hidden, inter=inter, dtype=dtype, shared=shared, device=DEVICE)
-    one, sharing = Tile(rows=rows, ratio=ratio), Tile(rows=rows, parts=parts, ratio=ratio)
+    one, sharing = Tile(rows=rows, ratio=ratio), Tile(rows=rows, parts=2, ratio=ratio)
     tiles = Tiles(gate_up=sharing, down=sharing, shared_gate_up=sharing, shared_down=one)
     assert error(problem, KERNELS[kept](DEVICE), tiles) < TOLERANCE[dtype]
 
