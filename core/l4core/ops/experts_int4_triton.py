@@ -88,31 +88,20 @@ def tile_offsets(rows, x_stride, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_inputs(at, k, K, EVEN_K: tl.constexpr):
-    """32 inputs from k on. Rows that do not count are some other row's: their products are never stored."""
-    if EVEN_K:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=(k + tl.arange(0, 32))[None, :] < K, other=0.0)
+def load_inputs(at, inside, k, K, EVEN_K: tl.constexpr):
+    """32 inputs of the rows that count, from k on. Nothing is loaded for the others."""
+    here = inside[:, None]
+    if not EVEN_K:
+        here = here & ((k + tl.arange(0, 32))[None, :] < K)
+    return tl.load(at, mask=here, other=0.0)
 
 
 @triton.jit
 def end_after_last(pid, PDL: tl.constexpr):
     """Of an idle program: where all are idle, the launch must still not end before the one ahead of it."""
-    if PDL:
+    if PDL:  # noqa: SIM102  (this one is decided when the kernel is compiled)
         if pid == 0:
             wait_for_last()
-
-
-@triton.jit
-def ask_for_groups(words, stride, count, BLOCK_N: tl.constexpr):
-    """Brings the first two groups of `count` on their way to the cache while scales are still read. words: of the first group's BLOCK_N outputs.
-    stride: to the next group's."""
-    LINES: tl.constexpr = BLOCK_N // 2  # of 128 bytes
-    line = tl.arange(0, 2 * LINES)
-    at = words + (tl.minimum(line // LINES, count - 1).to(tl.int64) * stride + line % LINES * 64)
-    code: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-    tl.inline_asm_elementwise(code, "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -164,10 +153,7 @@ def int4_gate_up(  # noqa: C901, PLR0915  (one loop, from memory to result)
     wp += (g0 * (2 * inter) + block * BLOCK_N).to(tl.int64) * 32
     sp = weight_of(MODE, scales, shared_scales, expert, groups * 2 * inter, E, SHARED) + g0 * (2 * inter) + n
     xp = x + g0 * 128
-    in_w, in_x = tile_offsets(tl.where(inside, tokens, 0), x_stride, BLOCK_N)
-    if PDL:
-        ask_for_groups(wp, 2 * half, per_part, BLOCK_N)
-        ask_for_groups(wp + half, 2 * half, per_part, BLOCK_N)
+    in_w, in_x = tile_offsets(tokens, x_stride, BLOCK_N)
     RAW: tl.constexpr = ASM and not RATIO
     gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
@@ -190,7 +176,7 @@ def int4_gate_up(  # noqa: C901, PLR0915  (one loop, from memory to result)
             part_gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
             part_up = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         for q in tl.static_range(4):
-            xq = load_inputs(xp + q * 32 + in_x, (g0 + g) * 128 + q * 32, K, EVEN_K).to(DOT).T
+            xq = load_inputs(xp + q * 32 + in_x, inside, (g0 + g) * 128 + q * 32, K, EVEN_K).to(DOT).T
             if RAW:
                 offset = tl.dot(tl.full((BLOCK_N, 32), -OFFSET, DOT), xq, offset)
             part_gate = tl.dot(unpack(wg, q, RAW, ASM, DOT), xq, part_gate, input_precision="ieee")
@@ -261,8 +247,6 @@ def int4_down(  # noqa: C901, PLR0915  (one loop, from memory to result)
     wp = weight_of(MODE, packed, shared_packed, expert, groups * hidden * 32, E, SHARED)
     wp += (g0 * hidden + block * BLOCK_N).to(tl.int64) * 32
     if PDL and not LATE:
-        if expert >= 0:
-            ask_for_groups(wp, hidden * 32, per_part, BLOCK_N)
         wait_for_last()
         let_next_start()
     if expert < 0:
@@ -270,7 +254,7 @@ def int4_down(  # noqa: C901, PLR0915  (one loop, from memory to result)
             end_after_last(pid, PDL)
         return
     xp = x + g0 * 128
-    in_w, in_x = tile_offsets(tl.where(inside, rows, 0), x_stride, BLOCK_N)
+    in_w, in_x = tile_offsets(rows, x_stride, BLOCK_N)
     RAW: tl.constexpr = ASM and not RATIO
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     if FEW_GROUPS:
@@ -287,7 +271,7 @@ def int4_down(  # noqa: C901, PLR0915  (one loop, from memory to result)
         if not RATIO:
             one = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         for q in tl.static_range(4):
-            xq = load_inputs(xp + q * 32 + in_x, (g0 + g) * 128 + q * 32, K, EVEN_K).to(DOT).T
+            xq = load_inputs(xp + q * 32 + in_x, inside, (g0 + g) * 128 + q * 32, K, EVEN_K).to(DOT).T
             if RAW:
                 offset = tl.dot(tl.full((BLOCK_N, 32), -OFFSET, DOT), xq, offset)
             one = tl.dot(unpack(w, q, RAW, ASM, DOT), xq, one, input_precision="ieee")
