@@ -79,13 +79,14 @@ class Teacher:
         """One forward pass over each, in order."""
         self.model.aux_layers = (*self.layers, self.config.num_layers - 1)
         self.engine.speculation, self.engine.runner.graphs, graphs = self, None, self.engine.runner.graphs
+        longest = min(PIECE, self.llm.context_length - 1)
         requests = [
             Request(
                 request_id=f"lesson {i}",
-                prompt_token_ids=list(ids[:PIECE]),
+                prompt_token_ids=list(ids[:longest]),
                 params=SamplingParams(max_tokens=1, temperature=0.0, seed=0),
                 eos_token_ids=(),
-                max_total_tokens=min(len(ids), PIECE) + 1,
+                max_total_tokens=min(len(ids), longest) + 1,
                 cache_salt=f"lesson {i}",  # a prefix found in the cache would not be computed
             )
             for i, (ids, _) in enumerate(texts)

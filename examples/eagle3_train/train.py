@@ -198,25 +198,28 @@ def unrolled(
     """→ (Σ 0.8^s · soft cross-entropy of guess s, how often each is the target's best token). The guess of step s at position i is judged by what the
     target says at position i + 1 + s: both speak of token i + 2 + s. head: the target's rows for the draft's vocabulary.  embed: the target's."""
     device = embed.device
+    narrow = device.type != "cpu"
     length = max(len(lesson.ids) for lesson in lessons)
 
     def stacked(name: str) -> torch.Tensor:
         parts = [getattr(lesson, name) for lesson in lessons]
-        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
+        found = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
+        return found if narrow or not found.is_floating_point() else found.float()
 
     ids, answer = F.pad(stacked("ids"), (0, steps + 1)), F.pad(stacked("answer"), (0, steps + 2))
     best, last = F.pad(stacked("best"), (0, steps + 1)), F.pad(stacked("last"), (0, 0, 0, steps + 1))
     place = torch.full((embed.shape[0],), -1, device=device)  # target id → draft id
     place[draft.keep] = torch.arange(len(draft.keep), device=device)
     losses, right = [], []
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
-        for step, hidden in enumerate(draft.unroll(stacked("aux"), F.embedding(ids[:, 1:], embed), steps)):
+    embeds = F.embedding(ids[:, 1:], embed if narrow else embed.float())
+    with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
+        for step, hidden in enumerate(draft.unroll(stacked("aux"), embeds, steps)):
             at, token = slice(1 + step, 1 + step + length), slice(2 + step, 2 + step + length)
             counted = answer[:, token]
             taught = counted & (place[best[:, at]] >= 0)
             guess = draft.logits(hidden[taught]).float()
             with torch.no_grad():
-                wanted = (last[:, at][taught] @ head.T).float().softmax(-1)
+                wanted = (last[:, at][taught] @ head.to(last.dtype).T).float().softmax(-1)
                 hits = guess.argmax(-1) == place[best[:, at][taught]]
             losses.append(F.cross_entropy(guess, wanted) * STEP_WEIGHT**step)
             right.append(hits.sum() / counted.sum().clamp(min=1))

@@ -54,6 +54,12 @@ def test_lessons_are_transformers_hidden_states(example: Any, teacher: Any, tiny
         assert lesson.ids.tolist() == ids
 
 
+def test_a_lesson_is_cut_to_the_context(teacher: Any) -> None:
+    """An answer may fill the context to its last token; a lesson needs room for one more."""
+    (lesson,) = teacher.lessons([(text(600), 5)])
+    assert len(lesson.ids) == len(lesson.aux) == len(lesson.best) == 599
+
+
 def test_what_is_trained_is_what_is_served(example: Any, teacher: Any, tmp_path: Path) -> None:
     """Three steps of the unrolled draft, at the last position that has them, against the definition reading the saved files."""
     made = example.draft.Draft.new(teacher, torch.arange(0, 400, 2), width=96, seed=1)
