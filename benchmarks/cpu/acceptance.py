@@ -117,7 +117,7 @@ def independent(args: argparse.Namespace, answers: Sequence[Answer]) -> Spans:
         states = model.model(tokens, output_hidden_states=True).hidden_states  # without the head: it is not asked
         aux = torch.cat([states[layer + 1] for layer in layers], -1).float()
         embeds = F.embedding(F.pad(tokens, (0, STEPS + 1))[:, 1:], table).float()
-        guesses = [keep[said.argmax(-1)][0].tolist() for said in draft.unroll(aux, embeds, STEPS)]
+        guesses = [keep[draft.logits(hidden).argmax(-1)][0].tolist() for hidden in draft.unroll(aux, embeds, STEPS)]
         found.append(walk(ids, begin, guesses))
     return found
 

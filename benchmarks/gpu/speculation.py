@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from decode import Bench, Rates, _profiler, measure_rates
 
 import l4core.engine.drafter_eagle3 as drafter
+import l4core.engine.resolve as resolve
 from l4core.engine.draft_steps import FixedGuess
 from l4core.engine.fixed_step import StepRequests, StepShape
 from l4core.engine.graphs import Graphs
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batches", default="1,4")
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--profile", action="store_true", help="print what each kernel takes")
+    parser.add_argument("--profile", action="store_true", help="print what each kernel of a draft step takes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("options", nargs="*", help="engine options, as LLM() takes them")
     args = parser.parse_args()
@@ -104,11 +105,13 @@ class SpeculationBench:
         """Decode, verify, the draft's two steps, and the speed-ups."""
         self.bench._admit(batch, self._context, 64)  # their rows' block tables are what the steps below read
         starts = np.full(batch, self._context - 8, dtype=np.int64)
-        decode = self._target(batch, 1, starts, rates, profile)
-        verify = self._target(batch, STEPS + 1, starts, rates, profile)
+        decode = self._target(batch, 1, starts, rates)
+        verify = self._target(batch, STEPS + 1, starts, rates)
         extends = self.speculation._extends
         extend = self._timed(lambda: self._fill_extend(batch, starts), extends, StepShape(batch, STEPS + 1))
-        one, guess, more = (self._guess(batch, k, starts, profile and k == STEPS + 4) for k in (1, STEPS, STEPS + 4))
+        one, guess, more = (
+            self._guess(batch, k, starts, profile and batch == 1 and k == STEPS + 4) for k in (1, STEPS, STEPS + 4)
+        )
         draft_step, pass_floor, fc_floor = (more - guess) / 4, *self._draft_floors(rates)
         speculating, plain = self._engine_step(STEPS), self._engine_step(0)  # in a pause the draft loses its place
         self.bench._clear()
@@ -135,7 +138,7 @@ class SpeculationBench:
             ),
         ]
 
-    def _target(self, batch: int, rows: int, starts: np.ndarray, rates: Rates, profile: bool) -> dict[str, float]:
+    def _target(self, batch: int, rows: int, starts: np.ndarray, rates: Rates) -> dict[str, float]:
         graphs = self.runner.graphs
         step = graphs.find(batch, rows)
         assert step is not None, f"no graph of {batch} x {rows}"
@@ -144,11 +147,6 @@ class SpeculationBench:
             self._fill_target(step, batch, rows, starts)
             counts.append(self._experts(step, batch * rows))
             times.append(_ms(lambda: graphs.replay(step)))
-        if profile:
-            with _profiler(f"{rows} rows of {batch}", 4):
-                for _ in range(4):
-                    self._fill_target(step, batch, rows, starts)
-                    graphs.replay(step)
         experts = statistics.fmean(counts[4:])
         floor = self.bench.decode_bytes(batch, self._context, experts) / rates.copy * 1e3
         row = _row("", statistics.median(times[4:]), floor)
@@ -246,8 +244,9 @@ class SpeculationBench:
 
 @contextmanager
 def _draft_on_the_device() -> Iterator[None]:
-    """The draft's random weights, drawn where they lie."""
-    own = drafter.fill_dummy
+    """The draft's random weights, drawn where they lie; and graphs of full drafts alone, which are what is timed."""
+    own, short = drafter.fill_dummy, resolve.FINE
+    resolve.FINE = (0,)
 
     def fill(parameters: Mapping[str, torch.Tensor], seed: int, rank: int = 0) -> None:
         generator = torch.Generator(device="cuda").manual_seed(2 + seed)
@@ -261,7 +260,7 @@ def _draft_on_the_device() -> Iterator[None]:
     try:
         yield
     finally:
-        drafter.fill_dummy = own
+        drafter.fill_dummy, resolve.FINE = own, short
 
 
 def _row(name: str, ms: float, floor: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from l4core.attention.step_tables import StepRows
 from l4core.engine.fixed_step import StepShape
@@ -121,14 +122,17 @@ class FixedGuess:
     @torch.inference_mode()
     def run(self) -> torch.Tensor:
         """→ int64 [k, B] target ids. No host sync."""
-        state, (rows, lengths, slots, seeds, bits) = self._state, self._inputs.unbind()
+        state, num_seqs = self._state, self.shape.num_seqs
+        rows, lengths, slots, seeds, bits = _apart(self._inputs)
         temperature = bits.view(torch.float64).float() if self._sampled else None
-        hidden = state.hidden.index_select(0, rows)
+        hidden = state.hidden.index_select(0, rows[:num_seqs])
         steps = torch.arange(self.shape.num_tokens, device=rows.device).unsqueeze(1)
-        drawn_at = lengths + steps  # [k, B]
+        drawn_at = lengths + steps  # [k, B or a few more]
         positions = torch.minimum(drawn_at - 1, slots).clamp_(min=0)
-        starts, seq_lens, rows_ = positions.int(), positions.int() + 1, rows.int()
-        phase = _phase(StepShape(self.shape.num_seqs, 1), self._cu_seqlens, state.max_context)
+        starts, seq_lens, rows_ = positions.int(), positions.int() + 1, rows[:num_seqs].int()
+        positions, starts, seq_lens, drawn_at = (x[:, :num_seqs] for x in (positions, starts, seq_lens, drawn_at))
+        seeds, temperature = seeds[:num_seqs], None if temperature is None else temperature[:num_seqs]
+        phase = _phase(StepShape(num_seqs, 1), self._cu_seqlens, state.max_context)
         planner, guesses = state.planner, [state.guess(hidden, temperature, seeds, drawn_at[0])]
         for step in range(self.shape.num_tokens - 1):
             at = StepRows(
@@ -142,6 +146,12 @@ class FixedGuess:
             hidden = state.draft(forward, hidden, planner.memory, planner.backend)
             guesses.append(state.guess(hidden, temperature, seeds, drawn_at[step + 1]))
         return torch.stack(guesses)
+
+
+def _apart(lines: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The lines of [n, B], each beginning at a multiple of 16 bytes, and a few columns of zeros behind it: kernels are compiled apart for memory
+    that begins elsewhere."""
+    return F.pad(lines, (0, -lines.shape[1] % 4)).unbind()
 
 
 def _phase(shape: StepShape, cu_seqlens: torch.Tensor, max_context: int) -> Phase:
