@@ -36,7 +36,7 @@ GRACE = 8
 TRIAL = 12
 """Steps for which a pause is broken off: after …"""
 REST, LONGEST_REST = 256, 4096
-"""… so many plain steps, twice as many after each trial in vain; an eighth of it when requests come, unless the draft is wrong."""
+"""… so many plain steps, twice as many after each trial in vain; a quarter of it when requests come."""
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class DraftPace:
         if (
             self._paused.get(self._bucket)
             and not self._trial
-            and self._rested >= (self._rest // 8 if inbox.requests and self._acceptance.first >= FLOOR else self._rest)
+            and self._rested >= (self._rest // 4 if inbox.requests else self._rest)
         ):
             self._trial, self._rested, self._rest = TRIAL, 0, min(2 * self._rest, LONGEST_REST)
         if self._since is None:
