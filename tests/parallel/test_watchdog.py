@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -9,11 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from l4core.parallel import rendezvous
 from l4core.parallel.messages import Beat, Hello, Words, decode, encode
 from l4core.parallel.place import Place
 from l4core.parallel.rendezvous import Met
 from l4core.parallel.watchdog import Watchdog
-from l4core.parallel.wire import framed, read_frame
+from l4core.parallel.wire import HEADER, framed, read_frame
 
 TIMEOUT = 0.3
 
@@ -124,6 +126,34 @@ def test_a_stranger_is_not(watched: Watched) -> None:
     watched.beat()
     time.sleep(TIMEOUT / 2)
     assert not watched.ended
+
+
+def test_strangers_who_say_little_or_nothing_keep_nobody_from_beats(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that stays open and silent, and one that goes on bringing a byte at a time."""
+    monkeypatch.setattr(rendezvous, "HANDSHAKE_SECONDS", 600.0)
+    over = threading.Event()
+    watched.other.settimeout(60)
+    with contextlib.ExitStack() as strangers:
+        silent, slow = (
+            strangers.enter_context(socket.create_connection(watched.listener.getsockname())) for _ in range(2)
+        )
+        slow.sendall(HEADER.pack(1 << 16))
+        drops = threading.Thread(target=_drip, args=(slow, over))
+        drops.start()
+        for _ in range(8):
+            watched.beat()
+            assert isinstance(decode(read_frame(watched.other) or b""), Beat)
+        assert not watched.ended
+        over.set()
+        drops.join()
+
+
+def _drip(sock: socket.socket, over: threading.Event) -> None:
+    with contextlib.suppress(OSError):  # it was let go
+        while not over.wait(TIMEOUT / 100):
+            sock.sendall(b"\0")
 
 
 def test_after_stop_nobody_is_missed(watched: Watched) -> None:

@@ -194,11 +194,11 @@ def difference(who: str, here: Mapping[str, str], there: Mapping[str, str]) -> t
     return None
 
 
-def first_message(sock: socket.socket) -> Message | None:
-    """What one that connects says; None where that is nothing a rank says, or too slow."""
-    sock.settimeout(HANDSHAKE_SECONDS)
+def first_message(sock: socket.socket, seconds: float = HANDSHAKE_SECONDS) -> Message | None:
+    """What one that connects says; None where that is nothing a rank says, or not said within `seconds`."""
     try:
-        payload = read_frame(sock, most=MOST_BYTES)
+        payload = read_frame(sock, most=MOST_BYTES, seconds=seconds)
+        sock.settimeout(HANDSHAKE_SECONDS)  # for what is said to it later
         return None if payload is None else decode(payload)
     except (L4Error, OSError, msgspec.DecodeError) as error:
         logger.warning("someone connected who is no rank of this engine: %s", error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 
 from l4core.errors import L4Error
 
@@ -18,21 +19,30 @@ def framed(payload: bytes) -> bytes:
     return HEADER.pack(len(payload)) + payload
 
 
-def read_frame(sock: socket.socket, *, most: int = MAX_FRAME_BYTES) -> bytearray | None:
-    """Blocks for one payload; None when the other side closed. Raises TimeoutError as the socket is set, L4Error for more than `most` bytes."""
-    header = _read_exactly(sock, HEADER.size)
+def read_frame(
+    sock: socket.socket, *, most: int = MAX_FRAME_BYTES, seconds: float | None = None
+) -> bytearray | None:
+    """Blocks for one payload; None when the other side closed. seconds: for all of it, however little comes at a time; None = the socket's time-out
+    for each piece. Raises TimeoutError, L4Error for more than `most` bytes."""
+    until = None if seconds is None else time.monotonic() + seconds
+    header = _read_exactly(sock, HEADER.size, until)
     if header is None:
         return None
     size = HEADER.unpack(header)[0]
     if size > most:
         raise L4Error(f"a frame of {size:,} bytes where at most {most:,} are expected")
-    return _read_exactly(sock, size)
+    return _read_exactly(sock, size, until)
 
 
-def _read_exactly(sock: socket.socket, size: int) -> bytearray | None:
+def _read_exactly(sock: socket.socket, size: int, until: float | None) -> bytearray | None:
     buffer = bytearray(size)
     view, filled = memoryview(buffer), 0
     while filled < size:
+        if until is not None:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"{filled} of {size} bytes came in time")
+            sock.settimeout(left)
         try:
             count = sock.recv_into(view[filled:])
         except ConnectionResetError:
