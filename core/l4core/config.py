@@ -327,6 +327,11 @@ class ServerConfig:
                 f"--nnodes {self.nnodes} without --dist-init-addr",
                 fix="--dist-init-addr HOST:PORT, the same on all machines",
             )
+        if self.nnodes == 1 and self.dist_init_addr is not None:
+            raise ConfigError(
+                f"--dist-init-addr {self.dist_init_addr} is for several machines, and --nnodes is 1",
+                fix="--nnodes N, or leave --dist-init-addr out: ranks of one machine find each other by themselves",
+            )
         if self.dp > 1 and self.nnodes > 1:
             raise ConfigError(
                 f"--dp {self.dp} is of one machine, and --nnodes is {self.nnodes}",

@@ -88,6 +88,7 @@ def test_numbers_that_do_not_fit(tp: int, environ: dict[str, str], server: dict[
     [
         ({"nnodes": 2}, "--nnodes 2 without --dist-init-addr"),
         ({"node_rank": 1}, r"--node-rank is 1; wanted 0 … 0"),
+        ({"dist_init_addr": "10.0.0.1:29500"}, "is for several machines, and --nnodes is 1"),
     ],
 )
 def test_options_of_machines_that_do_not_fit(server: dict[str, Any], text: str) -> None:
@@ -112,6 +113,10 @@ def test_a_name_that_means_the_loopback_here_is_listened_for_everywhere(monkeypa
     """But only where other machines are to come."""
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
-    for reachable, address in ((True, "0.0.0.0"), (False, "127.0.1.1")):
-        with listening("node0", 0, reachable=reachable) as sock:
+    for name, reachable, address in (
+        ("node0", True, "0.0.0.0"),
+        ("node0", False, "127.0.1.1"),
+        ("localhost", True, "127.0.1.1"),
+    ):
+        with listening(name, 0, reachable=reachable) as sock:
             assert sock.getsockname()[0] == address

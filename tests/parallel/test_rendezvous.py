@@ -108,6 +108,22 @@ def test_strangers_are_let_go_and_a_rank_that_was_started_anew_is_waited_for(
     assert crews[2].result().receive() == b"!"
 
 
+def test_two_machines_with_one_number_are_named(
+    places: tuple[Place, ...], meet: Meet, caplog: pytest.LogCaptureFixture
+) -> None:
+    crew = meet(places[0])
+    with contextlib.ExitStack() as machines:
+        for host in ("machine 1, a", "machine 1, b", "machine 1, a"):
+            beats = machines.enter_context(socket.create_connection((places[0].host, places[0].port)))
+            beats.sendall(framed(encode(Hello(rank=1, size=3, nonce="x", host=host, identity=SAME))))
+            assert decode(read_frame(beats) or b"") == Waiting([1, 2])
+    for future in [meet(place) for place in places[1:]]:
+        future.result()
+    crew.result()
+    (said,) = (record.getMessage() for record in caplog.records if "two places" in record.getMessage())
+    assert said.startswith("rank 1 comes from two places, machine 1, a and machine 1, b: --node-rank")
+
+
 def test_all_must_agree(places: tuple[Place, ...], meet: Meet) -> None:
     crews = [future.result() for future in [meet(place) for place in places]]
     with ThreadPoolExecutor(3) as pool:

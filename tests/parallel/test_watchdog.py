@@ -136,7 +136,7 @@ def test_strangers_who_say_little_or_nothing_keep_nobody_from_beats(
     over = threading.Event()
     watched.other.settimeout(60)
     with contextlib.ExitStack() as strangers:
-        silent, slow = (
+        _silent, slow = (
             strangers.enter_context(socket.create_connection(watched.listener.getsockname())) for _ in range(2)
         )
         slow.sendall(HEADER.pack(1 << 16))

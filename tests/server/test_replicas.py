@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from l4core import LLM
 from l4core.config import EngineConfig, ServerConfig
 from l4core.errors import CheckpointError, ConfigError
 from l4core.parallel.place import layouts
@@ -107,3 +108,5 @@ def test_each_engine_has_devices_of_its_own() -> None:
 def test_one_device_is_not_enough() -> None:
     with pytest.raises(ConfigError, match="--device cuda:1 is one device, and --tp 1 --dp 2 take 2"):
         layouts(EngineConfig(device="cuda:1"), ServerConfig(dp=2), {})
+    with pytest.raises(ConfigError, match="--device cuda:1 is one device, and --tp 2 take 2"):
+        LLM("nowhere", tp=2, device="cuda:1")

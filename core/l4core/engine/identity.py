@@ -15,6 +15,8 @@ from pathlib import Path
 from l4core import __version__
 from l4core.config import EngineConfig
 from l4core.model.repository import resolve_model
+from l4core.platform import detect
+from l4core.plugin_api import PROJECT
 
 OWN_OPTIONS = frozenset({
     "model",
@@ -35,14 +37,21 @@ DIGEST_BYTES = 8
 
 
 def program_identity(config: EngineConfig) -> dict[str, str]:
-    """Versions and options."""
+    """Versions, plugins' among them, and options."""
     options = {
         f"--{field.name.replace('_', '-')}": str(getattr(config, field.name))
         for field in dataclasses.fields(config)
         if field.name not in OWN_OPTIONS
     }
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    return {"l4core": __version__, "Python": platform.python_version(), **versions, **options}
+    points = importlib.metadata.entry_points(group=PROJECT)  # not loaded: half of them are for other devices
+    plugins = {f"plugin {point.dist.name}": point.dist.version for point in points if point.dist is not None}
+    return {"l4core": __version__, "Python": platform.python_version(), **versions, **plugins, **options}
+
+
+def device_identity(config: EngineConfig) -> dict[str, str]:
+    """What `--device auto` stands for. Raises ConfigError as `platform.detect` does."""
+    return {"the device": detect(config.device).device_type}
 
 
 def checkpoint_identity(config: EngineConfig) -> dict[str, str]:

@@ -39,7 +39,7 @@ from l4core.engine.samplers import sampling_pipeline
 from l4core.engine.spawn import worker_command, worker_environment
 from l4core.errors import EngineDeadError, RequestError
 from l4core.model.config import ModelConfig
-from l4core.parallel.place import Place, local_layout
+from l4core.parallel.place import Place, check_device, local_layout
 from l4core.parallel.wire import read_frame
 from l4core.plugin_manager import Plugins, load_plugins
 from l4core.request import Request, StepOutput
@@ -129,6 +129,7 @@ class _Processes:
     """The nursery, our ends of the ranks' sockets, and a thread that listens to each."""
 
     def __init__(self, config: EngineConfig) -> None:
+        check_device(config)
         layout = local_layout(config.tp, config.dist_timeout)
         with contextlib.ExitStack() as theirs:
             listener = layout.open()

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Protocol
 from l4core.config import EngineConfig
 from l4core.engine.batch import Inbox
 from l4core.engine.draft_pace import DraftPace
-from l4core.engine.identity import checkpoint_identity, choices, program_identity
+from l4core.engine.identity import checkpoint_identity, choices, device_identity, program_identity
 from l4core.engine.messages import (
     LOST_STATUS,
     TRACE_SIGNAL,
@@ -228,7 +228,7 @@ def serve(
 
 def _built_together(factory: Factory, config: EngineConfig, crew: Crew) -> Built:
     """Returns once all ranks have built. Raises ConfigError where what they read, or chose, differs."""
-    crew.agree(checkpoint_identity(config))
+    crew.agree(checkpoint_identity(config) | device_identity(config))
     built = factory(config, ranks=crew.join(detect(config.device).device_type))
     crew.agree(choices(built.report))
     return built

@@ -83,10 +83,10 @@ class Layout:
 
 
 def listening(host: str, port: int, *, reachable: bool = False) -> socket.socket:
-    """A socket bound to that address alone. reachable: from other machines; a name that means the loopback here (a line of many /etc/hosts) then
-    stands for all addresses."""
+    """A socket bound to that address alone. reachable: from other machines; a name of this machine that means the loopback here (a line of many
+    /etc/hosts) then stands for all addresses. localhost means what it says."""
     family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    if reachable and str(where[0]).startswith("127.") and where[0] != host:
+    if reachable and str(where[0]).startswith("127.") and host not in (where[0], "localhost"):
         where = (EVERYWHERE[0], port)
     sock = socket.socket(family, kind, protocol)
     try:
@@ -101,16 +101,23 @@ def listening(host: str, port: int, *, reachable: bool = False) -> socket.socket
 
 def layouts(engine: EngineConfig, server: ServerConfig, environ: Mapping[str, str]) -> tuple[Layout, ...]:
     """One for each engine of this machine (`--dp`). Raises ConfigError for numbers that do not fit together."""
-    if ":" in engine.device and engine.tp * server.dp > 1:
-        raise ConfigError(
-            f"--device {engine.device} is one device, and --tp {engine.tp} --dp {server.dp} take {engine.tp * server.dp}",
-            fix=f"--device {engine.device.partition(':')[0]}; CUDA_VISIBLE_DEVICES and its like choose among them",
-        )
+    check_device(engine, num_engines=server.dp)
     if all(name in environ for name in TORCHRUN) and (int(environ["WORLD_SIZE"]) > 1 or engine.tp > 1):
         return (_from_torchrun(engine, server, environ),)
     if server.nnodes > 1:
         return (_from_options(engine, server),)
     return tuple(local_layout(engine.tp, engine.dist_timeout, index=i, num_engines=server.dp) for i in range(server.dp))
+
+
+def check_device(engine: EngineConfig, *, num_engines: int = 1) -> None:
+    """Raises ConfigError where `--device` is one device and more are needed."""
+    num = engine.tp * num_engines
+    if ":" in engine.device and num > 1:
+        dp = f" --dp {num_engines}" if num_engines > 1 else ""
+        raise ConfigError(
+            f"--device {engine.device} is one device, and --tp {engine.tp}{dp} take {num}",
+            fix=f"--device {engine.device.partition(':')[0]}; CUDA_VISIBLE_DEVICES and its like choose among them",
+        )
 
 
 def local_layout(tp: int, timeout: float, *, index: int = 0, num_engines: int = 1) -> Layout:

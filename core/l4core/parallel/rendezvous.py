@@ -94,6 +94,7 @@ class _Gathering:
     place: Place
     identity: Mapping[str, str]
     joined: dict[int, _Joined] = field(default_factory=dict)
+    twice: set[int] = field(default_factory=set)
 
     def run(self) -> Met:
         listener = _own_listener(self.place)
@@ -159,11 +160,22 @@ class _Gathering:
                 return
         elif isinstance(message, Hello):
             self._check(message, sock)
-            if message.rank in self.joined:
-                self.joined[message.rank].close()
-            self.joined[message.rank] = _Joined(message, sock)
+            self._replace(message, sock)
             return
         sock.close()
+
+    def _replace(self, hello: Hello, sock: socket.socket) -> None:
+        """One that comes again is a rank that was started anew, or two that take themselves for the same one: then neither would stay."""
+        before = self.joined.get(hello.rank)
+        if before is not None:
+            if before.hello.host != hello.host and hello.rank not in self.twice:
+                self.twice.add(hello.rank)
+                logger.warning(
+                    "rank %d comes from two places, %s and %s: --node-rank must be another on each machine",
+                    *(hello.rank, before.hello.host, hello.host),
+                )
+            before.close()
+        self.joined[hello.rank] = _Joined(hello, sock)
 
     def _check(self, hello: Hello, sock: socket.socket) -> None:
         problem = self._difference(hello)

@@ -123,7 +123,9 @@ class Watchdog:
         except OSError:
             return None
         with sock:
-            message = first_message(sock, self._look)  # a rank's comes at once; nobody else may keep this thread from its beats
+            message = first_message(
+                sock, self._look
+            )  # a rank's comes at once; nobody else may keep this thread from its beats
         known = isinstance(message, Hello) and message.rank in self._peers
         return Words(LOST, f"{self._met.name(message.rank)} was started anew") if known else None  # type: ignore[union-attr]
 

@@ -19,9 +19,7 @@ def framed(payload: bytes) -> bytes:
     return HEADER.pack(len(payload)) + payload
 
 
-def read_frame(
-    sock: socket.socket, *, most: int = MAX_FRAME_BYTES, seconds: float | None = None
-) -> bytearray | None:
+def read_frame(sock: socket.socket, *, most: int = MAX_FRAME_BYTES, seconds: float | None = None) -> bytearray | None:
     """Blocks for one payload; None when the other side closed. seconds: for all of it, however little comes at a time; None = the socket's time-out
     for each piece. Raises TimeoutError, L4Error for more than `most` bytes."""
     until = None if seconds is None else time.monotonic() + seconds
