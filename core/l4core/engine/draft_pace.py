@@ -19,7 +19,7 @@ from l4core.request import StepStats
 FEW = 4
 """Steps of a kind that must have been timed before its time is believed."""
 GAIN = 1.03
-"""Guessing must beat plain steps by this much before it is taken up, so that noise does not decide."""
+"""Guessing must beat plain steps by this much before it is taken up, and be slower before it is given up, so that noise does not decide."""
 SURE = 40
 """Drafts verified before acceptance is believed …"""
 FLOOR = 0.15
@@ -150,7 +150,8 @@ class DraftPace:
             return 0 if self._acceptance.is_sure or plain.count < FEW else self._max
         if not self._acceptance.is_sure:
             return self._max
-        best = max(range(self._max + 1), key=lambda k: self._gain(bucket, k) * (GAIN if k == 0 else 1.0))
+        margin = 1.0 if self._paused.get(bucket) is False else GAIN
+        best = max(range(self._max + 1), key=lambda k: self._gain(bucket, k) * (margin if k == 0 else 1.0))
         self._note(bucket, best)
         return best
 
@@ -182,9 +183,9 @@ class DraftPace:
 
     def _note(self, bucket: int, best: int) -> None:
         pauses = best == 0
-        if self._paused.get(bucket, False) is pauses:
+        before, self._paused[bucket] = self._paused.get(bucket, False), pauses
+        if before is pauses:
             return
-        self._paused[bucket] = pauses
         self.num_pauses += pauses
         self._rest = self._rest if pauses else REST
         k = self._max if pauses else best
