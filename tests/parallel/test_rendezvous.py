@@ -96,8 +96,14 @@ def test_strangers_are_let_go_and_a_rank_that_was_started_anew_is_waited_for(
     for rubbish in (b"GET / HTTP/1.1\r\n\r\n", framed(b"\xc1"), framed(encode(Attach(2, "unknown"))), b""):
         with socket.create_connection(address) as stranger:
             stranger.sendall(rubbish)
+    with socket.create_connection(address) as other_user:
+        other_user.sendall(framed(encode(Hello(rank=2, size=3, nonce="x", host="h", identity=SAME))))
+        with contextlib.suppress(ConnectionResetError):
+            assert read_frame(other_user) is None
     with socket.create_connection(address) as beats, socket.create_connection(address) as steps:
-        beats.sendall(framed(encode(Hello(rank=2, size=3, nonce="x", host="h", identity=SAME))))
+        beats.sendall(
+            framed(encode(Hello(rank=2, size=3, nonce="x", host="h", identity=SAME, secret=places[0].secret)))
+        )
         steps.sendall(framed(encode(Attach(2, "x"))))
         while decode(read_frame(beats) or b"") != Waiting([1]):
             pass
@@ -115,7 +121,9 @@ def test_two_machines_with_one_number_are_named(
     with contextlib.ExitStack() as machines:
         for host in ("machine 1, a", "machine 1, b", "machine 1, a"):
             beats = machines.enter_context(socket.create_connection((places[0].host, places[0].port)))
-            beats.sendall(framed(encode(Hello(rank=1, size=3, nonce="x", host=host, identity=SAME))))
+            beats.sendall(
+                framed(encode(Hello(rank=1, size=3, nonce="x", host=host, identity=SAME, secret=places[0].secret)))
+            )
             assert decode(read_frame(beats) or b"") == Waiting([1, 2])
     for future in [meet(place) for place in places[1:]]:
         future.result()
@@ -138,7 +146,9 @@ def test_a_rank_that_comes_again_hears_that_the_engine_is_complete(places: tuple
     """It is not answered: rank 0 ends, and the next one answers."""
     crews = [future.result() for future in [meet(place) for place in places]]
     with socket.create_connection((places[0].host, places[0].port)) as again, contextlib.suppress(OSError):
-        again.sendall(framed(encode(Hello(rank=1, size=3, nonce="y", host="h", identity=SAME))))
+        again.sendall(
+            framed(encode(Hello(rank=1, size=3, nonce="y", host="h", identity=SAME, secret=places[0].secret)))
+        )
         again.settimeout(5)
         payload = read_frame(again)
         assert payload is None or isinstance(decode(payload), Refusal)

@@ -120,7 +120,8 @@ def test_a_rank_that_was_started_anew_is_a_rank_that_ended(watched: Watched) -> 
 
 
 def test_a_stranger_is_not(watched: Watched) -> None:
-    for rubbish in (b"GET / HTTP/1.1\r\n\r\n", framed(b"\xc1"), b""):
+    guess = encode(Hello(rank=1, size=2, nonce="x", host="h", identity={}, secret="guessed"))
+    for rubbish in (b"GET / HTTP/1.1\r\n\r\n", framed(b"\xc1"), b"", framed(guess)):
         with socket.create_connection(watched.listener.getsockname()) as sock:
             sock.sendall(rubbish)
     watched.beat()

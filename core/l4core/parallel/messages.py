@@ -9,13 +9,15 @@ import msgspec
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
-    """A rank to rank 0. nonce: of this process.  host: its machine, as messages name it.  identity: what must be the same on all ranks, by name."""
+    """A rank to rank 0. nonce: of this process.  host: its machine, as messages name it.  identity: what must be the same on all ranks, by name.
+    secret: of the place."""
 
     rank: int
     size: int
     nonce: str
     host: str
     identity: Mapping[str, str]
+    secret: str = ""
 
 
 class Attach(msgspec.Struct, tag="attach", frozen=True):

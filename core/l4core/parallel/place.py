@@ -5,9 +5,10 @@ Plain records; torch is not imported. Whoever starts ranks (server/engine_group.
 
 from __future__ import annotations
 
+import secrets
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from l4core.config import EngineConfig, ServerConfig
 from l4core.errors import ConfigError
@@ -23,6 +24,7 @@ class Place:
     """One rank's. rank: 0 … size − 1.  device: index among the machine's devices.  num_local: ranks on this machine, of all its engines.
     machine: 0 … for messages.  host, port: where rank 0 listens; with in_store, where a store is that rank 0 leaves its own address in.
     whole: all ranks are on this machine.  timeout: `--dist-timeout`, seconds.  listen_fd: rank 0's listening socket, where its parent opened it.
+    secret: by which ranks that one process started know each other; "" where there are others.
     """
 
     rank: int = 0
@@ -36,6 +38,7 @@ class Place:
     whole: bool = True
     timeout: float = 30.0
     listen_fd: int | None = None
+    secret: str = field(default="", repr=False)
 
     def __str__(self) -> str:
         """As messages name it."""
@@ -72,12 +75,16 @@ class Layout:
             ) from error
 
     def with_listener(self, listener: socket.socket | None) -> tuple[Place, ...]:
-        """The places, told where rank 0 listens."""
+        """The places, told where rank 0 listens, and a new secret where all ranks are among them: other users of this machine reach the loopback
+        too."""
         if listener is None:
             return self.places
         host, port = listener.getsockname()[:2]
+        secret = secrets.token_hex(16) if len(self.places) == self.places[0].size else ""
         return tuple(
-            replace(place, host=host, port=port, listen_fd=listener.fileno() if place.rank == 0 else None)
+            replace(
+                place, host=host, port=port, listen_fd=listener.fileno() if place.rank == 0 else None, secret=secret
+            )
             for place in self.places
         )
 

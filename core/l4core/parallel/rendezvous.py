@@ -1,11 +1,13 @@
 """How the ranks of one engine find each other: rank 0 listens, the others come and say what they are, and all start together or not at all.
 
 Each rank keeps two connections to rank 0: one for the steps, which its main thread reads, and one for signs of life, which its watchdog reads.
-Nothing here is secret or checked against strangers, as with torch's own stores and collectives: the addresses belong into a network of one's own.
+Ranks that one process started know each other by a secret it gave them. Nothing else is checked against strangers, as with torch's own stores and
+collectives: the addresses of several machines belong into a network of one's own.
 """
 
 from __future__ import annotations
 
+import hmac
 import logging
 import secrets
 import select
@@ -158,7 +160,7 @@ class _Gathering:
             if joined is not None and joined.hello.nonce == message.nonce:
                 joined.steps = sock
                 return
-        elif isinstance(message, Hello):
+        elif isinstance(message, Hello) and is_ours(message, self.place):
             self._check(message, sock)
             self._replace(message, sock)
             return
@@ -204,6 +206,14 @@ def difference(who: str, here: Mapping[str, str], there: Mapping[str, str]) -> t
                 "the same versions, options and files on all machines",
             )
     return None
+
+
+def is_ours(hello: Hello, place: Place) -> bool:
+    """Whether it comes from a rank and not from another user of this machine."""
+    known = hmac.compare_digest(hello.secret.encode(), place.secret.encode())
+    if not known:
+        logger.warning("someone connected who calls itself rank %d and is none of this engine", hello.rank)
+    return known
 
 
 def first_message(sock: socket.socket, seconds: float = HANDSHAKE_SECONDS) -> Message | None:
@@ -263,7 +273,9 @@ def _try_join(place: Place, identity: Mapping[str, str]) -> Met:
     """Raises OSError for what may be better in a moment."""
     host, port = (place.host, place.port) if not place.in_store else _address_in_store(place)
     nonce = secrets.token_hex(8)
-    hello = Hello(rank=place.rank, size=place.size, nonce=nonce, host=place.where, identity=identity)
+    hello = Hello(
+        rank=place.rank, size=place.size, nonce=nonce, host=place.where, identity=identity, secret=place.secret
+    )
     with ExitStack() as undo:
         beats = undo.enter_context(_connect(host, port, hello))
         try:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from l4core.parallel.messages import MOST_BYTES, Beat, Hello, Words, decode, encode
-from l4core.parallel.rendezvous import Met, first_message
+from l4core.parallel.rendezvous import Met, first_message, is_ours
 from l4core.parallel.wire import HEADER, framed
 
 HANG_FACTOR = 10
@@ -126,7 +126,7 @@ class Watchdog:
             message = first_message(
                 sock, self._look
             )  # a rank's comes at once; nobody else may keep this thread from its beats
-        known = isinstance(message, Hello) and message.rank in self._peers
+        known = isinstance(message, Hello) and is_ours(message, self._met.place) and message.rank in self._peers
         return Words(LOST, f"{self._met.name(message.rank)} was started anew") if known else None  # type: ignore[union-attr]
 
 
