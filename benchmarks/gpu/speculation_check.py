@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from l4core import LLM, SamplingParams
-from l4core.engine.drafter import PluginSpeculation
+from l4core.engine.speculation.drafter import PluginSpeculation
 from l4core.request import RequestOutput
 from l4core.testing.checkpoints import make_tiny_checkpoint
 from l4core.testing.drafts import RecordedDrafter
@@ -142,7 +142,9 @@ class Check:
             num_draft_tokens=STEPS,
             vocab_size=vocab_size,
         )
-        llm._built.engine.speculation = PluginSpeculation("recorded", drafter, num_drafts=STEPS, vocab_size=vocab_size)
+        llm._built.engine.speculation.plan = PluginSpeculation(
+            "recorded", drafter, num_drafts=STEPS, vocab_size=vocab_size
+        )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from l4core.engine.draft_draw_triton import draw_guesses
+from l4core.engine.speculation.draft_draw_triton import draw_guesses
 from l4core.sampling.noise import gumbel_noise_at
 
 NEAR = 1e-4

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from l4core.engine.batch import Inbox
-from l4core.engine.draft_pace import DraftPace, VerifyCosts
+from l4core.engine.speculation.pace import DraftPace, VerifyCosts
 from l4core.request import Request, SamplingParams, StepStats
 
 SCOUT = VerifyCosts(fixed=11e9, expert=12.1e9, num_experts=16, draft=1.5e9)

@@ -15,7 +15,7 @@ import pytest
 from helpers.profile import FULL
 from helpers.ties import is_tie
 from l4core import LLM, SamplingParams
-from l4core.engine.drafter import PluginSpeculation
+from l4core.engine.speculation.drafter import PluginSpeculation
 from l4core.plugin_api import DraftRow
 from l4core.request import RequestOutput
 from l4core.testing.drafts import RecordedDrafter
@@ -104,7 +104,7 @@ def speculate(
         vocab_size=vocab_size,
         branches=branches,
     )
-    llm._built.engine.speculation = PluginSpeculation(
+    llm._built.engine.speculation.plan = PluginSpeculation(
         "recorded", drafter, num_drafts=drafts, vocab_size=vocab_size, trees=branches > 1
     )
 

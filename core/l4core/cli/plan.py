@@ -100,7 +100,7 @@ def plan(
     """
     from l4core.engine.capacity import LENGTHS, Setup, capacity, load_config
     from l4core.engine.graph_sizes import LARGEST, batch_sizes
-    from l4core.engine.speculation import DEFAULT_STEPS
+    from l4core.engine.speculation.plan import DEFAULT_STEPS
     from l4core.model.eagle3_config import DraftConfig, Target
 
     config = load_config(model)

@@ -14,8 +14,6 @@ import torch
 
 from l4core.attention.select import Selected
 from l4core.config import EngineConfig
-from l4core.engine.draft_pace import DraftPace
-from l4core.engine.drafter_eagle3 import Eagle3Speculation
 from l4core.engine.engine import Engine
 from l4core.engine.fixed_step import StepShape
 from l4core.engine.graph_sizes import GraphSizes
@@ -39,7 +37,9 @@ from l4core.engine.resolve import (
 from l4core.engine.runner import Runner
 from l4core.engine.samplers import sampling_pipeline
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
-from l4core.engine.speculation import SpeculationPlan, create_speculation, draft_pace, plan_speculation
+from l4core.engine.speculation.eagle3 import Eagle3Speculation
+from l4core.engine.speculation.pace import DraftPace
+from l4core.engine.speculation.plan import SpeculationPlan, create_speculation, draft_pace, plan_speculation
 from l4core.engine.start_report import Choices, start_report
 from l4core.engine.weight_formats import weight_formats
 from l4core.errors import ConfigError
@@ -296,7 +296,7 @@ def _capture(
     engine: Engine, graphs: GraphSizes, speculation: SpeculationPlan | None, max_running: int, *, progress: bool
 ) -> str:
     """Captures what there is to capture → the line of the report."""
-    runner, drafter = engine.runner, engine.speculation
+    runner, drafter = engine.runner, engine.speculation.plan
     shapes = sorted({StepShape(min(s.num_seqs, max_running), s.num_tokens) for s in graph_shapes(graphs, speculation)})
     if not shapes:
         return f"off ({graphs.off})"

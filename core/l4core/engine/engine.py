@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from l4core.engine.batch import Draft, Inbox, ScheduledBatch, StepTokens
-from l4core.engine.drafter import SettledDraws, Speculation
 from l4core.engine.draws import PendingDraws
 from l4core.engine.runner import Runner
 from l4core.engine.scheduler import NO_DRAFTS, Scheduler
+from l4core.engine.speculation.drafter import SettledDraws, Speculation
 from l4core.errors import RequestError
 from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput
 

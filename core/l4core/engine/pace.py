@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from l4core.engine.batch import Inbox
-from l4core.engine.draft_pace import DraftPace
+from l4core.engine.speculation.pace import DraftPace
 from l4core.engine.step_costs import MIN_PREFILL_TOKENS, StepCosts
 from l4core.request import StepOutput, StepStats
 

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from l4core.config import EngineConfig
 from l4core.engine.batch import Inbox
-from l4core.engine.draft_pace import DraftPace
 from l4core.engine.identity import checkpoint_identity, choices, device_identity, program_identity
 from l4core.engine.messages import (
     LOST_STATUS,
@@ -45,6 +44,7 @@ from l4core.engine.messages import (
 )
 from l4core.engine.nursery import raise_ranks
 from l4core.engine.pace import paced
+from l4core.engine.speculation.pace import DraftPace
 from l4core.engine.turns import LeadEngine, RankedEngine, follow
 from l4core.errors import L4Error, RequestError
 from l4core.parallel.connect import Crew, take_device

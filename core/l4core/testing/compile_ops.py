@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from l4core.engine.draft_draw_triton import _pick_kernel, _share_kernel
+from l4core.engine.speculation.draft_draw_triton import _pick_kernel, _share_kernel
 from l4core.ops.device import COMPILE
 from l4core.ops.heads_triton import _heads_kernel
 from l4core.ops.norm_route_triton import _norm_route_kernel

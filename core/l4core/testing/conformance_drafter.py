@@ -10,7 +10,7 @@ import pytest
 
 from l4core import plugin_compat
 from l4core.engine.batch import Draft
-from l4core.engine.drafter import drafts_of
+from l4core.engine.speculation.drafter import drafts_of
 from l4core.errors import PluginError
 from l4core.plugin_api import DraftContext, Drafter, DrafterEntry, DraftRow, SamplingParams
 from l4core.plugin_entries import Provided, create_object

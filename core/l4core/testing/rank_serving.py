@@ -14,9 +14,9 @@ import torch
 from l4core.config import EngineConfig
 from l4core.engine.batch import Draft, DraftRequest, Inbox, ScheduledBatch
 from l4core.engine.build import BuiltEngine, build_engine
-from l4core.engine.drafter import Speculation
 from l4core.engine.fixed_step import Computed
 from l4core.engine.runner import Forward, Runner
+from l4core.engine.speculation.drafter import Speculation
 from l4core.parallel.ranks import Ranks
 from l4core.request import Request, SamplingParams, TokenLogprobs
 from l4core.testing.thread_ranks import run_ranks
@@ -95,8 +95,8 @@ def serve_with(built: BuiltEngine, requests: Sequence[Request], ranks: Ranks, *,
     served = Served(weight_bytes=built.budget.needs.weights)
     if keep:
         record(built.engine.runner, served)
-    if built.engine.speculation is not None:
-        note_guesses(built.engine.speculation, served)
+    if built.engine.speculation.plan is not None:
+        note_guesses(built.engine.speculation.plan, served)
     waiting = list(requests)
     inbox = Inbox(requests=[waiting.pop(0) for _ in range(min(AT_ONCE, len(waiting)))])
     for step in itertools.count():

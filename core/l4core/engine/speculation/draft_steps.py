@@ -44,7 +44,7 @@ class DraftState:
         """int64 [B] target ids: what the law would draw at `positions` from the draft's logits, masks and penalties apart. temperature: float32 [B],
         None = all are greedy."""
         if has_kernels(hidden) and self.draft.ranks.size == 1:
-            from l4core.engine.draft_draw_triton import draw_guesses
+            from l4core.engine.speculation.draft_draw_triton import draw_guesses
 
             return draw_guesses(self.draft.logits(hidden), self.draft.d2t, temperature, seeds, positions)  # type: ignore[arg-type]
         if temperature is None:

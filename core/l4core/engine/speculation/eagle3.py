@@ -23,12 +23,12 @@ import torch
 
 from l4core.attention.step_tables import StepRows
 from l4core.engine.batch import Draft, DraftRequest, ScheduledBatch, ScheduledSequence
-from l4core.engine.draft_pace import GRACE
-from l4core.engine.draft_steps import DraftState, FixedExtend, FixedGuess, Ints
-from l4core.engine.draft_tree import TreeShape, grow
 from l4core.engine.fixed_step import StepShape
 from l4core.engine.forward import Phase
 from l4core.engine.graphs import Graphs
+from l4core.engine.speculation.draft_steps import DraftState, FixedExtend, FixedGuess, Ints
+from l4core.engine.speculation.draft_tree import TreeShape, grow
+from l4core.engine.speculation.pace import GRACE
 from l4core.model.eagle3 import GROUP, Eagle3
 from l4core.model.eagle3_config import Target
 from l4core.model.eagle3_weights import load_draft
@@ -38,7 +38,7 @@ from l4core.plugin_ops.upload import upload_many
 
 if TYPE_CHECKING:
     from l4core.engine.runner import Runner
-    from l4core.engine.speculation import DraftModel
+    from l4core.engine.speculation.draft_model import DraftModel
     from l4core.engine.verify_rows import Verified
     from l4core.model.batch import ForwardBatch
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4core.config import EngineConfig
-from l4core.engine.draft_pace import DraftPace, VerifyCosts
-from l4core.engine.draft_tree import TreeShape
-from l4core.engine.drafter import PluginSpeculation, Speculation
 from l4core.engine.key_values import parse_key_values
+from l4core.engine.speculation.draft_model import DraftModel
+from l4core.engine.speculation.draft_tree import TreeShape
+from l4core.engine.speculation.drafter import PluginSpeculation, Speculation
+from l4core.engine.speculation.pace import DraftPace, VerifyCosts
 from l4core.errors import ConfigError, NotBuiltError
 from l4core.model.config import ModelConfig
-from l4core.model.draft_size import draft_elements, draft_token_elements, rank_draft
+from l4core.model.draft_size import rank_draft
 from l4core.model.eagle3_config import OPTIONS, DraftConfig, Target
 from l4core.model.eagle3_weights import DraftPlan, plan_draft, stored_shapes
 from l4core.model.repository import resolve_model
@@ -32,38 +32,6 @@ DEFAULT_STEPS = 3
 """What published EAGLE3 drafts of Llama 4 are served with."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftModel:
-    """An EAGLE3 draft as its folder describes it, checked against the target."""
-
-    folder: Path
-    config: DraftConfig
-    plan: DraftPlan
-
-    @property
-    def num_parameters(self) -> int:
-        """Its own: the target's embedding and head are not counted."""
-        return self.elements_on(1)
-
-    def elements_on(self, ranks: int) -> int:
-        """The same on one of several ranks."""
-        return draft_elements(self.config, own_embed=self.plan.own_embed, own_head=self.plan.own_head, ranks=ranks)
-
-    def elements_a_token(self, ranks: int) -> int:
-        """Held for each token of a step on one of `ranks` ranks: aux outputs, and what the draft's layer makes of them."""
-        return draft_token_elements(self.config, ranks=ranks)
-
-    def describe(self) -> str:
-        """For the start-up report: the layers it reads are the commonest thing to be wrong."""
-        c = self.config
-        layers = ", ".join(map(str, c.aux_layers))
-        vocab = f"{c.draft_vocab_size:,} of {c.vocab_size:,} tokens"
-        return (
-            f"{self.folder.name} ({c.format} format) · {self.num_parameters / 1e6:.1f} M parameters · {vocab} · reads outputs of layers {layers} · "
-            f"guesses up to {c.longest_context:,} tokens of context"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +93,7 @@ def create_speculation(
     """The drafter, made ready. ConfigError for an option it does not have; PluginError when it cannot be made."""
     options = _options(config, plan)
     if plan.draft is not None:
-        from l4core.engine.drafter_eagle3 import create_eagle3
+        from l4core.engine.speculation.eagle3 import create_eagle3
 
         return create_eagle3(
             plan.draft,
