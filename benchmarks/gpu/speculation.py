@@ -99,7 +99,7 @@ class SpeculationBench:
         self._context, self._layers = context, layers
         self._draw = np.random.default_rng(0)
         engine: Any = self.bench.engine
-        self.runner, self.speculation = engine.runner, engine.speculation.plan
+        self.runner, self.speculation = engine.runner, engine.speculation
 
     def rows(self, batch: int, rates: Rates, *, profile: bool) -> list[dict[str, Any]]:
         """Decode, verify, the draft's two steps, and the speed-ups."""
@@ -229,7 +229,7 @@ class SpeculationBench:
         """ms of Engine.step on the host's clock, of the simple loop in both cases."""
         speculation, engine = self.speculation, self.bench.engine
         speculation.num_drafts = num_drafts
-        engine.speculation.plan = speculation if num_drafts else None
+        engine.speculation = speculation if num_drafts else None
         for _ in range(3):
             engine.step()
         torch.cuda.synchronize()
@@ -238,7 +238,7 @@ class SpeculationBench:
             engine.step()
         torch.cuda.synchronize()
         ms = (time.perf_counter() - began) / 8 * 1e3
-        engine.speculation.plan, speculation.num_drafts = speculation, STEPS
+        engine.speculation, speculation.num_drafts = speculation, STEPS
         return round(ms, 4)
 
 

@@ -142,9 +142,7 @@ class Check:
             num_draft_tokens=STEPS,
             vocab_size=vocab_size,
         )
-        llm._built.engine.speculation.plan = PluginSpeculation(
-            "recorded", drafter, num_drafts=STEPS, vocab_size=vocab_size
-        )
+        llm._built.engine.speculation = PluginSpeculation("recorded", drafter, num_drafts=STEPS, vocab_size=vocab_size)
 
 
 if __name__ == "__main__":

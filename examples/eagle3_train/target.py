@@ -78,7 +78,7 @@ class Teacher:
     def lessons(self, texts: Sequence[Text]) -> Iterator[Lesson]:
         """One forward pass over each, in order."""
         self.model.aux_layers = (*self.layers, self.config.num_layers - 1)
-        self.engine.speculation.plan, self.engine.runner.graphs, graphs = self, None, self.engine.runner.graphs
+        self.engine.speculation, self.engine.runner.graphs, graphs = self, None, self.engine.runner.graphs
         longest = min(PIECE, self.llm.context_length - 1)
         requests = [
             Request(
@@ -95,7 +95,7 @@ class Teacher:
         while inbox.requests or self.engine.has_work:
             self.engine.step(inbox)
             inbox = Inbox()
-        self.engine.speculation.plan, self.model.aux_layers, self.engine.runner.graphs = None, (), graphs
+        self.engine.speculation, self.model.aux_layers, self.engine.runner.graphs = None, (), graphs
         for request, (_, begin) in zip(requests, texts, strict=True):
             yield self._lesson(request, begin)
 

@@ -94,7 +94,7 @@ class Recorder:
         self.guesses: list[tuple[tuple[int, ...], list[int]]] = []
         self._answers = {tuple(o.prompt_token_ids): o.outputs[0].token_ids for o in plain}
         self._acceptance = acceptance
-        speculation: Any = llm._built.engine.speculation.plan
+        speculation: Any = llm._built.engine.speculation
         self._propose = speculation.propose
         speculation.propose = self.propose
 
@@ -177,7 +177,7 @@ def test_steps_of_fixed_shape(folder: Path, plain: list[RequestOutput], tmp_path
     """What graphs are captured from, padding included."""
     draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4], draft_vocab=200)
     llm = open_llm(folder, draft, max_running_requests=3)
-    speculation: Any = llm._built.engine.speculation.plan
+    speculation: Any = llm._built.engine.speculation
     shapes = [StepShape(size, rows) for size in (1, 2, 4) for rows in (1, STEPS + 1)]
     aux = torch.zeros(4 * (STEPS + 1), 3 * 64)
     speculation._extends = Eager(lambda shape: FixedExtend(shape, speculation._state, aux), shapes)
@@ -221,7 +221,7 @@ def test_overlapped_while_nothing_is_guessed(folder: Path, plain: list[RequestOu
         ahead += engine._in_flight is not None
         return step(replace(inbox, num_drafts=0 if count % 9 > 4 else STEPS))
 
-    speculation: Any = engine.speculation.plan
+    speculation: Any = engine.speculation
     observe = speculation.observe
 
     def observed(batch: ScheduledBatch, *given: Any) -> None:
@@ -296,7 +296,7 @@ def test_a_tree_begins_with_the_chain(folder: Path, plain: list[RequestOutput], 
     draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4])
     options = {"attention_backend": "reference", "max_running_requests": 2, "speculative_num_steps": 3}
     llm = open_llm(folder, draft, speculative_eagle_topk=3, speculative_num_draft_tokens=22, **options)
-    speculation: Any = llm._built.engine.speculation.plan
+    speculation: Any = llm._built.engine.speculation
     recorder = TreeRecorder(speculation, plain)
     for mine, theirs in zip(llm.generate(prompts()[:3], greedy(), use_tqdm=False), plain[:3], strict=True):
         assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
@@ -374,7 +374,7 @@ def test_topk_one_means_steps_plus_one(folder: Path, tmp_path: Path) -> None:
         {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4},
     ):
         llm = open_llm(folder, draft, **options)
-        assert llm._built.engine.speculation.plan is not None
+        assert llm._built.engine.speculation is not None
         assert llm._built.engine.speculation.num_drafts == 3
         (line,) = [line for line in llm.report if line.startswith("speculation")]
         assert "3 guesses a step" in line

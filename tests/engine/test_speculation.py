@@ -104,7 +104,7 @@ def speculate(
         vocab_size=vocab_size,
         branches=branches,
     )
-    llm._built.engine.speculation.plan = PluginSpeculation(
+    llm._built.engine.speculation = PluginSpeculation(
         "recorded", drafter, num_drafts=drafts, vocab_size=vocab_size, trees=branches > 1
     )
 

@@ -296,7 +296,7 @@ def _capture(
     engine: Engine, graphs: GraphSizes, speculation: SpeculationPlan | None, max_running: int, *, progress: bool
 ) -> str:
     """Captures what there is to capture → the line of the report."""
-    runner, drafter = engine.runner, engine.speculation.plan
+    runner, drafter = engine.runner, engine.speculation
     shapes = sorted({StepShape(min(s.num_seqs, max_running), s.num_tokens) for s in graph_shapes(graphs, speculation)})
     if not shapes:
         return f"off ({graphs.off})"

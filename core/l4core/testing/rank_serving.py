@@ -95,8 +95,8 @@ def serve_with(built: BuiltEngine, requests: Sequence[Request], ranks: Ranks, *,
     served = Served(weight_bytes=built.budget.needs.weights)
     if keep:
         record(built.engine.runner, served)
-    if built.engine.speculation.plan is not None:
-        note_guesses(built.engine.speculation.plan, served)
+    if built.engine.speculation is not None:
+        note_guesses(built.engine.speculation, served)
     waiting = list(requests)
     inbox = Inbox(requests=[waiting.pop(0) for _ in range(min(AT_ONCE, len(waiting)))])
     for step in itertools.count():
