@@ -73,6 +73,7 @@ def test_another_launcher_that_keeps_no_store_lets_rank_0_listen() -> None:
     ("tp", "environ", "server", "text"),
     [
         (8, TORCHRUN, {}, r"torchrun started 16 processes \(WORLD_SIZE\), and --tp is 8"),
+        (8, {**TORCHRUN, "WORLD_SIZE": "many"}, {}, "WORLD_SIZE in the environment is 'many'; wanted a number"),
         (16, TORCHRUN, {"nnodes": 2, "dist_init_addr": "x:1"}, "do not go with torchrun"),
         (9, {}, {"nnodes": 2, "dist_init_addr": "x:1"}, "--tp 9 ranks on --nnodes 2 machines"),
         (8, {}, {"nnodes": 2, "dist_init_addr": "10.0.0.1"}, "wanted HOST:PORT"),

@@ -64,6 +64,11 @@ def test_sixteen_ranks_of_two_kv_heads(maverick: Path, requests: Sequence[Reques
     compare(serve_over(16, maverick, some), serve(maverick, some, ALONE))
 
 
+def test_a_head_that_is_the_embedding(tmp_path: Path, requests: Sequence[Request]) -> None:
+    folder, some = make_tiny_checkpoint(tmp_path, **SCOUT, tie=True), requests[:12]
+    compare(serve_over(4, folder, some), serve(folder, some, ALONE))
+
+
 @pytest.mark.parametrize(("size", "ep"), [(2, 2), (4, 2), (8, 4)])
 def test_experts_dealt_out_to_groups_of_ranks(
     scout: Path, scout_alone: Served, requests: Sequence[Request], size: int, ep: int

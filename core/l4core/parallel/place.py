@@ -109,7 +109,7 @@ def listening(host: str, port: int, *, reachable: bool = False) -> socket.socket
 def layouts(engine: EngineConfig, server: ServerConfig, environ: Mapping[str, str]) -> tuple[Layout, ...]:
     """One for each engine of this machine (`--dp`). Raises ConfigError for numbers that do not fit together."""
     check_device(engine, num_engines=server.dp)
-    if all(name in environ for name in TORCHRUN) and (int(environ["WORLD_SIZE"]) > 1 or engine.tp > 1):
+    if all(name in environ for name in TORCHRUN) and (environ["WORLD_SIZE"] != "1" or engine.tp > 1):
         return (_from_torchrun(engine, server, environ),)
     if server.nnodes > 1:
         return (_from_options(engine, server),)
@@ -164,7 +164,7 @@ def _from_options(engine: EngineConfig, server: ServerConfig) -> Layout:
 
 def _from_torchrun(engine: EngineConfig, server: ServerConfig, environ: Mapping[str, str]) -> Layout:
     """This process is one rank; the store at MASTER_ADDR, which torchrun keeps open, tells the others where rank 0 is."""
-    numbers = {name: int(environ[name]) for name in TORCHRUN if name != "MASTER_ADDR"}
+    numbers = {name: _number(name, environ[name]) for name in TORCHRUN if name != "MASTER_ADDR"}
     size, local = numbers["WORLD_SIZE"], numbers["LOCAL_WORLD_SIZE"]
     if size != engine.tp:
         raise ConfigError(
@@ -187,6 +187,15 @@ def _from_torchrun(engine: EngineConfig, server: ServerConfig, environ: Mapping[
         timeout=engine.dist_timeout,
     )
     return Layout(places=(place,), listens=place.rank == 0 and not in_store)
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(
+            f"{name} in the environment is {text!r}; wanted a number, as torchrun sets it",
+            fix=f"`unset {' '.join(TORCHRUN)}` where it was not torchrun",
+        )
+    return int(text)
 
 
 def split_address(text: str) -> tuple[str, int]:
