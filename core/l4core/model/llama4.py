@@ -88,13 +88,19 @@ class Layer(nn.Module):
     def forward(self, stream: torch.Tensor, normed: torch.Tensor, step: _Step) -> torch.Tensor:
         """stream: the residual stream [T, H], changed in place; normed: its `attn_norm`. → what is still to be added to the stream, which the
         next norm does in the same pass."""
-        attended, norm = self.ranks.all_reduce(self.attn(normed, step)), self.mlp_norm
+        norm = self.mlp_norm
         update: torch.Tensor
         if self.is_moe:
-            update = self.moe(*norm_route(stream, attended, norm.weight, norm.eps, self.moe.router.weight))
+            update = self.moe(
+                *norm_route(stream, self._attended(normed, step), norm.weight, norm.eps, self.moe.router.weight)
+            )
         else:
-            update = self.mlp(norm(stream, attended))
+            update = self.mlp(norm(stream, self._attended(normed, step)))
         return self.ranks.all_reduce(update)
+
+    def _attended(self, normed: torch.Tensor, step: _Step) -> torch.Tensor:
+        """Nobody holds it beside the norm that adds it: a step's memory is counted so."""
+        return self.ranks.all_reduce(self.attn(normed, step))
 
 
 class Embedding(nn.Module):
