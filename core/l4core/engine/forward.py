@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from l4core.attention.chunked import (
@@ -23,6 +26,11 @@ from l4core.kv.blocks import KVGroup
 from l4core.kv.memory import KVMemory
 from l4core.model.batch import AttentionSegment, ForwardBatch
 from l4core.plugin_api import AttentionBackend, AttentionMetadata, ChunkInfo, TreeMask
+from l4core.plugin_ops.upload import upload_many
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+PHASES: tuple[Literal["decode", "verify", "prefill"], ...] = ("decode", "verify", "prefill")
+"""In the order of a batch's sequences."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +46,32 @@ class Phase:
     cu_seqlens_q: torch.Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+
+
+def lay_out_step(
+    rows: Ints, starts: Ints, lengths: Ints, borders: Sequence[int], positions: torch.Tensor
+) -> tuple[StepRows, list[Phase]]:
+    """A step of any shape, on the device of `positions` (int64 [T]): sequence b has row `rows[b]` and computes `lengths[b]` tokens from position
+    `starts[b]`; sequences [borders[i], borders[i + 1]) are PHASES[i]'s, and a phase without any is left out."""
+    cu, seq_lens = np.concatenate(([0], np.cumsum(lengths))), starts + lengths
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    spans = [(name, a, b) for name, (a, b) in zip(PHASES, pairwise(borders), strict=True) if b > a]
+    small = [rows, starts, seq_lens, owner, *(cu[a : b + 1] - cu[a] for _, a, b in spans)]
+    rows_, starts_, seq_lens_, owner_, *cus = upload_many(small, torch.int32, positions.device)
+    phases = [
+        Phase(
+            name=name,
+            first=a,
+            last=b,
+            begin=int(cu[a]),
+            end=int(cu[b]),
+            cu_seqlens_q=cu_seqlens,
+            max_seqlen_q=int(lengths[a:b].max()),
+            max_seqlen_k=int(seq_lens[a:b].max()),
+        )
+        for (name, a, b), cu_seqlens in zip(spans, cus, strict=True)
+    ]
+    return StepRows(rows=rows_, starts=starts_, seq_lens=seq_lens_, positions=positions, owner=owner_), phases
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
-from typing import Literal, TypeAlias
+from itertools import chain
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from l4core.attention.step_tables import StepRows
 from l4core.engine.batch import PENDING, DraftRequest, ScheduledBatch, ScheduledSequence
 from l4core.engine.block_tables import BlockTables
 from l4core.engine.draws import PendingDraws, RowParams
 from l4core.engine.fixed_step import Computed, FixedStep, StepOutputs, StepRequests, StepShape
-from l4core.engine.forward import ForwardPlanner, Phase, TreeRows
+from l4core.engine.forward import ForwardPlanner, TreeRows, lay_out_step
 from l4core.engine.graphs import Graphs
 from l4core.engine.row_law import RowLaw
 from l4core.engine.verify_rows import Verified
@@ -40,8 +39,6 @@ from l4core.sampling.verify import ancestors, depths
 Ints: TypeAlias = npt.NDArray[np.int64]
 Forward: TypeAlias = ForwardBatch | FixedStep
 """A planned batch, or a captured step whose inputs are filled in."""
-PHASES: tuple[Literal["decode", "verify", "prefill"], ...] = ("decode", "verify", "prefill")
-"""In the order of a batch's sequences."""
 
 LOGPROB_ROWS = 256
 """Prompt rows whose logits are held at once: 256 × 202,048 float32 = 207 MB."""
@@ -210,25 +207,9 @@ class Runner:
             torch.int64,
             self._device,
         )
-        spans = [(phase, a, b) for phase, (a, b) in zip(PHASES, pairwise(layout.borders), strict=True) if b > a]
-        small = [layout.rows, starts, seq_lens, owner, *(cu[a : b + 1] - cu[a] for _, a, b in spans)]
-        rows_, starts_, seq_lens_, owner_, *cus = upload_many(small, torch.int32, self._device)
+        step, phases = lay_out_step(layout.rows, starts, lengths, layout.borders, positions)
         if any(s.token_ids[0] == PENDING for s in batch.sequences):
-            token_ids = torch.where(token_ids < 0, self._last_tokens[rows_[owner_]], token_ids)
-        phases = [
-            Phase(
-                name=phase,
-                first=a,
-                last=b,
-                begin=int(cu[a]),
-                end=int(cu[b]),
-                cu_seqlens_q=cu_seqlens,
-                max_seqlen_q=int(lengths[a:b].max()),
-                max_seqlen_k=int(seq_lens[a:b].max()),
-            )
-            for (phase, a, b), cu_seqlens in zip(spans, cus, strict=True)
-        ]
-        step = StepRows(rows=rows_, starts=starts_, seq_lens=seq_lens_, positions=positions, owner=owner_)
+            token_ids = torch.where(token_ids < 0, self._last_tokens[step.rows[step.owner]], token_ids)
         return self._planner.plan(token_ids, step, phases, logits_rows, int(seq_lens.max()), self._trees(batch))
 
     def _trees(self, batch: ScheduledBatch) -> TreeRows | None:

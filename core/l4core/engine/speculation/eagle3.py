@@ -14,17 +14,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 import torch
 
-from l4core.attention.step_tables import StepRows
 from l4core.engine.batch import Draft, DraftRequest, ScheduledBatch, ScheduledSequence
 from l4core.engine.fixed_step import StepShape
-from l4core.engine.forward import Phase
+from l4core.engine.forward import lay_out_step
 from l4core.engine.graphs import Graphs
 from l4core.engine.speculation.draft_steps import DraftState, FixedExtend, FixedGuess, Ints
 from l4core.engine.speculation.draft_tree import TreeShape, grow
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
     from l4core.engine.verify_rows import Verified
     from l4core.model.batch import ForwardBatch
 
-PHASES = ("decode", "verify", "prefill")
 logger = logging.getLogger(__name__)
 
 
@@ -246,34 +243,15 @@ class Eagle3Speculation:
         """The draft's own batch: sequence b computes `lengths[b]` rows from position `starts[b]`. borders: where verified sequences
         begin, and prefill pieces; None = all decode."""
         num = len(lengths)
-        cu = np.concatenate(([0], np.cumsum(lengths)))
-        owner = np.repeat(np.arange(num), lengths)
-        seq_lens = starts + lengths
-        at = (0, *(borders or (num, num)), num)
-        spans = [(name, a, b) for name, (a, b) in zip(PHASES, pairwise(at), strict=True) if b > a]
-        wide = [np.arange(cu[-1]) + (starts - cu[:-1])[owner]]
+        before, owner = np.cumsum(lengths) - lengths, np.repeat(np.arange(num), lengths)
+        wide = [np.arange(len(owner)) + (starts - before)[owner]]
         if isinstance(token_ids, np.ndarray):
             wide.append(token_ids)
         positions, *ids = upload_many(wide, torch.int64, self._state.device)
-        small = [rows, starts, seq_lens, owner, *(cu[a : b + 1] - cu[a] for _, a, b in spans)]
-        rows_, starts_, seq_lens_, owner_, *cus = upload_many(small, torch.int32, self._state.device)
-        phases = [
-            Phase(
-                name=name,  # type: ignore[arg-type]
-                first=a,
-                last=b,
-                begin=int(cu[a]),
-                end=int(cu[b]),
-                cu_seqlens_q=cu_seqlens,
-                max_seqlen_q=int(lengths[a:b].max()),
-                max_seqlen_k=int(seq_lens[a:b].max()),
-            )
-            for (name, a, b), cu_seqlens in zip(spans, cus, strict=True)
-        ]
-        step = StepRows(rows=rows_, starts=starts_, seq_lens=seq_lens_, positions=positions, owner=owner_)
+        step, phases = lay_out_step(rows, starts, lengths, (0, *(borders or (num, num)), num), positions)
         tokens = ids[0] if ids else token_ids
         assert isinstance(tokens, torch.Tensor)
-        return self._state.planner.plan(tokens, step, phases, positions[:0], longest=int(seq_lens.max()))
+        return self._state.planner.plan(tokens, step, phases, positions[:0], longest=int((starts + lengths).max()))
 
 
 def _paths_only(
