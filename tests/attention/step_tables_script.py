@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from l4core.attention.step_tables import StepRows, _by_definition
+from l4core.attention.step_rows import StepRows
+from l4core.attention.step_tables import _by_definition
 from l4core.attention.step_tables_triton import BLOCK, launch
 
 

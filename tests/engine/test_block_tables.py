@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from l4core import SamplingParams
-from l4core.attention.step_tables import StepRows
+from l4core.attention.step_rows import StepRows
 from l4core.engine.batch import NewPages, ScheduledSequence
 from l4core.engine.block_tables import BlockTables
 from l4core.kv.blocks import KVGroup

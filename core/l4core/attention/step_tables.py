@@ -6,25 +6,12 @@ on holds the null page wherever a sequence has none, so a persistent row need no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from l4core.attention.step_rows import StepRows
 from l4core.platform import has_triton
 
-__all__ = ["StepRows", "step_tables"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRows:
-    """Where a step's sequences and tokens stand. rows, starts, seq_lens: int32 [B], the persistent row, the position of the first new token, the
-    length with the new tokens.  positions: int64 [T] of the new tokens.  owner: int32 [T], which of the B sequences each belongs to."""
-
-    rows: torch.Tensor
-    starts: torch.Tensor
-    seq_lens: torch.Tensor
-    positions: torch.Tensor
-    owner: torch.Tensor
+__all__ = ["step_tables"]
 
 
 def step_tables(

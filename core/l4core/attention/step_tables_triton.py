@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l4core.attention.step_tables import StepRows
+from l4core.attention.step_rows import StepRows
 
 BLOCK = 128
 """Columns, or tokens, of one turn of a program."""

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from l4core.attention.chunked import ring_width
-from l4core.attention.step_tables import StepRows, step_tables
+from l4core.attention.step_rows import StepRows
+from l4core.attention.step_tables import step_tables
 from l4core.engine.batch import DraftRequest, ScheduledSequence
 from l4core.kv.blocks import KVGroup
 from l4core.plugin_ops.upload import upload_many

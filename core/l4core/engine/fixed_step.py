@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from l4core.attention.step_tables import StepRows
+from l4core.attention.step_rows import StepRows
 from l4core.engine.forward import ForwardPlanner, Phase
 from l4core.model.llama4 import Llama4
 from l4core.platform import copies_ahead

@@ -20,7 +20,7 @@ from l4core.attention.chunked import (
     tree_chunk_metadata,
     virtual_batches,
 )
-from l4core.attention.step_tables import StepRows
+from l4core.attention.step_rows import StepRows
 from l4core.engine.block_tables import BlockTables
 from l4core.kv.blocks import KVGroup
 from l4core.kv.memory import KVMemory

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from l4core.attention.step_tables import StepRows
+from l4core.attention.step_rows import StepRows
 from l4core.engine.fixed_step import StepShape
 from l4core.engine.forward import ForwardPlanner, Phase
 from l4core.model.eagle3 import Eagle3

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from l4core.attention.step_tables import StepRows
+from l4core.attention.step_rows import StepRows
 from l4core.engine.batch import Draft
 from l4core.engine.forward import Phase, TreeRows
 from l4core.engine.speculation.draft_steps import DraftState, Ints
