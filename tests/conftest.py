@@ -33,8 +33,8 @@ MakeTiny = Callable[..., Path]
 @pytest.fixture(scope="session")
 def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> MakeTiny:
     """make_tiny(**options of make_tiny_checkpoint) → folder with weights and a tokenizer; the same options give the same folder."""
-    from l4core.testing.checkpoints import make_tiny_checkpoint
-    from l4core.testing.tokenizers import make_byte_tokenizer
+    from l4core.testing.models.checkpoints import make_tiny_checkpoint
+    from l4core.testing.models.tokenizers import make_byte_tokenizer
 
     made: dict[tuple[tuple[str, object], ...], Path] = {}
     root = tmp_path_factory.mktemp("checkpoints")

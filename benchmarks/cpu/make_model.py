@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from l4core.testing.checkpoints import BENCH, make_tiny_checkpoint
-from l4core.testing.tokenizers import make_byte_tokenizer
+from l4core.testing.models.checkpoints import BENCH, make_tiny_checkpoint
+from l4core.testing.models.tokenizers import make_byte_tokenizer
 
 
 def main() -> None:

@@ -35,9 +35,9 @@ from direct_sums import DirectRanks
 
 from l4core.engine.build import build_engine
 from l4core.parallel.ranks import ALONE, Ranks
-from l4core.testing.checkpoints import make_tiny_checkpoint
-from l4core.testing.drafts_eagle3 import make_tiny_draft
-from l4core.testing.rank_serving import Served, mixed_requests, rank_config_of, serve, serve_with
+from l4core.testing.models.checkpoints import make_tiny_checkpoint
+from l4core.testing.models.eagle3 import make_tiny_draft
+from l4core.testing.ranks.serving import Served, mixed_requests, rank_config_of, serve, serve_with
 
 SMALL = {
     "layers": 4,

@@ -28,8 +28,8 @@ from typing import Any
 import httpx
 import psutil
 
-from l4core.testing.checkpoints import make_tiny_checkpoint
-from l4core.testing.tokenizers import make_byte_tokenizer
+from l4core.testing.models.checkpoints import make_tiny_checkpoint
+from l4core.testing.models.tokenizers import make_byte_tokenizer
 
 SHAPE: dict[str, Any] = {
     "layers": 4,

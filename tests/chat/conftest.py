@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from l4core.chat.tokenizer import Tokenizer
-from l4core.testing.tokenizers import make_byte_tokenizer
+from l4core.testing.models.tokenizers import make_byte_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 from l4core.chat.templates import choose_template
 from l4core.chat.tokenizer import Tokenizer
 from l4core.plugin_entries import Provided
-from l4core.testing.tokenizers import make_byte_tokenizer
+from l4core.testing.models.tokenizers import make_byte_tokenizer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "l4-chatml-template"
 CHATML = (

@@ -16,7 +16,7 @@ from l4core.chat.tokenizer import Tokenizer
 from l4core.errors import CheckpointError, ConfigError, PluginError
 from l4core.plugin_api import PLUGIN_API, ChatTemplate, ChatTemplateEntry, Piece, Special
 from l4core.plugin_entries import Provided
-from l4core.testing.tokenizers import make_byte_tokenizer
+from l4core.testing.models.tokenizers import make_byte_tokenizer
 
 USER = [{"role": "user", "content": "hi"}]
 

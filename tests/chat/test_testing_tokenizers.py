@@ -7,7 +7,7 @@ import pytest
 
 from l4core.chat.byte_tokenizer import BOS, SMALLEST_VOCABULARY, SPECIAL_TOKENS, build_byte_tokenizer
 from l4core.chat.tokenizer import Tokenizer
-from l4core.testing.tokenizers import make_byte_tokenizer
+from l4core.testing.models.tokenizers import make_byte_tokenizer
 
 
 @pytest.mark.parametrize("vocab_size", [SMALLEST_VOCABULARY, 300, 512, 4096])

@@ -25,7 +25,7 @@ from l4core.engine.fixed_step import StepShape
 from l4core.engine.speculation.draft_steps import FixedExtend, FixedGuess
 from l4core.errors import BackendUnavailable, CheckpointError, ConfigError
 from l4core.request import RequestOutput, StepOutput
-from l4core.testing.drafts_eagle3 import make_tiny_draft
+from l4core.testing.models.eagle3 import make_tiny_draft
 
 SHAPE = {"layers": 6, "hidden": 64, "heads": 4, "head_dim": 16, "inter": 128, "chunk": 32, "floor_scale": 32}
 OPTIONS: Mapping[str, Any] = {

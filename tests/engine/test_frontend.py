@@ -15,7 +15,7 @@ from l4core.errors import CheckpointError, RequestError
 from l4core.model.config import ModelConfig
 from l4core.plugin_entries import Plugins, Provided
 from l4core.request import FinishReason, Request, SamplingParams, SequenceUpdate
-from l4core.testing.tokenizers import make_byte_tokenizer
+from l4core.testing.models.tokenizers import make_byte_tokenizer
 
 VOCABULARY = 512
 TEMPLATES = tuple(Provided(entry=e, distribution="l4core", version="0") for e in l4_chat_templates())

@@ -38,7 +38,7 @@ def test_the_kernels_compute_the_definition_on_a_device() -> None:
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_the_kernels_compile_and_fit(arch: str) -> None:
-    cases = compile_cases("l4core.testing.compile_experts", arch)
+    cases = compile_cases("l4core.testing.compiled.experts", arch)
     assert {case.outcome for case in cases} == {"passed"}, cases[-1]
     shared = [int(case.reason.split("shared ")[1].split(",")[0]) for case in cases]
     assert len(shared) >= 12

@@ -18,7 +18,7 @@ TIMEOUT_S = 120
 def run_processes(size: int, call: Callable[[Ranks], T], folder: Path) -> list[T]:
     """call(ranks) in `size` processes at once → what each returned, in rank order. call: importable by name.  folder: for what they exchange."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "l4core.testing.rank_serving"])
+    context.set_forkserver_preload(["torch", "l4core.testing.ranks.serving"])
     made = [context.Process(target=_process, args=(rank, size, folder, call)) for rank in range(size)]
     for process in made:
         process.start()

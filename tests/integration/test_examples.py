@@ -39,8 +39,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def chatml_tiny(make_tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint whose tokenizer knows ChatML's two special tokens."""
-    from l4core.testing.checkpoints import make_tiny_checkpoint
-    from l4core.testing.tokenizers import make_byte_tokenizer
+    from l4core.testing.models.checkpoints import make_tiny_checkpoint
+    from l4core.testing.models.tokenizers import make_byte_tokenizer
 
     root = tmp_path_factory.mktemp("chatml")
     make_byte_tokenizer(root / "tokenizer", extra_specials=("<|im_start|>", "<|im_end|>"))

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from helpers.serving import serve
-from l4core.testing.drafts_eagle3 import make_tiny_draft
+from l4core.testing.models.eagle3 import make_tiny_draft
 
 SCOUT, MAVERICK = "meta-llama/Llama-4-Scout-17B-16E-Instruct", "meta-llama/Llama-4-Maverick-17B-128E-Instruct"
 LAUNCH = (sys.executable, "-m", "l4core.launch_server")

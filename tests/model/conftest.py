@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from l4core.model.llama4 import Llama4
-from l4core.testing.checkpoints import random_model, text_config
+from l4core.testing.models.checkpoints import random_model, text_config
 from model.harness import ours
 
 SMALL: Mapping[str, Any] = {

@@ -10,7 +10,7 @@ from l4core.errors import CheckpointError
 from l4core.kv.blocks import KVGroup
 from l4core.kv.superpages import superpage_shape
 from l4core.model.config import ModelConfig, RopeScaling
-from l4core.testing.checkpoints import text_config
+from l4core.testing.models.checkpoints import text_config
 
 SCOUT: dict[str, Any] = {
     "architectures": ["Llama4ForConditionalGeneration"],

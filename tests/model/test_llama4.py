@@ -100,7 +100,7 @@ def test_far_positions_in_float64_equal_the_definition(small) -> None:
 
 
 def test_a_vision_checkpoints_text_half_equals_transformers() -> None:
-    from l4core.testing.checkpoints import random_model, text_config
+    from l4core.testing.models.checkpoints import random_model, text_config
     from model.conftest import SMALL, prompt_of
 
     hf, ids = random_model(text_config(**SMALL), vision=True), prompt_of(100)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from l4core.testing.device import no_host_sync
+from l4core.testing.conformance.device import no_host_sync
 from model.harness import Harness, meta_step, ours
 
 pytestmark = pytest.mark.gpu

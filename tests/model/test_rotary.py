@@ -7,7 +7,7 @@ import torch
 
 from l4core.model.config import ModelConfig, RopeScaling
 from l4core.model.rotary import Rotary, inverse_frequencies, rope_table, temperature
-from l4core.testing.checkpoints import text_config
+from l4core.testing.models.checkpoints import text_config
 
 
 def config(**options) -> ModelConfig:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from l4core.model.moe import MoE
-from l4core.testing.checkpoints import random_model
+from l4core.testing.models.checkpoints import random_model
 from model.harness import Harness, ours
 
 LENGTH = 150  # over two borders of the chunk of 64
@@ -165,7 +165,7 @@ def test_norm_weights_are_applied(small) -> None:
 
 def ours_config(**options):
     from l4core.model.config import ModelConfig
-    from l4core.testing.checkpoints import text_config
+    from l4core.testing.models.checkpoints import text_config
 
     raw = text_config(hidden=16, inter=24, heads=2, kv_heads=1, head_dim=8, **options).to_dict()
     return ModelConfig.from_dict(raw | {"architectures": ["Llama4ForCausalLM"]})

@@ -15,7 +15,7 @@ from fake_hub import COMMIT, FakeHub, serve
 from tiny_folder import hf_tensors, prefixed, tiny_config, write_checkpoint
 
 from l4core.model.hub_headers import FIRST_BYTES
-from l4core.testing.tokenizers import make_byte_tokenizer
+from l4core.testing.models.tokenizers import make_byte_tokenizer
 
 MODEL = "meta-llama/Llama-4-Tiny"
 

@@ -23,7 +23,7 @@ from l4core.errors import CheckpointError, NotBuiltError
 from l4core.model import weights
 from l4core.model.weights import fill_dummy, load_weights
 from l4core.parallel.ranks import Ranks
-from l4core.testing.thread_ranks import run_ranks
+from l4core.testing.ranks.threads import run_ranks
 
 CONFIG = tiny_config()
 Q0 = "model.layers.0.self_attn.q_proj.weight"

@@ -28,8 +28,8 @@ def test_the_kernels_equal_their_twins_on_a_device() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernels_compile(arch: str) -> None:
     # Not while tests are collected: this imports Triton, compiled or interpreted for the whole process.
-    from l4core.testing.compile_ops import KERNELS
+    from l4core.testing.compiled.ops import KERNELS
 
-    cases = compile_cases("l4core.testing.compile_ops", arch)
+    cases = compile_cases("l4core.testing.compiled.ops", arch)
     launched = [kernel for kernel in KERNELS if not kernel.archs or arch in kernel.archs]
     assert [case.outcome for case in cases] == ["passed"] * len(launched), cases[-1]

@@ -8,7 +8,7 @@ import torch
 from l4core.errors import BackendUnavailable
 from l4core.parallel.agree import check_sums, least
 from l4core.parallel.ranks import Ranks
-from l4core.testing.thread_ranks import run_ranks
+from l4core.testing.ranks.threads import run_ranks
 
 CPU = torch.device("cpu")
 

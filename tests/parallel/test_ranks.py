@@ -9,7 +9,7 @@ import torch
 
 from helpers.rank_processes import run_processes
 from l4core.parallel.ranks import ALONE, Ranks
-from l4core.testing.thread_ranks import run_ranks
+from l4core.testing.ranks.threads import run_ranks
 
 
 def test_alone_every_call_returns_at_once() -> None:

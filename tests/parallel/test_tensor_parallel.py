@@ -20,10 +20,10 @@ from l4core.parallel.agree import ROWS
 from l4core.parallel.ranks import ALONE, Ranks
 from l4core.quant.formats import PLAIN, format_of
 from l4core.request import Request
-from l4core.testing.checkpoints import make_tiny_checkpoint
-from l4core.testing.drafts_eagle3 import make_tiny_draft
-from l4core.testing.rank_serving import Served, compare, mixed_requests, rank_config_of, serve, serve_over
-from l4core.testing.thread_ranks import run_ranks
+from l4core.testing.models.checkpoints import make_tiny_checkpoint
+from l4core.testing.models.eagle3 import make_tiny_draft
+from l4core.testing.ranks.serving import Served, compare, mixed_requests, rank_config_of, serve, serve_over
+from l4core.testing.ranks.threads import run_ranks
 
 SCOUT = {"layers": 4, "hidden": 64, "heads": 40, "kv_heads": 8, "head_dim": 8, "inter": 128, "experts": 4, "vocab": 512}
 """Scout's ratio of query to KV heads, 40 to 8; three local layers and a global one."""

@@ -19,7 +19,7 @@ DUMP = Path(__file__).with_name("api.txt")
 
 def public_modules() -> list[str]:
     """plugin_api, hookspecs, plugin_ops, and what of testing is for plugin authors."""
-    testing = importlib.import_module("l4core.testing")
+    conformance = importlib.import_module("l4core.testing.conformance")
     return [
         "l4core.plugin_api",
         "l4core.hookspecs",
@@ -27,11 +27,8 @@ def public_modules() -> list[str]:
         "l4core.plugin_ops.quantize",
         "l4core.plugin_ops.sampling",
         "l4core.plugin_ops.tree",
-        *(
-            f"l4core.testing.{m.name}"
-            for m in pkgutil.iter_modules(testing.__path__)
-            if m.name == "platforms" or m.name.startswith("conformance_")
-        ),
+        *(f"l4core.testing.conformance.{m.name}" for m in pkgutil.iter_modules(conformance.__path__)),
+        "l4core.testing.platforms",
     ]
 
 

@@ -12,8 +12,7 @@ from l4core.attention.select import select_backend
 from l4core.platform import detect
 from l4core.plugin_api import AttentionRequirements
 from l4core.plugin_manager import load_plugins
-from l4core.testing.conformance import AttentionConformance
-from l4core.testing.conformance_cases import Heads
+from l4core.testing.conformance import AttentionConformance, Heads
 from l4core.testing.fake_device import NAME, register
 
 

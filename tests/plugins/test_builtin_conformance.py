@@ -6,11 +6,11 @@ from l4core.testing.conformance import (
     AttentionConformance,
     ChatTemplateConformance,
     DrafterConformance,
+    Heads,
     ProbeConformance,
     QuickAttentionConformance,
     SamplerConformance,
 )
-from l4core.testing.conformance_cases import Heads
 
 BUILTIN = "l4core.builtin_plugins"
 

@@ -9,10 +9,10 @@ import pytest
 from l4core.testing.conformance import (
     AttentionConformance,
     ChatTemplateConformance,
+    Heads,
     ProbeConformance,
     SamplerConformance,
 )
-from l4core.testing.conformance_cases import Heads
 from plugins.site import Site
 
 PROBES = {

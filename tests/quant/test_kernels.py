@@ -67,6 +67,6 @@ def test_the_smoke_check_takes_quantised_weights(kept: str) -> None:
 @pytest.mark.parametrize("arch", ["sm90", "gfx942"])
 def test_the_kernels_compile(arch: str) -> None:
     """8-bit kernels for the architectures that multiply e4m3 only."""
-    cases = compile_cases("l4core.testing.compile_quantised", arch)
+    cases = compile_cases("l4core.testing.compiled.quantised", arch)
     assert {case.outcome for case in cases} == {"passed"}, cases[-1]
     assert len(cases) == (9 if arch == "sm90" else 5)

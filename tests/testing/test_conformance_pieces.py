@@ -9,12 +9,12 @@ import torch
 
 from l4core.plugin_api import Tier, Usable
 from l4core.testing.conformance import AttentionConformance, QuickAttentionConformance
-from l4core.testing.conformance_attention import AttentionConformance as Kit
-from l4core.testing.conformance_cases import CASE_NAMES, DRAFTS, Case, Heads, all_cases, random_tree
-from l4core.testing.conformance_device import GRAPHED, SYNCED, _copy_into, _other_lengths, _tensors
-from l4core.testing.conformance_expected import attention, depths, visible_keys
-from l4core.testing.conformance_problem import K_SCALE, V_SCALE, Layout, build
-from l4core.testing.conformance_setup import RELEASED, Combination
+from l4core.testing.conformance.attention import AttentionConformance as Kit
+from l4core.testing.conformance.cases import CASE_NAMES, DRAFTS, Case, Heads, all_cases, random_tree
+from l4core.testing.conformance.device_tests import GRAPHED, SYNCED, _copy_into, _other_lengths, _tensors
+from l4core.testing.conformance.expected import attention, depths, visible_keys
+from l4core.testing.conformance.problem import K_SCALE, V_SCALE, Layout, build
+from l4core.testing.conformance.setup import RELEASED, Combination
 from l4core.testing.platforms import fake_platform
 
 HEADS = Heads(num_q_heads=4, num_kv_heads=2, head_dim=8)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from l4core.testing import contracts, doubles
-from l4core.testing.double_attention import Mask, paged_attention
+from l4core.testing.doubles.attention import Mask, paged_attention
 
 CONTRACTS = Path(__file__).parents[1] / "data/contracts"
 INT = torch.int32

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from l4core.testing.conformance import AttentionConformance
-from l4core.testing.conformance_cases import CASE_NAMES, Heads
+from l4core.testing.conformance.cases import CASE_NAMES, Heads
 
 DEFINITION = "test_equals_the_definition"
 

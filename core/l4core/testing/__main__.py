@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from l4core.errors import ConfigError, L4Error
+from l4core.testing.conformance.entry import module_of
 
 __all__ = ["main"]
 
@@ -128,23 +129,6 @@ def _options(items: Sequence[str]) -> Mapping[str, str]:
             raise ConfigError(f"--attention-option is {item!r}; wanted KEY=VALUE")
         found[key] = value
     return found
-
-
-def module_of(name: str) -> str:
-    """Import name of the installed module whose hook offers the attention backend `name`. ConfigError when there is none."""
-    from l4core.plugin_entries import quote_failures
-    from l4core.plugin_manager import load_plugins
-
-    plugins = load_plugins()
-    for row in plugins.rows:
-        if f"attention backend {name}" in row.offers:
-            return row.entry_point.partition(":")[0].strip()
-    known = sorted(provided.entry.name for provided in plugins.attention_backends)
-    raise ConfigError(
-        f"no installed plugin offers the attention backend {name!r}; there are {', '.join(known)}"
-        + quote_failures(plugins.failures),
-        fix="l4 backends",
-    )
 
 
 if __name__ == "__main__":

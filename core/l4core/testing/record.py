@@ -17,8 +17,8 @@ from typing import Any, Literal
 import pytest
 
 from l4core.plugin_api import Usable
-from l4core.testing.conformance_entry import version_of
-from l4core.testing.conformance_setup import KitSetup
+from l4core.testing.conformance.entry import version_of
+from l4core.testing.conformance.setup import KitSetup
 
 __all__ = ["SCHEMA", "CaseResult", "Record", "Recorder", "describe", "describe_machine", "read_record"]
 
@@ -39,7 +39,7 @@ class CaseResult:
 class Record:
     """One backend on one machine. provider: as the verdict names it.  device: torch's device string; card, arch, runtime: of the platform
     that was probed, for levels below S the one a double stands for.  date: ISO, UTC.
-    commit: of the source tree, "" when there is none.  level: see conformance_setup.LEVELS.  options: as from --attention-option."""
+    commit: of the source tree, "" when there is none.  level: see conformance.setup.LEVELS.  options: as from --attention-option."""
 
     backend: str
     package: str

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l4core.errors import ConfigError, L4Error
-from l4core.testing.conformance_setup import LEVELS
+from l4core.testing.conformance.setup import LEVELS
 from l4core.testing.record import Record, read_record
 
 __all__ = ["BEGIN", "END", "KNOWN", "main", "render", "rewrite"]

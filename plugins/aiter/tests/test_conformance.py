@@ -11,8 +11,7 @@ import pytest
 
 from l4core.plugin_api import Platform
 from l4core.testing import contracts, doubles
-from l4core.testing.conformance import AttentionConformance
-from l4core.testing.conformance_setup import ODD, RELEASED
+from l4core.testing.conformance import ODD, RELEASED, AttentionConformance
 from l4core.testing.platforms import fake_platform
 
 CONTRACTS = Path(__file__).parents[3] / "tests/data/contracts"

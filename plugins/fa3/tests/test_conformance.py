@@ -9,8 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from l4core.testing.conformance import AttentionConformance, ProbeConformance
-from l4core.testing.conformance_setup import ODD, RELEASED
+from l4core.testing.conformance import ODD, RELEASED, AttentionConformance, ProbeConformance
 
 
 def here(library: str) -> bool:

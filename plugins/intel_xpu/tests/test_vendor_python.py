@@ -21,8 +21,7 @@ import pytest
 from l4_intel_xpu.backend import create
 from l4core.plugin_api import AttentionContext, AttentionRequirements, BackendUnavailable, Platform
 from l4core.testing import contracts, doubles
-from l4core.testing.conformance import AttentionConformance
-from l4core.testing.conformance_setup import ODD, RELEASED
+from l4core.testing.conformance import ODD, RELEASED, AttentionConformance
 from l4core.testing.platforms import fake_platform
 
 FOLDER = os.environ.get("L4_XPU_SOURCE", "")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from helpers.machines import why_not
-from l4core.testing.checkpoints import make_tiny_checkpoint
-from l4core.testing.tokenizers import make_byte_tokenizer
+from l4core.testing.models.checkpoints import make_tiny_checkpoint
+from l4core.testing.models.tokenizers import make_byte_tokenizer
 
 pytest.importorskip("ray", reason="ray is not installed (make test-ray installs it)")
 

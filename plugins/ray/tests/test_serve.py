@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from l4core import LLM, SamplingParams
-from l4core.testing.checkpoints import make_tiny_checkpoint
-from l4core.testing.tokenizers import make_byte_tokenizer
+from l4core.testing.models.checkpoints import make_tiny_checkpoint
+from l4core.testing.models.tokenizers import make_byte_tokenizer
 
 pytest.importorskip("ray", reason="ray is not installed (make test-ray installs it)")
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 from test_crosscompile import SHARED_MEMORY, compiled
 
 from l4core.platform import Platform
-from l4core.testing.conformance_setup import KitSetup
+from l4core.testing.conformance.setup import KitSetup
 from l4core.testing.platforms import fake_platform
 from l4core.testing.record import CaseResult, Record, describe, write_records
 

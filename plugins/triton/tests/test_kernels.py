@@ -15,8 +15,8 @@ from l4_triton.kernels.common import widen_pairs
 from l4_triton.tiles import Tile
 from l4core.plugin_api import KVView, Tier, Usable
 from l4core.plugin_ops import tree_attend
-from l4core.testing.conformance_cases import Case, Heads, random_tree
-from l4core.testing.conformance_problem import Layout, Problem, build
+from l4core.testing.conformance.cases import Case, Heads, random_tree
+from l4core.testing.conformance.problem import Layout, Problem, build
 
 DEVICE = os.environ.get("L4_TEST_DEVICE", "cpu")
 TRAITS = launch.Traits(converts_fp8=DEVICE != "cpu", starts_early=DEVICE != "cpu", interpreted=DEVICE == "cpu")

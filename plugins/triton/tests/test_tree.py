@@ -12,8 +12,8 @@ from l4core.plugin_api import Tier, TreeMask, Usable
 from l4core.plugin_ops import merge_lse, tree_attend
 from l4core.plugin_ops.tree import tree_attend_torch
 from l4core.plugin_ops.tree_triton import tree_attend_triton
-from l4core.testing.conformance_cases import Case, Heads, random_tree
-from l4core.testing.conformance_problem import Layout, Problem, build
+from l4core.testing.conformance.cases import Case, Heads, random_tree
+from l4core.testing.conformance.problem import Layout, Problem, build
 
 DEVICE = os.environ.get("L4_TEST_DEVICE", "cpu")
 TREES = (random_tree(7, 1), random_tree(3, 2), random_tree(16, 3))

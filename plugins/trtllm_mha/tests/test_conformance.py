@@ -9,8 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from l4core.testing.conformance import AttentionConformance, ProbeConformance
-from l4core.testing.conformance_setup import RELEASED
+from l4core.testing.conformance import RELEASED, AttentionConformance, ProbeConformance
 
 INSTALLED = importlib.util.find_spec("flashinfer") is not None
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)

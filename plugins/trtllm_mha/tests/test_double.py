@@ -19,9 +19,8 @@ import torch
 
 from l4core.plugin_api import Platform
 from l4core.testing import contracts
-from l4core.testing.conformance import QuickAttentionConformance
-from l4core.testing.conformance_cases import Heads
-from l4core.testing.double_attention import Mask, check, paged_attention
+from l4core.testing.conformance import Heads, QuickAttentionConformance
+from l4core.testing.doubles.attention import Mask, check, paged_attention
 from l4core.testing.platforms import fake_platform
 
 CONTRACTS = Path(__file__).parents[3] / "tests" / "data" / "contracts"

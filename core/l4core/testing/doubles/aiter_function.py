@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from l4core.testing.contracts import Contract
-from l4core.testing.double_attention import Mask, check, paged_attention
+from l4core.testing.doubles.attention import Mask, check, paged_attention
 
 __all__ = ["modules"]
 

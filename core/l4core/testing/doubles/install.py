@@ -1,21 +1,4 @@
-"""Doubles of vendors' libraries: the vendor's real operator schema under its real name, with a body in plain torch for the CPU.
-
-    contract = contracts.load(Path("tests/data/contracts/tokenspeed-fa3-3.0.0.post20260810.json"))
-    with doubles.fa3(contract) as double:                 # `import flash_attn_interface`, torch.ops.flash_attn_3.fwd work inside
-        backend = create(context)                         # context.device = "cpu", a platform that lists the library
-        ...
-    double.calls[-1]["num_splits"]                        # every call's arguments by name
-
-In a pytest module the kit runs inside one when a fixture opens it (`@pytest.fixture(autouse=True)`; override `platform()` with a fake machine).
-
-What that proves (level D): PyTorch's dispatcher accepts each call under the recorded schema, the arguments keep the rules of dtype, shape, stride,
-page and device that the library checks itself, and what is asked for is the right attention. What it cannot prove: anything about the vendor's
-kernel, its speed, or a rule that nobody recorded. Rows of the output that no sequence owns come back NaN.
-
-fa3: contracts of tokenspeed-fa3 and upstream (`flash_attn_3`), sglang-kernel (`sgl_kernel`) and vLLM (`_vllm_fa3_C`).
-xpu: contracts of vllm-xpu-kernels (`_vllm_fa2_C`) and sgl-kernel-xpu (`sgl_kernel`).
-aiter: contracts of amd-aiter, a function without an operator of its own.
-"""
+"""Makes a double importable and its operators callable for the time of a `with` block; both are gone afterwards."""
 
 from __future__ import annotations
 
@@ -30,8 +13,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from l4core.testing import doubles_aiter, doubles_fa3, doubles_xpu
 from l4core.testing.contracts import Contract
+from l4core.testing.doubles import aiter_function, fa3_operators, xpu_sgl, xpu_vllm
 
 __all__ = ["Arguments", "Double", "aiter", "fa3", "xpu"]
 
@@ -51,7 +34,7 @@ class Double:
 def fa3(contract: Contract) -> Iterator[Double]:
     """FlashAttention-3 as this contract's library offers it. KeyError when the contract is of no such library."""
     namespace = next(name.partition("::")[0] for name in contract.schemas)
-    with _installed(contract, doubles_fa3.BODIES, doubles_fa3.MODULES[namespace], "fwd") as double:
+    with _installed(contract, fa3_operators.BODIES, fa3_operators.MODULES[namespace], "fwd") as double:
         yield double
 
 
@@ -61,10 +44,10 @@ def xpu(contract: Contract, not_compiled: str = "", source: Path | None = None) 
     function then falls back to slow Python with a warning.  source: a folder with the library's own Python files (an unpacked wheel), run in place
     of the thin functions; only the compiled operators are doubled then."""
     namespace = next(name.partition("::")[0] for name in contract.schemas)
-    bodies, modules = doubles_xpu.bodies(not_compiled), doubles_xpu.modules(namespace, contract)
-    if source is not None:
-        modules = {doubles_xpu.COMPILED[namespace]: {}}
-    with _installed(contract, bodies, modules, doubles_xpu.OPERATOR[namespace]) as double, _found_in(source):
+    library = {"_vllm_fa2_C": xpu_vllm, "sgl_kernel": xpu_sgl}[namespace]
+    modules = library.modules(contract) if source is None else {library.COMPILED: {}}
+    bodies = library.bodies(not_compiled)
+    with _installed(contract, bodies, modules, library.OPERATOR) as double, _found_in(source):
         yield double
 
 
@@ -72,7 +55,7 @@ def xpu(contract: Contract, not_compiled: str = "", source: Path | None = None) 
 def aiter(contract: Contract) -> Iterator[Double]:
     """AMD's AITER."""
     double = Double(contract=contract)
-    with _importable(doubles_aiter.modules(contract, double.calls)):
+    with _importable(aiter_function.modules(contract, double.calls)):
         yield double
 
 

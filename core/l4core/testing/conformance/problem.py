@@ -11,8 +11,8 @@ import torch
 
 from l4core.attention.chunked import ring_width, single_chunk_metadata, tree_chunk_metadata, virtual_batches
 from l4core.plugin_api import AttentionMetadata, ChunkInfo, KVView, TreeMask, Usable
-from l4core.testing.conformance_cases import Case, Heads, Parents
-from l4core.testing.conformance_expected import attention, depths, visible_keys
+from l4core.testing.conformance.cases import Case, Heads, Parents
+from l4core.testing.conformance.expected import attention, depths, visible_keys
 
 __all__ = ["K_SCALE", "V_SCALE", "Layout", "Problem", "build"]
 

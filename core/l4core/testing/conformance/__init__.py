@@ -17,35 +17,43 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from l4core.testing.conformance_attention import AttentionConformance, QuickAttentionConformance
-    from l4core.testing.conformance_chat import ChatTemplateConformance
-    from l4core.testing.conformance_drafter import DrafterConformance
-    from l4core.testing.conformance_probe import ProbeConformance
-    from l4core.testing.conformance_sampler import SamplerConformance
+    from l4core.testing.conformance.attention import AttentionConformance, QuickAttentionConformance
+    from l4core.testing.conformance.cases import Heads
+    from l4core.testing.conformance.chat import ChatTemplateConformance
+    from l4core.testing.conformance.drafter import DrafterConformance
+    from l4core.testing.conformance.probe import ProbeConformance
+    from l4core.testing.conformance.sampler import SamplerConformance
+    from l4core.testing.conformance.setup import ODD, RELEASED
 
 __all__ = [
+    "ODD",
+    "RELEASED",
     "AttentionConformance",
     "ChatTemplateConformance",
     "DrafterConformance",
+    "Heads",
     "ProbeConformance",
     "QuickAttentionConformance",
     "SamplerConformance",
 ]
 
 _HOMES = {
-    "AttentionConformance": "conformance_attention",
-    "ChatTemplateConformance": "conformance_chat",
-    "DrafterConformance": "conformance_drafter",
-    "ProbeConformance": "conformance_probe",
-    "QuickAttentionConformance": "conformance_attention",
-    "SamplerConformance": "conformance_sampler",
+    "AttentionConformance": "attention",
+    "ChatTemplateConformance": "chat",
+    "DrafterConformance": "drafter",
+    "Heads": "cases",
+    "ODD": "setup",
+    "ProbeConformance": "probe",
+    "QuickAttentionConformance": "attention",
+    "RELEASED": "setup",
+    "SamplerConformance": "sampler",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Each kit is imported when asked for: a chat template's tests need no torch."""
     if name not in _HOMES:
-        raise AttributeError(f"module 'l4core.testing.conformance' has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"l4core.testing.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -8,9 +8,13 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from l4core.errors import ConfigError
+from l4core.plugin_entries import quote_failures
+from l4core.plugin_manager import load_plugins
+
 E = TypeVar("E")
 
-__all__ = ["assert_value_error", "find_entry", "version_of"]
+__all__ = ["assert_value_error", "find_entry", "module_of", "version_of"]
 
 
 def find_entry(plugin: str, hook: str, name: str, record: type[E]) -> E:
@@ -23,6 +27,20 @@ def find_entry(plugin: str, hook: str, name: str, record: type[E]) -> E:
     assert len(found) == 1, f"{plugin}.{hook} offers {[getattr(e, 'name', e) for e in entries]}; wanted {name!r} once"
     assert isinstance(found[0], record), f"{name!r} is a {type(found[0]).__name__}; wanted {record.__name__}"
     return found[0]
+
+
+def module_of(name: str) -> str:
+    """Import name of the installed module whose hook offers the attention backend `name`. ConfigError when there is none."""
+    plugins = load_plugins()
+    for row in plugins.rows:
+        if f"attention backend {name}" in row.offers:
+            return row.entry_point.partition(":")[0].strip()
+    known = sorted(provided.entry.name for provided in plugins.attention_backends)
+    raise ConfigError(
+        f"no installed plugin offers the attention backend {name!r}; there are {', '.join(known)}"
+        + quote_failures(plugins.failures),
+        fix="l4 backends",
+    )
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from l4core.plugin_api import (
     Unusable,
     Usable,
 )
-from l4core.testing.conformance_entry import find_entry
+from l4core.testing.conformance.entry import find_entry
 from l4core.testing.platforms import FAKE_PLATFORMS, fake_platform, requirement_grid
 
 __all__ = ["ProbeConformance"]

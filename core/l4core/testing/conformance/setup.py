@@ -22,10 +22,10 @@ from l4core.plugin_api import (
     Usable,
 )
 from l4core.plugin_entries import import_object
-from l4core.testing.conformance_cases import Case, Heads, all_cases
-from l4core.testing.conformance_entry import find_entry, version_of
-from l4core.testing.conformance_problem import Layout, Problem, build
-from l4core.testing.device import is_accelerator, oracle_device
+from l4core.testing.conformance.cases import Case, Heads, all_cases
+from l4core.testing.conformance.device import is_accelerator, oracle_device
+from l4core.testing.conformance.entry import find_entry, version_of
+from l4core.testing.conformance.problem import Layout, Problem, build
 
 __all__ = ["LEVELS", "Combination", "KitSetup"]
 

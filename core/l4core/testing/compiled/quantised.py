@@ -1,4 +1,4 @@
-"""Compiles the kernels for quantised weights as `compile_ops` does the others: `python -m l4core.testing.compile_quantised sm90`."""
+"""Compiles the kernels for quantised weights as `compiled.ops` does the others: `python -m l4core.testing.compiled.quantised sm90`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from l4core.experts.quantised_tiles import FEW_TOKENS, Tile, fp8_tiles, int4_til
 from l4core.ops.expert_rows_triton import ALL, FEW, MANY
 from l4core.ops.experts_fp8_triton import fp8_down, fp8_gate_up
 from l4core.ops.experts_int4_triton import int4_down, int4_gate_up
-from l4core.testing.compile_ops import CoreKernel, compile_kernels
 from l4core.testing.compiled import ARCHITECTURES
+from l4core.testing.compiled.ops import CoreKernel, compile_kernels
 
 __all__ = ["kernels_for"]
 
@@ -91,7 +91,8 @@ def main() -> int:
     arch, *more = sys.argv[1:] or [""]
     if arch not in ARCHITECTURES or more:
         print(
-            f"usage: python -m l4core.testing.compile_quantised ARCH\nARCH: {', '.join(ARCHITECTURES)}", file=sys.stderr
+            f"usage: python -m l4core.testing.compiled.quantised ARCH\nARCH: {', '.join(ARCHITECTURES)}",
+            file=sys.stderr,
         )
         return 2
     for record in compile_kernels(arch, tuple(kernels_for(arch))):

@@ -1,6 +1,6 @@
 """Attention cases: which sequences, how many queries, chunked or not, tree or not. Plain data; the lengths follow from the chunk's size.
 
-What becomes of a case as tensors is in `conformance_problem`, what it must give in `conformance_expected`.
+What becomes of a case as tensors is in `problem`, what it must give in `expected`.
 """
 
 from __future__ import annotations

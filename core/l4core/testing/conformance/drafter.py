@@ -15,7 +15,7 @@ from l4core.errors import PluginError
 from l4core.plugin_api import DraftContext, Drafter, DrafterEntry, DraftRow, SamplingParams
 from l4core.plugin_entries import Provided, create_object
 from l4core.sampling.verify import depths
-from l4core.testing.conformance_entry import find_entry
+from l4core.testing.conformance.entry import find_entry
 
 __all__ = ["DrafterConformance"]
 

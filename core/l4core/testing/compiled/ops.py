@@ -1,4 +1,4 @@
-"""Compiles core's Triton kernels for an architecture that need not be here: `python -m l4core.testing.compile_ops sm90`.
+"""Compiles core's Triton kernels for an architecture that need not be here: `python -m l4core.testing.compiled.ops sm90`.
 
 Prints one JSON object a kernel: variant, kernel, bytes of shared memory, size of the binary. A compiler that dislikes something may end the process,
 so tests run one process a target.
@@ -206,7 +206,7 @@ def compile_kernels(arch: str, kernels: Sequence[CoreKernel] = KERNELS) -> Itera
 def main() -> int:
     arch = sys.argv[1] if len(sys.argv) == 2 else ""
     if arch not in ARCHITECTURES:
-        print(f"usage: python -m l4core.testing.compile_ops ARCH\nARCH: {', '.join(ARCHITECTURES)}", file=sys.stderr)
+        print(f"usage: python -m l4core.testing.compiled.ops ARCH\nARCH: {', '.join(ARCHITECTURES)}", file=sys.stderr)
         return 2
     for record in compile_kernels(arch):
         print(json.dumps(record), flush=True)

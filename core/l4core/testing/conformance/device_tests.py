@@ -10,10 +10,8 @@ import torch
 
 from l4core.platform import free_memory
 from l4core.plugin_api import AttentionBackend, Tier
-from l4core.testing.conformance_cases import Case
-from l4core.testing.conformance_problem import LAYERS, Problem
-from l4core.testing.conformance_setup import Combination, KitSetup
-from l4core.testing.device import (
+from l4core.testing.conformance.cases import Case
+from l4core.testing.conformance.device import (
     can_capture,
     can_find_syncs,
     capture,
@@ -21,6 +19,8 @@ from l4core.testing.device import (
     no_host_sync,
     peak_bytes,
 )
+from l4core.testing.conformance.problem import LAYERS, Problem
+from l4core.testing.conformance.setup import Combination, KitSetup
 
 __all__ = ["DeviceTests"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from l4core.errors import L4Error
-from l4core.testing.__main__ import module_of
+from l4core.testing.conformance.entry import module_of
 from l4core.testing.record import CaseResult, Record, describe_machine, write_records
 
 __all__ = ["ARCHITECTURES", "compile_cases", "main"]
@@ -71,7 +71,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{args.name} for {arch}: {records[-1].counts}")
     write_records(records, args.out)
     return int(any(record.counts["failed"] for record in records))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,7 +12,7 @@ import torch
 from l4core import plugin_compat
 from l4core.plugin_api import Sampler, SamplerEntry, SamplerRow, SamplingParams
 from l4core.plugin_entries import Provided, create_object
-from l4core.testing.conformance_entry import assert_value_error, find_entry
+from l4core.testing.conformance.entry import assert_value_error, find_entry
 
 __all__ = ["SamplerConformance"]
 

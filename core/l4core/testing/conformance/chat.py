@@ -9,7 +9,7 @@ from typing import ClassVar
 from l4core import plugin_compat
 from l4core.plugin_api import ChatTemplate, ChatTemplateEntry, Piece, Special, Text, ToolCallDelta
 from l4core.plugin_entries import Provided, create_object
-from l4core.testing.conformance_entry import assert_value_error, find_entry
+from l4core.testing.conformance.entry import assert_value_error, find_entry
 
 __all__ = ["ChatTemplateConformance"]
 

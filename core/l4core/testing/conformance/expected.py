@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from l4core.testing.conformance_cases import Case, Parents
+from l4core.testing.conformance.cases import Case, Parents
 
 __all__ = ["attention", "depths", "visible_keys"]
 

@@ -19,7 +19,7 @@ from l4core.engine.runner import Forward, Runner
 from l4core.engine.speculation.drafter import Speculation
 from l4core.parallel.ranks import Ranks
 from l4core.request import Request, SamplingParams, TokenLogprobs
-from l4core.testing.thread_ranks import run_ranks
+from l4core.testing.ranks.threads import run_ranks
 
 CHUNK = 64
 AT_ONCE = 44

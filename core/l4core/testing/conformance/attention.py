@@ -9,10 +9,10 @@ import torch
 
 from l4core.platform import detect
 from l4core.plugin_api import Usable
-from l4core.testing.conformance_cases import CASE_NAMES, Heads
-from l4core.testing.conformance_device import DeviceTests
-from l4core.testing.conformance_problem import OUR_LAYER
-from l4core.testing.conformance_setup import LEVELS, Combination
+from l4core.testing.conformance.cases import CASE_NAMES, Heads
+from l4core.testing.conformance.device_tests import DeviceTests
+from l4core.testing.conformance.problem import OUR_LAYER
+from l4core.testing.conformance.setup import LEVELS, Combination
 
 __all__ = ["AttentionConformance", "QuickAttentionConformance"]
 

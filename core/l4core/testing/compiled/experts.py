@@ -1,4 +1,4 @@
-"""Compiles the router's and the experts' kernels as `compile_ops` does the others: `python -m l4core.testing.compile_experts sm90`."""
+"""Compiles the router's and the experts' kernels as `compiled.ops` does the others: `python -m l4core.testing.compiled.experts sm90`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from l4core.experts.sorted_blocks_triton import _down_kernel, _gate_up_kernel
 from l4core.experts.sorted_triton import _sort_kernel
 from l4core.experts.tiles import Tile, tiles_for
 from l4core.ops.router_triton import BLOCK_K, PIECE, ROWS, STAGES, _logits_kernel, _pick_kernel
-from l4core.testing.compile_ops import CoreKernel, compile_kernels
 from l4core.testing.compiled import ARCHITECTURES
+from l4core.testing.compiled.ops import CoreKernel, compile_kernels
 
 __all__ = ["kernels_for"]
 
@@ -154,7 +154,7 @@ def _kernel(
 def main() -> int:
     arch, *more = sys.argv[1:] or [""]
     if arch not in ARCHITECTURES or more not in ([], ["all"]):
-        usage = "usage: python -m l4core.testing.compile_experts ARCH [all]"
+        usage = "usage: python -m l4core.testing.compiled.experts ARCH [all]"
         print(f"{usage}\nARCH: {', '.join(ARCHITECTURES)}", file=sys.stderr)
         return 2
     for record in compile_kernels(arch, tuple(kernels_for(arch, everything=bool(more)))):

@@ -1,0 +1,1 @@
+"""Small random models as folders, in the layouts of Hugging Face: checkpoints, tokenizers, drafts."""
