@@ -1,16 +1,18 @@
 """Several GPUs of one machine as one engine: does it compute what one computes, and how fast.
 
-    python benchmarks/gpu/tp.py [--ranks N] [--parts sums,tokens,logits,speed] [--sums nccl,direct] [--ep 1,2] [--layers 8]
-                                [--batches 1,8,32,128] [--prefills 8x2048] [--json OUT]
+    python benchmarks/gpu/tp.py [--ranks N] [--parts tokens,logits,sums,speed] [--variants graphs,eager,ep,EAGLE3,fp8] [--sums nccl,direct] [--ep 1,2]
+                                [--layers 8] [--batches 1,8,32,128] [--prefills 8x2048] [--skip-one] [--seconds N] [--json OUT] [--device cpu]
 
 tokens   64 mixed requests in float32 on a small model with l4-triton against one GPU's tokens: graphs, every kernel launched from the host, experts
-         dealt out, an EAGLE3 draft, FP8 weights
+         dealt out, an EAGLE3 draft, FP8 weights (--variants)
 logits   the same in bfloat16: the difference from float32 on one GPU, of N ranks and of one; N ranks may have LOGITS times the error of one (the
          median of all rows: where a router's choice is a tie, one rounding sends a token elsewhere)
 sums     microseconds of a sum over ranks in a graph, by NCCL and by reading each other's memory
 speed    Scout's shapes with `layers` layers, random bfloat16 weights, on one GPU and on N, beside the floor: bytes a rank must read over the rate its
-         card copies, and 2 sums a layer and one for the embedding
-Starts its own ranks (torch.distributed.run), or is one of torchrun's.
+         card copies, and 2 sums a layer and one for the embedding. --skip-one: not on one GPU, where a whole model may not fit
+Starts its own ranks (torch.distributed.run), or is one of torchrun's. With an empty kernel cache tokens and logits compile for minutes: each line
+comes, and is in OUT, as soon as it is known; with --seconds no engine is begun in a part that has taken so long already; what OUT has is not measured
+again. --device cpu: tokens and logits of processes over gloo.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import sys
 import tempfile
@@ -49,6 +52,7 @@ SMALL = {
     "experts": 4,
     "vocab": 2048,
 }
+VARIANTS = ("graphs", "eager", "ep", "EAGLE3", "fp8")
 LOGITS = 1.5
 SUMS_OF = (1, 8, 32, 128)
 
@@ -57,20 +61,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, help="default: all GPUs here")
     parser.add_argument("--parts", default="tokens,logits,sums,speed")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="of tokens")
+    parser.add_argument("--requests", type=int, default=64, help="of tokens")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="in each part, after which no engine is begun"
+    )
+    parser.add_argument("--skip-one", action="store_true", help="speed on the ranks only")
     parser.add_argument("--sums", default="nccl", help="how speed adds up over ranks: nccl, direct, or both")
     parser.add_argument("--ep", default="1", help="how speed deals out experts: 1, 2, …, or several")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batches", default="1,8,32,128")
     parser.add_argument("--prefills", default="8x2048")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="written after every line; what it has is not measured again")
     args = parser.parse_args()
+    if unknown := set(args.variants.split(",")) - set(VARIANTS):
+        parser.error(f"--variants names {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    if args.device == "cpu" and (gpu := set(args.parts.split(",")) - {"tokens", "logits"}):
+        parser.error(f"--parts {', '.join(sorted(gpu))}: on a CPU there are tokens and logits")
     if "RANK" not in os.environ:
-        ranks = args.ranks or torch.accelerator.device_count()
+        ranks = args.ranks or (torch.accelerator.device_count() if args.device == "cuda" else 2)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         os.execv(sys.executable, [*launch, *sys.argv])
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         Run(args, device).all()
     finally:
@@ -85,35 +104,54 @@ class Run:
         self.ranks = Ranks(dist.group.WORLD)
         self.is_first = self.ranks.rank == 0
         self.control = dist.new_group(backend="gloo")
-        self.began = time.perf_counter()
-        self.found: dict[str, Any] = {
-            "card": torch.cuda.get_device_name(),
-            "ranks": self.ranks.size,
-            "torch": torch.__version__,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        }
+        self.began = self.part_began = time.perf_counter()
+        self.found: dict[str, Any] = {"ranks": self.ranks.size, "torch": torch.__version__}
+        if device.type == "cuda":
+            self.found["card"] = torch.cuda.get_device_name()
+            self.found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        if args.json and args.json.is_file():
+            self.found = json.loads(args.json.read_text()) | self.found
 
     def all(self) -> None:
         for part in self.args.parts.split(","):
+            self.part_began = time.perf_counter()
             getattr(self, part)()
-            self.note(part, f"{time.perf_counter() - self.began:.0f} s")
+            self.say(part, f"{time.perf_counter() - self.part_began:.0f} s")
+
+    def is_wanted(self, name: str) -> bool:
+        """Whether what will be noted as `name` is still unknown and there is time for it: the first rank's answer on all."""
+        is_late = time.perf_counter() - self.part_began > self.args.seconds
+        if is_late and name not in self.found:
+            self.say(name, f"not begun after {self.args.seconds:.0f} s")
+        answer = [name not in self.found and not is_late]
+        dist.broadcast_object_list(answer, src=0, group=self.control)
+        return answer[0]
 
     def note(self, name: str, value: Any) -> None:
         """Kept at once: whatever comes later, this was measured."""
         if not self.is_first:
             return
         self.found[name] = value
-        print(f"{name:<34}{value}", flush=True)
+        self.say(name, value)
         if self.args.json:
             self.args.json.write_text(json.dumps(self.found, indent=1) + "\n")
+
+    def say(self, name: str, value: Any) -> None:
+        if self.is_first:
+            print(f"{name:<34}{value}", flush=True)
 
     def by_one(self, call: Callable[[], Any]) -> Any:
         """What the first rank's GPU gives alone, while the others wait."""
         made = [call() if self.is_first else None]
-        gc.collect()
-        torch.cuda.empty_cache()
+        self.free()
         dist.broadcast_object_list(made, src=0, group=self.control)
         return made[0]
+
+    def free(self) -> None:
+        """The memory of engines that are no longer used."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @contextmanager
     def small(self) -> Iterator[Path]:
@@ -137,54 +175,69 @@ class Run:
 
     # --- does it compute the same ------------------------------------------------------------------------------------------------------
 
+    def options(self, **own: Any) -> dict[str, Any]:
+        """Of an engine of the small model."""
+        return {
+            "device": self.device.type,
+            "attention_backend": "triton" if self.device.type == "cuda" else "sdpa",
+            **own,
+        }
+
     def tokens(self) -> None:
-        requests = mixed_requests(64, vocab=SMALL["vocab"], max_tokens=24)
-        options: dict[str, Any] = {"device": "cuda", "attention_backend": "triton", "cuda_graph_max_bs": 16}
-        fp8 = {"quantization": "fp8"}
+        requests = mixed_requests(self.args.requests, vocab=SMALL["vocab"], max_tokens=24)
+        alone: dict[str, Served] = {}
 
         def answers(name: str, path: Path, ranks: Ranks, own: dict[str, Any]) -> Served:
-            built = build_engine(rank_config_of(path, ranks, **options, **own), ranks=ranks, progress=False)
-            self.note(f"{name}, ready", f"{time.perf_counter() - self.began:.0f} s")
+            options = self.options(cuda_graph_max_bs=16, **own)
+            built = build_engine(rank_config_of(path, ranks, **options), ranks=ranks, progress=False)
+            self.say(f"{name}, ready", f"{time.perf_counter() - self.part_began:.0f} s")
             return serve_with(built, requests, ranks, keep=False)
 
         with self.small() as path:
-            draft = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(path / "draft")}
-            for alone, variants in (
-                (
-                    {},
-                    {
-                        "graphs": {},
-                        "eager": {"disable_cuda_graph": True},
-                        "ep": {"ep": self.ranks.size},
-                        "EAGLE3": draft,
-                    },
-                ),
-                (fp8, {"fp8": fp8}),
-            ):
-                wanted: Served = self.by_one(lambda own=alone: answers(f"one GPU {own}", path, ALONE, own))
-                for name, own in variants.items():
-                    served = answers(name, path, self.ranks, own)
-                    equal = sum(served.tokens[i] == wanted.tokens[i] for i in wanted.tokens)
-                    self.note(
-                        f"tokens, {name}", f"{equal} of {len(requests)} equal, {time.perf_counter() - self.began:.0f} s"
-                    )
-                    every = [None] * self.ranks.size
-                    dist.all_gather_object(every, served.tokens, group=self.control)
-                    assert all(one == served.tokens for one in every), "ranks disagree"
-                    assert not served.errors, served.errors
+            for name in self.args.variants.split(","):
+                if not self.is_wanted(f"tokens, {name}"):
+                    continue
+                weights = {"quantization": "fp8"} if name == "fp8" else {}
+                one = f"one GPU {weights or ''}".strip()
+                if one not in alone:
+                    alone[one] = self.by_one(lambda one=one, own=weights: answers(one, path, ALONE, own))
+                served = answers(name, path, self.ranks, weights | self.variant(name, path))
+                self.free()
+                equal = sum(served.tokens[i] == alone[one].tokens[i] for i in alone[one].tokens)
+                self.note(f"tokens, {name}", f"{equal} of {len(requests)} equal")
+                every = [None] * self.ranks.size
+                dist.all_gather_object(every, served.tokens, group=self.control)
+                assert all(tokens == served.tokens for tokens in every), "ranks disagree"
+                assert not served.errors, served.errors
+
+    def variant(self, name: str, path: Path) -> dict[str, Any]:
+        """Options that one rank does without."""
+        return {
+            "eager": {"disable_cuda_graph": True},
+            "ep": {"ep": self.ranks.size},
+            "EAGLE3": {
+                "speculative_algorithm": "EAGLE3",
+                "speculative_draft_model_path": str(path / "draft"),
+            },
+        }.get(name, {})
 
     def logits(self) -> None:
+        name = "bf16 logits, median of a row's max |Δ|"
+        if not self.is_wanted(name):
+            return
         requests = mixed_requests(16, vocab=SMALL["vocab"], max_tokens=1)
-        options = {"device": "cuda", "attention_backend": "triton", "disable_cuda_graph": True}
+        options = self.options(disable_cuda_graph=True)
         with self.small() as path:
             exact: Served = self.by_one(lambda: serve(path, requests, ALONE, **options))
+            self.say("float32 on one", f"{time.perf_counter() - self.part_began:.0f} s")
             one: Served = self.by_one(lambda: serve(path, requests, ALONE, dtype="bfloat16", **options))
+            self.say("bfloat16 on one", f"{time.perf_counter() - self.part_began:.0f} s")
             many = serve(path, requests, self.ranks, dtype="bfloat16", **options)
         errors = {}
-        for name, served in (("one", one), ("ranks", many)):
+        for kind, served in (("one", one), ("ranks", many)):
             apart = torch.stack([(served.logits[key] - row).abs().amax() for key, row in exact.logits.items()])
-            errors[name] = float(apart.median())
-        self.note("bf16 logits, median of a row's max |Δ|", errors)
+            errors[kind] = float(apart.median())
+        self.note(name, errors)
         assert errors["ranks"] <= LOGITS * errors["one"], errors
 
     # --- how fast ----------------------------------------------------------------------------------------------------------------------
@@ -211,8 +264,8 @@ class Run:
         prefills = [tuple(map(int, text.split("x"))) for text in filter(None, self.args.prefills.split(","))]
         rates = measure_rates()
         self.note("copy TB/s, product TFLOP/s", (round(rates.copy / 1e12, 3), round(rates.matmul / 1e12, 1)))
-        gc.collect()
-        torch.cuda.empty_cache()
+        self.note("layers", self.args.layers)
+        self.free()
 
         def measure(name: str, ranks: Ranks, ep: str = "1") -> list[dict[str, Any]]:
             bench = Bench(self.args.layers, batches, {"ep": ep}, {"temperature": 1.0}, ranks)
@@ -227,7 +280,7 @@ class Run:
                 self.note(f"{name}, prefill {batch}x{length}", rows[-1])
             return rows
 
-        alone = self.by_one(lambda: measure("1 GPU", ALONE))
+        alone = None if self.args.skip_one else self.by_one(lambda: measure("1 GPU", ALONE))
         ways = [(kind, ep) for kind in self.args.sums.split(",") for ep in self.args.ep.split(",")]
         for kind, ep in ways:
             ranks = self.ranks if kind == "nccl" else self.direct()
@@ -235,25 +288,17 @@ class Run:
                 continue
             way = kind if ep == "1" else f"{kind}, ep {ep}"
             many = measure(f"{self.ranks.size} GPUs, {way}", ranks, ep)
-            gc.collect()
-            torch.cuda.empty_cache()
-            for one, row in zip(alone, many, strict=True):
-                tokens = int(row["what"].split()[1]) if "decode" in row["what"] else 16384
+            self.free()
+            for number, row in enumerate(many):
+                tokens = math.prod(map(int, row["what"].split()[1].split("x")))
                 x = torch.zeros(tokens, 5120, dtype=torch.bfloat16, device=self.device)
                 sums = (2 * self.args.layers + 1) * graph_us(lambda x=x, ranks=ranks: ranks.all_reduce(x)) / 1e3
                 floor = row["bytes_ms"] + sums
-                ratio, scaling = row["ms"] / floor, one["ms"] / row["ms"] / self.ranks.size
-                self.note(
-                    f"{way}: {row['what']}",
-                    {
-                        "ms": round(row["ms"], 3),
-                        "one_gpu_ms": round(one["ms"], 3),
-                        "floor_ms": round(floor, 3),
-                        "of_it_sums_ms": round(sums, 3),
-                        "over_floor": round(ratio, 3),
-                        "efficiency": round(scaling, 3),
-                    },
-                )
+                told = {"ms": row["ms"], "floor_ms": floor, "of_it_sums_ms": sums, "over_floor": row["ms"] / floor}
+                if alone is not None:
+                    one_ms = alone[number]["ms"]
+                    told |= {"one_gpu_ms": one_ms, "efficiency": one_ms / row["ms"] / self.ranks.size}
+                self.note(f"{way}: {row['what']}", {key: round(value, 3) for key, value in told.items()})
 
 
 def graph_us(call: Callable[[], Any]) -> float:
