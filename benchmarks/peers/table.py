@@ -11,7 +11,7 @@
     vllm, sglang
     l4-tp2, vllm-tp2, l4-tp4, vllm-tp4    the same shapes on so many GPUs (`gpu/tp.py`); all other runs see the first one alone
 
---kit: a folder with packed peers (vLLM as vk.00, vk.01; FlashAttention-3 as tsfa3.tar.xz), unpacked once into --site; without it they must be
+--kit: a folder with packed peers (vLLM as vk.00, vk.01, …; FlashAttention-3 as tsfa3.tar.xz), unpacked once into --site; without it they must be
 importable. A run that is not there, fails or takes too long is a line of the table, not the end of it; rows that were measured before are kept,
 and --out is written again after every run.
 """
@@ -38,6 +38,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LIMIT_SECONDS = {"l4": 80, "l4-fa3": 70, "vllm": 220, "sglang": 240, "start": 110}
 LIMIT_SECONDS |= {f"{engine}-tp{tp}": limit for tp in (2, 4) for engine, limit in (("l4", 120), ("vllm", 240))}
+ONE_GPU_LAYERS = 28
+"""Scout's layers in bfloat16 that one GPU of 141 GB holds with what else it needs; with more, ranks are measured without one GPU beside them."""
 LEAST_SECONDS = 12
 """With less left, nothing is begun."""
 BATCHES, CONTEXT, PREFILLS = "1,8,32,128", 1024, "8x2048,4x4000,1x2048"
@@ -109,6 +111,7 @@ class Table:
         if (tp := _tp(engine)) > 1:
             command = [str(gpu / "tp.py"), "--ranks", str(tp), "--parts", "speed", "--layers", str(self.args.layers)]
             command += ["--batches", BATCHES, "--prefills", PREFILLS, "--json", str(out)]
+            command += ["--skip-one"] * (self.args.layers > ONE_GPU_LAYERS)
             return [sys.executable, *command], env
         command = [str(gpu / "decode.py"), "--layers", str(self.args.layers), "--json", str(out)]
         command += ["--batches", BATCHES, "--contexts", str(CONTEXT), "--prefills", PREFILLS]
@@ -246,7 +249,7 @@ def _ratio(value: float | None, beside: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kit", type=Path, help="folder with vk.00, vk.01, tsfa3.tar.xz")
+    parser.add_argument("--kit", type=Path, help="folder with vk.00, …, tsfa3.tar.xz")
     parser.add_argument("--site", type=Path, default=Path(tempfile.gettempdir()) / "l4-peers")
     parser.add_argument("--runs", default="l4,vllm,l4-fa3,l4,start")
     parser.add_argument("--limit", type=float, default=900, metavar="SECONDS", help="for all runs together")
