@@ -6,35 +6,15 @@ frozen, and never patched: derived values live elsewhere (kv.planner, model.conf
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import types
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from l4core.errors import ConfigError, NotBuiltError
+from l4core.errors import ConfigError
+from l4core.option import LATER, Option, check, option_of, options
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    """What the table says of one field. unit: of the value.  not_built: the value (other than the default) is refused with this text.
-    later: values that will be choices, and are refused as not built yet.  auto: the word "auto" may stand for the default, None."""
-
-    help: str
-    group: str
-    aliases: tuple[str, ...] = ()
-    unit: str = ""
-    choices: tuple[str, ...] = ()
-    later: tuple[str, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
-    not_built: str = ""
-    metavar: str = ""
-    auto: bool = False
 
 
 def _opt(default: T, help: str, group: str, **kw: Any) -> T:
@@ -52,7 +32,6 @@ MODEL, ATTENTION, MEMORY, SCHEDULING, SPECULATION, PARALLEL, SAMPLING, SERVER = 
     "Sampling",
     "Server",
 )
-LATER = "is not built yet in this version of L4"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +73,10 @@ class EngineConfig:
         auto=True,
     )
     attention_backend: str | None = _opt(
-        None, "backend by name (default: chosen by `l4 backends`)", ATTENTION, metavar="NAME"
+        None,
+        "backend by name (default: the best usable one; `l4 backends` lists them with reasons)",
+        ATTENTION,
+        metavar="NAME",
     )
     attention_option: tuple[str, ...] = _opt(
         (), "key=value for the chosen backend; may be repeated", ATTENTION, metavar="KEY=VALUE"
@@ -108,7 +90,7 @@ class EngineConfig:
     )
     page_size: int | None = _opt(
         None,
-        "KV page; any divisor of the model's attention chunk (default: the backend's preference, 64)",
+        "tokens of a KV page; any divisor of the model's attention chunk (default: the backend's preference, 64)",
         ATTENTION,
         aliases=("block_size",),
         unit="tokens",
@@ -170,7 +152,7 @@ class EngineConfig:
     )
     itl_target_ms: float | None = _opt(
         None,
-        "longest wanted time between two tokens of a request; while any decode, prompts get as many tokens a step as it allows",
+        "wanted time between two tokens of a request, at most: while requests decode, a step computes no more of the prompts than keeps it",
         SCHEDULING,
         unit="milliseconds",
         minimum=0.1,
@@ -193,7 +175,7 @@ class EngineConfig:
     )
     dist_timeout: float = _opt(
         30.0,
-        "a rank that is silent for so long is lost, and a step of ten times that hangs: all ranks end, and start again",
+        "a rank without a sign of life for so long counts as lost, a step of ten times that as hung; all ranks then end and start again",
         PARALLEL,
         unit="seconds",
         minimum=0.5,
@@ -220,7 +202,7 @@ class EngineConfig:
     )
     speculative_eagle_topk: int | None = _opt(
         None,
-        "EAGLE3: continuations of a guess, and guesses of a step that are gone on from; 1 = a chain (default: 1)",
+        "EAGLE3: how many tokens follow a guess, and how many guesses of a step are followed; 1 = a chain, more = a tree (default: 1)",
         SPECULATION,
         minimum=1,
         maximum=32,
@@ -235,7 +217,7 @@ class EngineConfig:
     )
     speculative_adaptive: str = _opt(
         "on",
-        "on = as many guesses as pay by measured times and acceptance, none where plain steps are faster; off = always all",
+        "on = as many guesses as pay off by measured times and acceptance, none where plain steps are faster; off = always all",
         SPECULATION,
         choices=("on", "off"),
     )
@@ -255,7 +237,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         if self.swa_full_tokens_ratio == 0:
             raise ConfigError("swa_full_tokens_ratio is 0; wanted above 0, at most 1", fix="leave it out: no cap")
         if self.swa_full_tokens_ratio is not None and self.disable_hybrid_swa_memory:
@@ -319,7 +301,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         if self.node_rank >= self.nnodes:
             raise ConfigError(f"--node-rank is {self.node_rank}; wanted 0 … {self.nnodes - 1} (--nnodes {self.nnodes})")
         if self.nnodes > 1 and self.dist_init_addr is None:
@@ -337,13 +319,6 @@ class ServerConfig:
                 f"--dp {self.dp} is of one machine, and --nnodes is {self.nnodes}",
                 fix="one server for each engine, behind any HTTP router",
             )
-
-
-def options(cls: type[Any]) -> Iterator[tuple[str, Any, Option]]:
-    """(field name, type, Option) of every row of a config class, in order."""
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        yield f.name, hints[f.name], f.metadata["option"]
 
 
 def field_of(name: str) -> tuple[type[Any], str]:
@@ -373,49 +348,5 @@ def from_mapping(values: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig]
     return EngineConfig(**split[EngineConfig]), ServerConfig(**split[ServerConfig])
 
 
-def option_of(cls: type[Any], name: str) -> Option:
-    """The row of one field."""
-    row: Option = cls.__dataclass_fields__[name].metadata["option"]
-    return row
-
-
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def allowed_types(hint: Any) -> tuple[type[Any], ...]:
-    """Plain types a field accepts: `int | None` → (int, NoneType)."""
-    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return tuple(typing.get_origin(p) or p for p in parts)
-
-
-TYPE_WORDS = {type(None): "nothing", tuple: "a list"}
-"""Types as YAML and JSON know them."""
-
-
-def _check(config: Any) -> None:
-    for name, hint, option in options(type(config)):
-        value = getattr(config, name)
-        allowed = allowed_types(hint)
-        exact = type(value) in allowed or (isinstance(value, int) and float in allowed and not isinstance(value, bool))
-        if not exact:
-            wanted = " or ".join(TYPE_WORDS.get(t, t.__name__) for t in allowed)
-            raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); wanted {wanted}")
-        if option.not_built and value != type(config).__dataclass_fields__[name].default:
-            raise NotBuiltError(option.not_built)
-        if value is None:
-            continue
-        if value in option.later:
-            raise NotBuiltError(
-                f"--{name.replace('_', '-')} {value} {LATER}", fix=f"leave it out, or: {', '.join(option.choices)}"
-            )
-        if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
-            raise ConfigError(f"{name} is {list(value)!r}; wanted a list of strings")
-        if option.choices and value not in option.choices:
-            raise ConfigError(f"{name} is {value!r}; wanted one of {', '.join(option.choices)}")
-        if option.minimum is not None and not value >= option.minimum:
-            raise ConfigError(
-                f"{name} is {value!r}; wanted at least {option.minimum}{' ' + option.unit if option.unit else ''}"
-            )
-        if option.maximum is not None and not value <= option.maximum:
-            raise ConfigError(f"{name} is {value!r}; wanted at most {option.maximum}")

@@ -9,8 +9,9 @@ import pytest
 
 import l4core
 from l4core.cli.options import value_type
-from l4core.config import EngineConfig, ServerConfig, options
+from l4core.config import EngineConfig, ServerConfig
 from l4core.errors import ConfigError, NotBuiltError
+from l4core.option import options
 
 ROOT = Path(l4core.__file__).parent
 ROWS = [(cls, name, hint) for cls in (EngineConfig, ServerConfig) for name, hint, _ in options(cls)]

@@ -11,7 +11,8 @@ import pytest
 from l4core.cli.options import value_type
 from l4core.cli.serve import serve
 from l4core.cli.settings import given_options
-from l4core.config import EngineConfig, Option, ServerConfig, options
+from l4core.config import EngineConfig, ServerConfig
+from l4core.option import Option, options
 
 ROWS = [(name, hint, row) for cls in (EngineConfig, ServerConfig) for name, hint, row in options(cls)]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from l4core.cli.options_page import render
-from l4core.config import EngineConfig, ServerConfig, options
+from l4core.config import EngineConfig, ServerConfig
+from l4core.option import options
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"
 

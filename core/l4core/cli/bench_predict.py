@@ -15,7 +15,7 @@ from l4core.cli.table import text_table
 from l4core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from l4core.bench.predict import Prediction, Published
+    from l4core.bench.predict import Measured, Prediction, Published
 
 POSITIVE = click.IntRange(min=1)
 LATENCIES_US = (10, 40)
@@ -24,14 +24,20 @@ LATENCIES_US = (10, 40)
 
 @click.command(cls=L4Command, short_help="Tokens a second of several devices, from one of them.")
 @table_options(server=("log_level",))
-@click.option("--ranks", type=POSITIVE, default=8, show_default=True, help="devices that share the model")
+@click.option("--ranks", type=POSITIVE, metavar="N", default=8, show_default=True, help="devices that share the model")
 @click.option("--gpu", default="H100-80GB,H200", show_default=True, metavar="NAME,…", help="cards to predict for")
-@click.option("--concurrency", type=POSITIVE, default=64, show_default=True, help="requests at once")
-@click.option("--input-len", type=POSITIVE, default=1000, show_default=True, help="tokens")
-@click.option("--output-len", type=click.IntRange(min=2), default=1000, show_default=True, help="tokens")
+@click.option("--concurrency", type=POSITIVE, metavar="N", default=64, show_default=True, help="requests at once")
+@click.option("--input-len", type=POSITIVE, metavar="N", default=1000, show_default=True, help="tokens of a prompt")
+@click.option(
+    "--output-len", type=click.IntRange(min=2), metavar="N", default=1000, show_default=True, help="tokens of an answer"
+)
 @click.option("--layers", type=POSITIVE, metavar="N", help="run the first N layers only, for a small device [all]")
-@click.option("--link-gbs", type=click.FloatRange(min=0.001), help="GB/s between devices, each way [370, NVLink 4]")
-@click.option("--all-reduce-us", type=click.FloatRange(min=0), help="of a sum over ranks of next to nothing [20]")
+@click.option(
+    "--link-gbs", type=click.FloatRange(min=0.001), metavar="X", help="GB/s between devices, each way [370, NVLink 4]"
+)
+@click.option(
+    "--all-reduce-us", type=click.FloatRange(min=0), metavar="X", help="least time of a sum over ranks, µs [20]"
+)
 @click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="results as JSON, too")
 @click.option("--json", "as_json", is_flag=True, help="results as JSON instead of a table")
 @click.pass_context
@@ -52,7 +58,7 @@ def predict(
 ) -> None:
     """Runs the shapes of one rank of --ranks with random weights (MODEL: a folder with config.json, scout or maverick), adds the sums over ranks as
     bytes over a link, and sets the result beside what others have published. --quantization counts. All that is assumed is printed."""
-    from l4core.bench.predict import CARDS, NVLINK, Link, Load, assumptions, published
+    from l4core.bench.predict import NVLINK, Link, Load, assumptions, published
     from l4core.bench.predict import predict as predicted
     from l4core.bench.rank import measure
     from l4core.bench.serve import as_json as encode
@@ -61,9 +67,7 @@ def predict(
     configure_logging(server.log_level)
     if engine.tp > 1:
         raise ConfigError("one rank is run, by itself", fix=f"--ranks {engine.tp} instead of --tp {engine.tp}")
-    cards = [card.strip() for card in gpu.split(",")]
-    if unknown := [card for card in cards if card not in CARDS]:
-        raise ConfigError(f"--gpu has {unknown[0]!r}; known are {', '.join(CARDS)}", fix=f"--gpu {','.join(CARDS)}")
+    cards = _cards(gpu)
     load = Load(concurrency=concurrency, input=input_len, output=output_len)
     link = Link(
         bandwidth=NVLINK.bandwidth if link_gbs is None else link_gbs * 1e9,
@@ -80,14 +84,7 @@ def predict(
         ]
         theirs = published(engine.model, card, ranks, weights, load)
         rows.append(_row(found, ranks, others, theirs))
-        results.append(
-            {
-                **dataclasses.asdict(found),
-                "step_ms": found.step_ms,
-                "if_all_reduce_us": dict(zip(map(str, LATENCIES_US), others, strict=True)),
-                "published": None if theirs is None else {"tokens_per_s": theirs.tokens_per_s, "source": theirs.source},
-            }
-        )
+        results.append(_json(found, others, theirs))
     said = assumptions(measured, whole, load, link, weights)
     result = {
         "kind": "predict",
@@ -102,26 +99,37 @@ def predict(
     }
     title = f"{engine.model} in {weights} on {ranks} devices, {load.name}"
     sources = sorted({each["published"]["source"] for each in results if each["published"]})
-    here = (
-        f"measured here: a decode step {measured.decode_ms:.3f} ms, all prompts {measured.prefill_ms:.0f} ms "
-        f"(copy {measured.rates.copy / 1e12:.2f} TB/s, products {measured.rates.matmul / 1e12:.0f} TFLOP/s)"
-    )
-    text = [
-        *made.report,
-        "",
-        title,
-        here,
-        "",
-        text_table(_HEAD, rows),
-        "",
-        "Assumed:",
-        *(f"  - {line}" for line in said),
-    ]
-    text += [f"Published: {source}" for source in sources]
+    text = [*made.report, "", title, _here(measured), "", text_table(_HEAD, rows), ""]
+    text += ["Assumed:", *(f"  - {line}" for line in said), *(f"Published: {source}" for source in sources)]
     click.echo(encode(result) if as_json else "\n".join(text), nl=not as_json)
     if out is not None:
         with open(out, "w", encoding="utf-8") as file:
             file.write(encode(result))
+
+
+def _cards(text: str) -> list[str]:
+    from l4core.bench.predict import CARDS
+
+    cards = [card.strip() for card in text.split(",")]
+    if unknown := [card for card in cards if card not in CARDS]:
+        raise ConfigError(f"--gpu has {unknown[0]!r}; known are {', '.join(CARDS)}", fix=f"--gpu {','.join(CARDS)}")
+    return cards
+
+
+def _here(measured: Measured) -> str:
+    return (
+        f"measured here: a decode step {measured.decode_ms:.3f} ms, all prompts {measured.prefill_ms:.0f} ms "
+        f"(copy {measured.rates.copy / 1e12:.2f} TB/s, products {measured.rates.matmul / 1e12:.0f} TFLOP/s)"
+    )
+
+
+def _json(found: Prediction, others: list[float], theirs: Published | None) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(found),
+        "step_ms": found.step_ms,
+        "if_all_reduce_us": dict(zip(map(str, LATENCIES_US), others, strict=True)),
+        "published": None if theirs is None else {"tokens_per_s": theirs.tokens_per_s, "source": theirs.source},
+    }
 
 
 _HEAD = (

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from l4core.cli.command import GroupedOption
-from l4core.config import EngineConfig, Option, ServerConfig, allowed_types, options
+from l4core.config import EngineConfig, ServerConfig
+from l4core.option import Option, allowed_types, options
 
 F = TypeVar("F", bound=Callable[..., Any])
 

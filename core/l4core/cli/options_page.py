@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from l4core.cli.options import METAVARS, value_type
-from l4core.config import EngineConfig, Option, ServerConfig, options
+from l4core.config import EngineConfig, ServerConfig
+from l4core.option import Option, options
 
 HEAD = """# Options
 

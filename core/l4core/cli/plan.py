@@ -23,57 +23,72 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 LIBRARIES = ("triton==3.6.0", "flash_attn_interface==3.0.0", "flashinfer==0.7.2", "aiter==0.1.20")
 """Vendors' libraries that the device is taken to have."""
+KV_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 @click.command(cls=L4Command, short_help="What fits on a device: weights, KV, the largest context.")
 @click.option(
     "--model", required=True, metavar="DIR|scout|maverick", help="a folder with config.json, or a released model"
 )
-@click.option("--gpu", metavar="NAME", help="H100-80GB, H200, B200, MI300X, … (see an unknown one's error for all)")
+@click.option("--gpu", metavar="NAME", help="H100-80GB, H200, B200, MI300X, … (an unknown name lists all)")
 @click.option("--memory", type=click.FloatRange(min=0.1), metavar="GIB", help="memory of one device, instead of --gpu")
 @click.option("--tp", type=click.IntRange(min=1), default=1, metavar="N", help="tensor-parallel devices [1]")
 @click.option("--ep", type=click.IntRange(min=1), default=1, metavar="N", help="groups of them for the experts [1]")
 @click.option(
-    "--quantization", type=click.Choice(["none", "fp8", "int4"]), default="none", help="of the weights [none]"
+    "--quantization",
+    type=click.Choice(["none", "fp8", "int4"]),
+    default="none",
+    help="how weights are kept [none: bfloat16]",
 )
 @click.option(
     "--kv-cache-dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"]),
+    type=click.Choice(KV_DTYPES),
+    metavar=f"[{'|'.join(KV_DTYPES)}]",
     default="auto",
-    help="[auto: bfloat16]",
+    help="dtype of KV [auto: bfloat16]",
 )
 @click.option(
     "--draft", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="an EAGLE3 draft's folder"
 )
-@click.option("--page-size", type=click.IntRange(min=1), metavar="N", help="tokens [the backend's: 64]")
+@click.option("--page-size", type=click.IntRange(min=1), metavar="N", help="tokens of a KV page [the backend's: 64]")
 @click.option("--context-length", metavar="N|auto", help="tokens that one request must be able to have [auto]")
-@click.option("--max-running-requests", type=click.IntRange(min=1), default=256, metavar="N", help="[256]")
 @click.option(
-    "--chunked-prefill-size", type=click.IntRange(min=1), default=8192, metavar="N", help="tokens in a step [8192]"
+    "--max-running-requests", type=click.IntRange(min=1), default=256, metavar="N", help="sequences in one step [256]"
+)
+@click.option(
+    "--chunked-prefill-size",
+    type=click.IntRange(min=1),
+    default=8192,
+    metavar="N",
+    help="tokens computed in one step [8192]",
 )
 @click.option(
     "--mem-fraction-static",
     type=click.FloatRange(0.01, 1.0),
     metavar="F",
-    help="weights + KV, share of the device [what a step and the runtime leave]",
+    help="weights + KV at most this share of the device [what a step and the runtime leave]",
 )
 @click.option(
-    "--length", type=click.IntRange(min=1), multiple=True, metavar="N", help="of requests to count; may be repeated"
+    "--length",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="N",
+    help="count requests of so many tokens; may be repeated [a row of lengths]",
 )
 @click.option(
     "--swa-full-tokens-ratio",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="R",
-    help="cap on local KV, by SGLang's arithmetic [none]",
+    help="cap on local KV as a share of global KV, by SGLang's arithmetic [none]",
 )
-@click.option("--disable-hybrid-swa-memory", is_flag=True, help="local KV of finished chunks is kept")
+@click.option("--disable-hybrid-swa-memory", is_flag=True, help="keep local KV of finished chunks, for comparison")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="also draw memory against length, SVG",
+    help="also draw memory against length, as SVG",
 )
-@click.option("--json", "as_json", is_flag=True, help="an object instead of text")
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of text")
 def plan(
     model: str,
     gpu: str | None,
