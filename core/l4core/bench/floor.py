@@ -89,11 +89,6 @@ def prefill_floor_ms(
     return (seconds + attention_flops(config, batch, length) / matmul) * 1e3
 
 
-def prefill_flops(config: ModelConfig, *, batch: int, length: int) -> float:
-    """Floating-point operations of a prefill, the head for each prompt's last token only."""
-    return sum(_products(config, batch, length)) + attention_flops(config, batch, length)
-
-
 def _products(config: ModelConfig, batch: int, length: int) -> tuple[float, float, float]:
     """Operations of what every token visits, of the one expert it visits, and of the head."""
     elements = weights_by_config(config)

@@ -24,7 +24,6 @@ def _range(low: float | None = None, high: float | None = None, *, above: float 
     return Meta(extra_json_schema={key: value for key, value in bounds.items() if value is not None})
 
 
-Count = Annotated[int, _range(1)]
 Natural = Annotated[int, _range(0)]
 Logprobs = Annotated[int, _range(0, MAX_LOGPROBS)]
 TokenIds = list[Natural]
