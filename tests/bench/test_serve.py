@@ -28,7 +28,7 @@ LENGTHS = Lengths(input=6, output=5)
 
 def loaded(fake: Fake, loads: list[Load], **changes: Any) -> dict[str, Any]:
     plan = Plan(**{"loads": loads, "lengths": LENGTHS, "num_prompts": 12, **changes})
-    target = Target(url=fake.url, timeout=changes.pop("timeout", 5.0))
+    target = Target(url=fake.url, timeout=changes.pop("timeout", 30.0))
     return sweep(target, plan)
 
 
@@ -70,7 +70,7 @@ def test_a_closed_loop_has_as_many_in_flight_as_asked() -> None:
 def test_what_goes_wrong_is_counted_by_kind_and_hides_nothing_else(wrong: str, kind: str) -> None:
     """Every third request fails; the warm-up is request 0."""
     with serving(Fake(misbehave=lambda number: wrong if number % 3 == 1 else "")) as fake:
-        target = Target(url=fake.url, timeout=0.6 if wrong == "hang" else 5.0)
+        target = Target(url=fake.url, timeout=2.0 if wrong == "hang" else 30.0)
         found = sweep(target, Plan(loads=[Load(rate=float("inf"))], lengths=LENGTHS, num_prompts=9))
     (each,) = found["points"]
     assert each["errors"] == {kind: 3}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import ports
 from l4core.demo.ask import Piece, Reply, connect, long_text, show_stream
 from l4core.demo.run import chunk_tokens, measured
 from l4core.demo.server_process import ServerProcess, _answers, free_port
@@ -46,10 +47,8 @@ def test_chunk_tokens(tmp_path: Path) -> None:
 
 
 def test_a_busy_port_is_passed_over() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    port = ports.free_port()
+    with socket.create_server(("127.0.0.1", port)):
         assert free_port(port) not in {0, port}
     assert free_port(port) == port
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from helpers.ports import free_port, is_free
 from helpers.serving import serve
 from l4core.testing.models.eagle3 import make_tiny_draft
 
@@ -19,6 +20,7 @@ SCOUT, MAVERICK = "meta-llama/Llama-4-Scout-17B-16E-Instruct", "meta-llama/Llama
 LAUNCH = (sys.executable, "-m", "l4core.launch_server")
 DRAFT = "nvidia/Llama-4-Maverick-17B-128E-Eagle3"
 REVISION = "0" * 40
+DEFAULT_PORT = 30000
 
 LONG_SCOUT = f"--model-path {SCOUT} --tp 8 --context-length 1000000"
 EAGLE3 = f"""--model-path {MAVERICK} --speculative-algorithm EAGLE3
@@ -56,6 +58,14 @@ def answers(url: str, model: str) -> bool:
     return reply.status_code == 200 and bool(reply.json()["choices"][0]["message"])
 
 
+def at_a_free_port(flags: str) -> tuple[int, list[str]]:
+    """(port, arguments): as they are; where somebody's server has the default port, at another one."""
+    if is_free(DEFAULT_PORT):
+        return DEFAULT_PORT, shlex.split(flags)
+    port = free_port()
+    return port, [*shlex.split(flags.replace(f"--port {DEFAULT_PORT}", "")), "--port", str(port)]
+
+
 @pytest.mark.parametrize(
     ("flags", "model", "context"),
     [(LONG_SCOUT, SCOUT, 1_000_000), (EVAL_SCOUT, SCOUT, 65_536), (EVAL_MAVERICK, MAVERICK, 65_536)],
@@ -63,8 +73,9 @@ def answers(url: str, model: str) -> bool:
 )
 def test_the_guides_serving_commands_serve(hub_env: dict[str, str], flags: str, model: str, context: int) -> None:
     """Port 30000 is the default; the address printed is the one the guide's lm_eval line asks."""
-    with serve(shlex.split(flags), command=LAUNCH, env=hub_env) as (url, served):
-        assert url.endswith(":30000")
+    port, arguments = at_a_free_port(flags)
+    with serve(arguments, command=LAUNCH, env=hub_env) as (url, served):
+        assert url.endswith(f":{port}")
         assert f"{context:,} tokens" in served.output
         assert "8 compute the model together" in served.output
         assert answers(url, model)
@@ -72,7 +83,7 @@ def test_the_guides_serving_commands_serve(hub_env: dict[str, str], flags: str, 
 
 def test_the_guides_eagle3_command_serves(hub_env: dict[str, str]) -> None:
     """The draft comes from the hub too; its layers are reported as they are read."""
-    with serve(shlex.split(EAGLE3), command=LAUNCH, env=hub_env) as (url, served):
+    with serve(at_a_free_port(EAGLE3)[1], command=LAUNCH, env=hub_env) as (url, served):
         assert "EAGLE3 · 3 guesses a step" in served.output
         assert "reads outputs of layers 1, 3, 5" in served.output
         assert answers(url, MAVERICK)

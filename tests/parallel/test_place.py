@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from l4core import LLM
 from l4core.config import EngineConfig, ServerConfig
-from l4core.errors import ConfigError
+from l4core.errors import CheckpointError, ConfigError
 from l4core.parallel.place import Layout, layouts, listening, split_address
 
 TORCHRUN = {
@@ -77,6 +78,12 @@ def test_another_launcher_that_keeps_no_store_lets_rank_0_listen() -> None:
         (16, TORCHRUN, {"nnodes": 2, "dist_init_addr": "x:1"}, "do not go with torchrun"),
         (9, {}, {"nnodes": 2, "dist_init_addr": "x:1"}, "--tp 9 ranks on --nnodes 2 machines"),
         (8, {}, {"nnodes": 2, "dist_init_addr": "10.0.0.1"}, "wanted HOST:PORT"),
+        (
+            8,
+            {},
+            {"nnodes": 2, "node_rank": 1, "dist_init_addr": "0.0.0.0:1"},
+            "every address of a machine, and none to go",
+        ),
     ],
 )
 def test_numbers_that_do_not_fit(tp: int, environ: dict[str, str], server: dict[str, Any], text: str) -> None:
@@ -95,6 +102,21 @@ def test_numbers_that_do_not_fit(tp: int, environ: dict[str, str], server: dict[
 def test_options_of_machines_that_do_not_fit(server: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         ServerConfig(**server)
+
+
+def test_under_torchrun_an_engine_in_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its processes would start all ranks. One alone is as if there were no torchrun, and so is an engine of one rank."""
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ConfigError, match=r"one of 16 \(WORLD_SIZE\), and LLM\(tp=2\) starts its ranks itself"
+    ) as caught:
+        LLM("nowhere", tp=2, device="cpu")
+    assert "unset RANK" in caught.value.fix
+    for world, tp in (("1", 2), ("16", 1)):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(CheckpointError):
+            LLM("/nowhere", tp=tp, device="cpu")
 
 
 def test_an_address_that_is_not_this_machines_is_said() -> None:

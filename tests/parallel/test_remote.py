@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from helpers.processes import lives
 from l4core import LLM, SamplingParams
 from l4core.errors import CheckpointError, EngineDeadError, RequestError
 
@@ -59,8 +60,7 @@ def test_a_killed_rank_is_an_error_and_no_process_is_left(two: LLM, others: set[
         with pytest.raises(EngineDeadError, match="of rank 1 was ended by signal SIGKILL"):
             tokens(two, temperature=0.0)
     two.close()
-    assert not nursery.is_running()
-    assert not any(rank.is_running() for rank in ranks)
+    assert not any(map(lives, [nursery, *ranks]))
 
 
 def test_what_keeps_ranks_from_starting_is_raised_here(tmp_path: Path, others: set[psutil.Process]) -> None:

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from l4core.errors import ConfigError
+from helpers.ports import free_port
+from l4core.errors import ConfigError, RankLostError
 from l4core.parallel import rendezvous
 from l4core.parallel.connect import Crew
 from l4core.parallel.messages import Attach, Hello, Refusal, Waiting, decode, encode
@@ -81,7 +83,14 @@ def test_a_rank_that_differs_is_refused_on_all(
     places: tuple[Place, ...], meet: Meet, place: dict[str, int], identity: dict[str, str], text: str
 ) -> None:
     crews = [meet(places[0]), meet(places[1])]
-    time.sleep(0.2)  # rank 1 is among those who hear of it
+    with socket.create_connection(
+        (places[0].host, places[0].port)
+    ) as probe:  # until rank 1 is among those who hear of it
+        probe.sendall(
+            framed(encode(Hello(rank=2, size=3, nonce="x", host="h", identity=SAME, secret=places[0].secret)))
+        )
+        while decode(read_frame(probe) or b"") != Waiting([2]):
+            pass
     crews.append(meet(replace(places[2], **place), identity))
     for crew in crews:
         with pytest.raises(ConfigError, match=text):
@@ -130,6 +139,26 @@ def test_two_machines_with_one_number_are_named(
     crew.result()
     (said,) = (record.getMessage() for record in caplog.records if "two places" in record.getMessage())
     assert said.startswith("rank 1 comes from two places, machine 1, a and machine 1, b: --node-rank")
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ({"host": "127.0.0.1"}, "--dist-init-addr 127.0.0.1:PORT, and let"),
+        ({"host": "0.0.0.0"}, "--dist-init-addr HOST:PORT, HOST an address of this machine"),
+        ({"host": "127.0.0.1", "whole": True}, "they are on this machine"),
+    ],
+)
+def test_ranks_that_do_not_come_are_told_where_to(
+    monkeypatch: pytest.MonkeyPatch, place: dict[str, Any], text: str
+) -> None:
+    """Whatever rank 0 listens at, the address is one that others can reach."""
+    monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 0.0)
+    monkeypatch.setattr(rendezvous, "TICK_SECONDS", 0.01)
+    port = free_port()
+    with pytest.raises(RankLostError, match="rank 1 did not come") as caught:
+        rendezvous.meet(Place(**{"size": 2, "port": port, "whole": False, **place}), SAME)
+    assert text.replace("PORT", str(port)) in caught.value.fix
 
 
 def test_all_must_agree(places: tuple[Place, ...], meet: Meet) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -69,6 +71,25 @@ def wait_until(condition: Callable[[], bool]) -> None:
     """Poll; the test's own time-out ends what never comes."""
     while not condition():
         time.sleep(0.01)
+
+
+def leave(server: Running, path: str, body: dict[str, Any], num_sequences: int) -> None:
+    """Ask, and go once the server has taken it in, without a byte of the answer. Nothing is asked of an engine that is being started again."""
+    content, pid = json.dumps(body).encode(), server.pid
+    where = urlsplit(server.url)
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
+    assert server.serving is not None
+    bridge = server.serving.bridge
+    with socket.create_connection((where.hostname or "", where.port or 0)) as sock:
+        sock.sendall(head.encode() + content)
+        wait_until(lambda: bridge.num_active == num_sequences or bridge.pid != pid)
+
+
+@pytest.fixture(scope="session")
+def left() -> Callable[[Running, str, dict[str, Any], int], None]:
+    return leave
 
 
 @pytest.fixture(scope="session")

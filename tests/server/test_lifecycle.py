@@ -20,6 +20,7 @@ import httpx
 import psutil
 import pytest
 
+from helpers.processes import lives
 from l4core.errors import ConfigError
 from l4core.server.listen import address, is_loopback, listen
 
@@ -101,7 +102,7 @@ def test_a_signal_drains_and_the_exit_status_is_0(
         assert whole.result().json()["usage"]["completion_tokens"] == 10
         assert stream.result().text.count('"finish_reason":"length"') == 1
     assert process.wait() == 0
-    until(lambda: not worker.is_running())
+    until(lambda: not lives(worker))
 
 
 def test_after_the_drain_deadline_requests_are_ended_with_an_error(start: Start, until: Until) -> None:
@@ -140,7 +141,7 @@ def test_while_the_model_loads_the_server_says_so_and_can_be_ended(start: Start,
         assert reply.headers["retry-after"]
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 0
-    assert not worker.is_running()
+    assert not lives(worker)
 
 
 def test_a_killed_server_takes_its_engine_along(start: Start, until: Until) -> None:
@@ -148,7 +149,7 @@ def test_a_killed_server_takes_its_engine_along(start: Start, until: Until) -> N
     (worker,) = psutil.Process(process.pid).children()
     process.kill()
     process.wait()
-    until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    until(lambda: not lives(worker))
 
 
 def test_the_block_on_stdout_has_the_engines_report_and_the_address(

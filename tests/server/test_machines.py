@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,17 +18,13 @@ import httpx
 import psutil
 import pytest
 
+from helpers.ports import free_port
+from helpers.processes import lives
 from helpers.serving import Served
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "serve_options.py"
 Launch = Callable[..., Served]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def ask(url: str, text: str) -> httpx.Response:
@@ -82,10 +77,11 @@ def launch(checkpoint: Path) -> Iterator[Launch]:
         served.join()
 
 
-def machines(launch: Launch, **differing: Any) -> tuple[Served, Served]:
-    address = f"127.0.0.1:{free_port()}"
-    second = launch(nnodes=2, node_rank=1, dist_init_addr=address, **differing)  # it waits for the first
-    return launch(nnodes=2, node_rank=0, dist_init_addr=address), second
+def machines(launch: Launch, options: dict[str, Any] | None = None, **differing: Any) -> tuple[Served, Served]:
+    """differing: options of the second alone."""
+    same = {"nnodes": 2, "dist_init_addr": f"127.0.0.1:{free_port()}", **(options or {})}
+    second = launch(node_rank=1, **same, **differing)  # it waits for the first
+    return launch(node_rank=0, **same), second
 
 
 def test_a_machine_that_lost_its_rank_comes_back_and_ends_with_the_first(
@@ -110,6 +106,19 @@ def test_a_machine_that_lost_its_rank_comes_back_and_ends_with_the_first(
         assert asked.result().status_code == 200
     assert first.process.wait(60) == 0, first.output
     assert second.process.wait(60) == 0, second.output
+
+
+def test_a_stopped_rank_that_is_alone_on_its_machine_is_ended_there(launch: Launch, until: Any) -> None:
+    """No rank beside it notices: the process that started it does. First a rank that computes along, then rank 0."""
+    both = machines(launch, {"dist_timeout": 2.0})
+    url = both[0].wait()
+    for served in reversed(both):
+        (rank,) = engines(served)
+        rank.send_signal(signal.SIGSTOP)
+        until(lambda rank=rank: not lives(rank))
+        until(lambda: answers(url))
+    assert "rank 1 gave no sign of life for 4 s: it is ended" in both[1].output
+    assert "rank 0 gave no sign of life for 4 s: it is ended" in both[0].output
 
 
 def test_machines_that_differ_are_refused_by_name(launch: Launch) -> None:
@@ -141,4 +150,4 @@ def test_torchrun_places_ranks(launch: Launch, until: Any) -> None:
     assert len(workers) == 2
     run.process.send_signal(signal.SIGTERM)
     run.process.wait(60)
-    until(lambda: not any(worker.is_running() for worker in workers))
+    until(lambda: not any(map(lives, workers)))

@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 
+from helpers.processes import lives
 from l4core.errors import CheckpointError, EngineDeadError
 from l4core.parallel.place import local_layout
 from l4core.server.bridge import RestartPolicy
@@ -49,13 +50,6 @@ def ranks_of(server: Any) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.pid)
 
 
-def lives(process: psutil.Process) -> bool:
-    """Whether it is more than an entry that init has not read yet."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    return False
-
-
 @contextlib.contextmanager
 def ask_later(server: Any, text: str) -> Iterator[Future[httpx.Response]]:
     """The reply to come; the request has been taken in."""
@@ -78,6 +72,15 @@ def test_two_ranks_answer(server: Any) -> None:
     assert len(ranks_of(server)) == 2
 
 
+def test_they_listen_on_the_loopback_alone(server: Any) -> None:
+    """Where they meet, torch's store and gloo's own sockets."""
+    sockets = [
+        c for rank in ranks_of(server) for c in rank.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN
+    ]
+    assert len(sockets) >= 3
+    assert {sock.laddr.ip for sock in sockets} == {"127.0.0.1"}
+
+
 def test_a_killed_rank_ends_all_and_they_come_back(server: Any, until: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Requests hear which rank it was; nothing of the old processes is left."""
     old, nursery = ranks_of(server), psutil.Process(server.pid)
@@ -87,7 +90,7 @@ def test_a_killed_rank_ends_all_and_they_come_back(server: Any, until: Any, capl
     assert failed.status_code == 503
     assert "of rank 1 was ended by signal SIGKILL" in failed.json()["error"]["message"]
     until(lambda: answers(server))
-    assert not any(process.is_running() for process in [*old, nursery])
+    assert not any(map(lives, [*old, nursery]))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -100,7 +103,7 @@ def test_a_stopped_rank_is_missed_by_the_other(
     until(lambda: server.get("/health").status_code == 503)
     until(lambda: answers(server))
     assert f"rank {rank} was not heard of for {TIMEOUT:g} s" in caplog.text
-    assert not any(process.is_running() for process in old)
+    assert not any(map(lives, old))
 
 
 def test_an_error_on_one_rank_is_told_with_its_trace(server: Any, until: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -120,7 +123,7 @@ def test_without_their_nursery_ranks_do_not_live_on(server: Any, until: Any) -> 
     os.kill(server.pid, signal.SIGKILL)
     until(lambda: server.get("/health").status_code == 503)
     until(lambda: answers(server))
-    assert not any(lives(process) for process in old)
+    assert not any(map(lives, old))
 
 
 @pytest.mark.parametrize(

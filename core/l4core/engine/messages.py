@@ -1,7 +1,7 @@
 """What the HTTP server and the engine process say to each other, and how it is framed: 4 bytes of length, then msgpack. Never pickle.
 
-server → engine: `Start` once, then `Submit`.  engine → server: `Log`, then `Ready` or `Failed`, then `Stepped` and `Refused`, `Failed` at the end.
-A closed socket means: the other side is gone.
+server → engine: `Start` once, then `Submit`.  engine → server: `Log`, then `Ready` or `Failed`, then `Stepped` and `Refused`, `Failed` at the
+end; `Alive` all along, from each of several ranks. A closed socket means: the other side is gone.
 """
 
 from __future__ import annotations
@@ -72,6 +72,10 @@ class Stop(msgspec.Struct, tag="stop", frozen=True):
     """The server ends on purpose. A socket that closes without it is a server that died: the ranks of other machines wait for another."""
 
 
+class Alive(msgspec.Struct, tag="alive", frozen=True):
+    """A rank's watchdog runs. Said at each of its looks, to whoever started the rank."""
+
+
 class Log(msgspec.Struct, tag="log", frozen=True):
     """A log record of the engine process, to be printed by the server's own logging."""
 
@@ -137,7 +141,7 @@ class Ended(msgspec.Struct, tag="ended", frozen=True):
 
 
 ToEngine: TypeAlias = Start | Submit | Stop
-ToServer: TypeAlias = Log | Ready | Stepped | Refused | Failed | Ended
+ToServer: TypeAlias = Alive | Log | Ready | Stepped | Refused | Failed | Ended
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -22,6 +22,7 @@ from l4core.config import EngineConfig
 from l4core.engine.batch import Inbox
 from l4core.engine.last_words import LastWords
 from l4core.engine.messages import (
+    Alive,
     Ended,
     Failed,
     Log,
@@ -39,7 +40,7 @@ from l4core.engine.samplers import sampling_pipeline
 from l4core.engine.spawn import worker_command, worker_environment
 from l4core.errors import EngineDeadError, RequestError
 from l4core.model.config import ModelConfig
-from l4core.parallel.place import Place, check_device, local_layout
+from l4core.parallel.place import Place, check_device, local_layout, refuse_torchrun
 from l4core.parallel.wire import read_frame
 from l4core.plugin_manager import Plugins, load_plugins
 from l4core.request import Request, StepOutput
@@ -130,6 +131,7 @@ class _Processes:
 
     def __init__(self, config: EngineConfig) -> None:
         check_device(config)
+        refuse_torchrun(config, os.environ)
         layout = local_layout(config.tp, config.dist_timeout)
         with contextlib.ExitStack() as theirs:
             listener = layout.open()
@@ -189,9 +191,18 @@ class _Processes:
 
     def _listen(self, place: Place, sock: socket.socket) -> None:
         is_first = sock is self._socks[0]
+        try:
+            self._take(place, sock, is_first=is_first)
+        finally:
+            if is_first:
+                self._inbound.put(None)  # whatever ended it, nobody waits for ever
+
+    def _take(self, place: Place, sock: socket.socket, *, is_first: bool) -> None:
         with contextlib.suppress(OSError):
             while (payload := read_frame(sock)) is not None:
                 message = decode_for_server(payload)
+                if isinstance(message, Alive):
+                    continue
                 if isinstance(message, Failed):
                     self._words.failed(place, message)
                 elif isinstance(message, Ended):
@@ -200,8 +211,6 @@ class _Processes:
                     self._log(message, place, is_first=is_first)
                 elif is_first:
                     self._inbound.put(message)
-        if is_first:
-            self._inbound.put(None)
 
     def _log(self, log: Log, place: Place, *, is_first: bool) -> None:
         """The first rank speaks for all; of the others, warnings that it did not give."""

@@ -30,6 +30,7 @@ from l4core.engine.identity import checkpoint_identity, choices, device_identity
 from l4core.engine.messages import (
     LOST_STATUS,
     TRACE_SIGNAL,
+    Alive,
     Failed,
     Log,
     Ready,
@@ -209,7 +210,7 @@ def serve(
                 take_device(detect(start.config.device).device_type, start.place)
             built = factory(start.config)
         else:
-            crew = Crew(start.place, program_identity(start.config), partial(end_with_others, link))
+            crew = Crew(start.place, program_identity(start.config), partial(end_with_others, link), link.beat)
             built = _built_together(factory, start.config, crew)
         ready = True
         link.send(Ready(report=list(built.report), folder=str(built.folder), context_length=built.context_length))
@@ -258,6 +259,16 @@ class Link:
         data = frame(message)
         with self._lock:
             self._sock.sendall(data)
+
+    def beat(self) -> None:
+        """A sign of life, unless that would have to wait: for a thread that sends, or for a server that does not read."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sock.send(frame(Alive()), socket.MSG_DONTWAIT)  # a few bytes: all or none
+            except OSError:  # full, or gone: the mailbox tells
+                pass
+            finally:
+                self._lock.release()
 
     def send_last(self, message: ToServer) -> None:
         """Unless the server does not read, or another thread is stuck in sending."""

@@ -31,12 +31,18 @@ LOAD_SECONDS = 3600.0
 class Crew:
     """The other ranks of this rank's engine: what rank 0 sends to all, what each answers, and the watchdog over them."""
 
-    def __init__(self, place: Place, identity: Mapping[str, str], end: Callable[[Words], None]) -> None:
-        """Waits until all ranks are there. end: called by the watchdog. Raises ConfigError where `identity` is not the same on all, RankLostError
-        when someone does not come."""
+    def __init__(
+        self,
+        place: Place,
+        identity: Mapping[str, str],
+        end: Callable[[Words], None],
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Waits until all ranks are there. end, beat: called by the watchdog. Raises ConfigError where `identity` is not the same on all,
+        RankLostError when someone does not come."""
         self.place = place
         self.met: Met = meet(place, identity)
-        self.watchdog = Watchdog(self.met, end)
+        self.watchdog = Watchdog(self.met, end, beat)
         self.watchdog.start()
 
     def send(self, payload: bytes) -> None:

@@ -127,6 +127,16 @@ def check_device(engine: EngineConfig, *, num_engines: int = 1) -> None:
         )
 
 
+def refuse_torchrun(engine: EngineConfig, environ: Mapping[str, str]) -> None:
+    """Raises ConfigError where each process of torchrun would start all ranks."""
+    if engine.tp > 1 and all(name in environ for name in TORCHRUN) and environ["WORLD_SIZE"] != "1":
+        raise ConfigError(
+            f"torchrun started this process as one of {environ['WORLD_SIZE']} (WORLD_SIZE), and LLM(tp={engine.tp}) starts its ranks itself, in each",
+            fix="`python` in place of torchrun; torchrun places ranks of `-m l4core.launch_server`. Where it was not torchrun: "
+            f"`unset {' '.join(TORCHRUN)}`",
+        )
+
+
 def local_layout(tp: int, timeout: float, *, index: int = 0, num_engines: int = 1) -> Layout:
     """All ranks on this machine. index: which of its engines."""
     places = tuple(
@@ -144,6 +154,11 @@ def _from_options(engine: EngineConfig, server: ServerConfig) -> Layout:
             fix=f"--tp {server.nnodes * max(1, engine.tp // server.nnodes)}",
         )
     host, port = split_address(server.dist_init_addr or "")
+    if host in EVERYWHERE and server.node_rank:
+        raise ConfigError(
+            f"--dist-init-addr is {server.dist_init_addr} on machine {server.node_rank}: that is every address of a machine, and none to go to",
+            fix=f"--dist-init-addr with an address of machine 0 (`ip addr` there lists them), and port {port}",
+        )
     here = engine.tp // server.nnodes
     places = tuple(
         Place(

@@ -133,7 +133,7 @@ class _Gathering:
             if now > deadline:
                 raise RankLostError(
                     f"{ranks_text(missing)} did not come within {JOIN_SECONDS:.0f} s",
-                    fix=f"start them with --dist-init-addr {host}:{self.place.port}, and let them through the firewall",
+                    fix=_how_to_come(self.place),
                 )
             if now > told + TELL_SECONDS:
                 told = now
@@ -227,6 +227,26 @@ def first_message(sock: socket.socket, seconds: float = HANDSHAKE_SECONDS) -> Me
         return None
 
 
+def _how_to_come(place: Place) -> str:
+    """For the ranks that rank 0 misses."""
+    if place.whole:
+        return "what the log says of them; they are on this machine"
+    if place.in_store:
+        return f"torchrun on every machine with the same --rdzv-endpoint (or --master-addr), and {place.host} within their reach"
+    host = "HOST" if place.host in EVERYWHERE else place.host
+    there = ", HOST an address of this machine" if host == "HOST" else ""
+    return f"start them with --dist-init-addr {host}:{place.port}{there}, and let them through the firewall"
+
+
+def _how_to_wait(place: Place) -> str:
+    """For the rank 0 that others miss."""
+    if place.whole:
+        return "what the log says of rank 0; it is on this machine"
+    if place.in_store:
+        return "let this machine through to the one of rank 0; what the log there says"
+    return "start machine 0 with the same --dist-init-addr, and let this one through its firewall"
+
+
 def _own_listener(place: Place) -> socket.socket:
     if place.listen_fd is not None:
         return socket.socket(fileno=place.listen_fd)
@@ -261,7 +281,7 @@ def _join(place: Place, identity: Mapping[str, str]) -> Met:
             if now > deadline:
                 raise RankLostError(
                     f"rank 0 does not answer at {place.host}:{place.port}: {error}",
-                    fix="start machine 0 with the same --dist-init-addr, and let this one through its firewall",
+                    fix=_how_to_wait(place),
                 ) from error
             if now > told + TELL_SECONDS:
                 told = now

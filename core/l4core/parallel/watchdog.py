@@ -30,13 +30,19 @@ LOST = "RankLostError"
 TIMEOUT_FIX = "a larger --dist-timeout, where nothing was wrong"
 
 
+def look_seconds(timeout: float) -> float:
+    """Between two looks."""
+    return min(LONGEST_LOOK_SECONDS, timeout / LOOKS)
+
+
 class Watchdog:
     """One rank's. `start` it before the model is loaded, `stop` it before an end that is meant."""
 
-    def __init__(self, met: Met, end: Callable[[Words], None]) -> None:
-        """end: called once, from the watchdog's thread, with the reason why this rank must end; it does not return."""
-        self._met, self._end = met, end
-        self._look = min(LONGEST_LOOK_SECONDS, met.place.timeout / LOOKS)
+    def __init__(self, met: Met, end: Callable[[Words], None], beat: Callable[[], None] = lambda: None) -> None:
+        """end: called once, from the watchdog's thread, with the reason why this rank must end; it does not return.  beat: called at each look; it
+        returns at once."""
+        self._met, self._end, self._beat = met, end, beat
+        self._look = look_seconds(met.place.timeout)
         self._most_looks = met.place.timeout / self._look
         self._peers = {rank: _Peer(met.name(rank), sock) for rank, sock in met.beats.items()}
         self._step, self._busy = 0, False
@@ -96,6 +102,7 @@ class Watchdog:
 
     def _look_around(self) -> Words | None:
         """A sign of life to the others, and what is wrong with them or with the step that this rank is in."""
+        self._beat()
         beat = Beat(self._step, self._busy)
         for peer in self._peers.values():
             peer.send(beat)

@@ -21,6 +21,7 @@ from l4core.config import EngineConfig
 from l4core.engine.last_words import LastWords
 from l4core.engine.messages import (
     TRACE_SIGNAL,
+    Alive,
     Ended,
     Failed,
     Log,
@@ -35,6 +36,9 @@ from l4core.engine.spawn import worker_command, worker_environment
 from l4core.errors import EngineDeadError
 from l4core.parallel.place import Place
 from l4core.parallel.wire import HEADER
+from l4core.server.pulse import Pulse
+
+logger = logging.getLogger(__name__)
 
 LAST_BYTES_SECONDS = 0.2
 LAST_WORDS_SECONDS = 1.0
@@ -56,6 +60,8 @@ class EngineProcess:
         self._words = LastWords(places)
         self._said: set[str] = set()
         self._exit = asyncio.create_task(self._watch(), name="engine-exit")
+        self._pulse, self._receives = Pulse(places), False
+        self._looks = asyncio.create_task(self._look_after(), name="engine-pulse")
         self._listening = [
             asyncio.create_task(self._listen(place, line), name=f"rank-{place.rank}")
             for place, line in zip(places[1:], lines[1:], strict=True)
@@ -97,13 +103,23 @@ class EngineProcess:
 
     async def receive(self) -> ToServer | None:
         """The next message; None once the process is gone. Raises EngineDeadError for bytes that are no message."""
-        while (message := await self._lines[0].receive()) is not None:
-            if self._report is None or not isinstance(message, Failed):
+        while (message := await self._receive_first()) is not None:
+            if isinstance(message, Alive):
+                self._pulse.beat(self._places[0].rank)
+            elif self._report is None or not isinstance(message, Failed):
                 return message
-            self._words.failed(self._places[0], message)
+            else:
+                self._words.failed(self._places[0], message)
         if self._listening:
             await asyncio.wait([self._exit, *self._listening], timeout=LAST_WORDS_SECONDS)
         return self._words.cause()
+
+    async def _receive_first(self) -> ToServer | None:
+        self._receives = True
+        try:
+            return await self._lines[0].receive()
+        finally:
+            self._receives = False
 
     async def abandon(self) -> None:
         """It hangs: have it write where (to stderr), then read and write no more. `stop` ends it."""
@@ -123,6 +139,7 @@ class EngineProcess:
         if not self._exit.done():
             self._signal(signal.SIGKILL)
             await self._exit
+        self._looks.cancel()
         await asyncio.gather(*self._listening)
         return self._words.ending(self._process.returncode)
 
@@ -134,10 +151,25 @@ class EngineProcess:
             self._signal(signal.SIGKILL)  # of the group: the nursery was killed, its ranks were not
         self._close()
 
+    async def _look_after(self) -> None:
+        """End them all when one gives no sign of life for longer than the others would let it. Nobody listens to the first while the server loads
+        its own part."""
+        while self._places[0].size > 1 and not self._exit.done():
+            await asyncio.sleep(self._pulse.look_seconds)
+            silent = self._pulse.look() if self._receives else None
+            if silent is not None:
+                logger.error("rank %d gave no sign of life for %g s: it is ended", silent, self._pulse.seconds)
+                self._signal(TRACE_SIGNAL)
+                await asyncio.sleep(TRACE_SECONDS)
+                self._signal(signal.SIGKILL)
+                return
+
     async def _listen(self, place: Place, line: _Line) -> None:
         with contextlib.suppress(EngineDeadError):  # broken off in the middle of a message
             while (message := await line.receive()) is not None:
-                if isinstance(message, Ended):
+                if isinstance(message, Alive):
+                    self._pulse.beat(place.rank)
+                elif isinstance(message, Ended):
                     self._words.ended(message)
                 elif isinstance(message, Failed):
                     self._words.failed(place, message)
