@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from l4core.plugin_api import KVView
 from l4core.plugin_ops import gather_kv, merge_lse
+from l4core.plugin_ops.upload import upload_many
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,6 +24,15 @@ def test_merging_parts_is_attention_over_all(split: int) -> None:
     out, merged = merge_lse(*parts[0], *parts[1])
     torch.testing.assert_close(out, whole)
     torch.testing.assert_close(merged, lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
+def test_arrays_uploaded_together_begin_where_kernels_like_memory_to_begin(dtype: torch.dtype) -> None:
+    arrays = [np.arange(n, dtype=np.float32 if dtype.is_floating_point else np.int64) for n in (3, 0, 1, 8, 5)]
+    moved = upload_many(arrays, dtype, torch.device("cpu"))
+    assert [x.tolist() for x in moved] == [x.tolist() for x in arrays]
+    assert {x.dtype for x in moved} == {dtype}
+    assert all(x.storage_offset() * x.element_size() % 16 == 0 for x in moved)
 
 
 def test_a_part_without_keys_is_ignored_whatever_it_holds() -> None:

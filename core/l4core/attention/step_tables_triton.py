@@ -11,7 +11,7 @@ from l4core.attention.step_rows import StepRows
 BLOCK = 128
 """Columns, or tokens, of one turn of a program."""
 COPIERS = (4, 64)
-"""Programs that share a row, at least and at most: a table of ten million tokens has 163,840 columns, of which most rows use a few."""
+"""Programs that share a row of a wide table, at least and at most: one of ten million tokens has 163,840 columns, of which most rows use a few."""
 PROGRAMS = 4096
 """Programs of a launch, about, where there is so much to copy."""
 
@@ -23,7 +23,7 @@ def launch(
     num_seqs, num_tokens = step.rows.shape[0], step.positions.shape[0]
     out = table.new_empty(num_seqs, num_columns)
     slots = step.positions.new_empty(num_tokens)
-    copiers = min(triton.cdiv(num_columns, BLOCK), copiers_of(num_seqs))
+    copiers = copiers_of(num_seqs, table.shape[1])
     _step_tables_kernel[(num_seqs * copiers + triton.cdiv(num_tokens, BLOCK),)](
         table,
         step.rows,
@@ -47,10 +47,12 @@ def launch(
     return out, slots
 
 
-def copiers_of(num_seqs: int) -> int:
-    """A power of two, so that few variants are compiled. H200, one sequence of 5,000,000 tokens: four took 35 µs."""
+def copiers_of(num_seqs: int, width: int) -> int:
+    """Programs a row of a table of `width` columns. A power of two that does not hang on how long the sequences are, so that a sequence that grows
+    has no kernels compiled: one takes 200 ms. H200, one sequence of 5,000,000 tokens: four took 35 µs."""
     least, most = COPIERS
-    return int(max(least, min(most, triton.next_power_of_2(PROGRAMS // max(num_seqs, 1)))))
+    wanted = max(least, min(most, triton.next_power_of_2(PROGRAMS // max(num_seqs, 1))))
+    return int(min(wanted, triton.next_power_of_2(triton.cdiv(width, BLOCK))))
 
 
 @triton.jit

@@ -16,7 +16,12 @@ from l4core.attention.step_rows import StepRows
 from l4core.attention.step_tables import step_tables
 from l4core.engine.batch import DraftRequest, ScheduledSequence
 from l4core.kv.blocks import KVGroup
+from l4core.platform import has_triton
 from l4core.plugin_ops.upload import upload_many
+
+UNIT = 16
+"""Where Triton runs, columns of a step's table are a multiple of this: it compiles a kernel apart for numbers that are, and for rows that begin at a
+multiple of 16 bytes."""
 
 
 class BlockTables:
@@ -27,8 +32,9 @@ class BlockTables:
     ) -> None:
         self._groups = groups
         self._page_size = page_size
+        self._unit = UNIT if has_triton(device.type) else 1
         self.padding_row = max_running
-        self.width: Mapping[str, int] = {g.name: _width(g, page_size, max_context) for g in groups}
+        self.width: Mapping[str, int] = {g.name: _width(g, page_size, max_context, self._unit) for g in groups}
         self.tables: Mapping[str, torch.Tensor] = {
             name: torch.zeros(max_running + 1, width, dtype=torch.int32, device=device)
             for name, width in self.width.items()
@@ -58,12 +64,12 @@ class BlockTables:
         self, rows: StepRows, longest: int | None = None
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Block tables of a step's sequences (int32 [B, columns]) and slots of its new tokens (int64 [T]), by group.
-        longest: tokens of the longest sequence, so that no more columns than it needs are handed on; None = the whole width."""
+        longest: tokens of the longest sequence, so that hardly more columns than it needs are handed on; None = the whole width."""
         tables, slots = {}, {}
         for group in self._groups:
             columns = self.width[group.name]
             if longest is not None and group.chunk_size is None:
-                columns = min(columns, -(-longest // self._page_size))
+                columns = min(columns, _columns(longest, self._page_size, self._unit))
             tables[group.name], slots[group.name] = step_tables(
                 self.tables[group.name],
                 rows,
@@ -74,5 +80,12 @@ class BlockTables:
         return tables, slots
 
 
-def _width(group: KVGroup, page_size: int, max_context: int) -> int:
-    return -(-max_context // page_size) if group.chunk_size is None else ring_width(group.chunk_size, page_size)
+def _width(group: KVGroup, page_size: int, max_context: int, unit: int) -> int:
+    if group.chunk_size is not None:
+        return ring_width(group.chunk_size, page_size)
+    return _columns(max_context, page_size, unit)
+
+
+def _columns(tokens: int, page_size: int, unit: int) -> int:
+    """Pages of so many tokens, rounded up to a multiple of `unit`."""
+    return -(-tokens // (page_size * unit)) * unit

@@ -36,7 +36,8 @@ PHASES: tuple[Literal["decode", "verify", "prefill"], ...] = ("decode", "verify"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """What one attention call serves: sequences [first, last) and their token rows [begin, end). cu_seqlens_q: int32 [last − first + 1] on the
-    device, from 0.  max_seqlen_q, max_seqlen_k: host bounds."""
+    device, from 0.  max_seqlen_q, max_seqlen_k: host bounds.  seq_lens: int32 [last − first], those of the
+    step, in memory that begins at a multiple of 16 bytes; None = the step's own, where the phase is all of it."""
 
     name: Literal["decode", "prefill", "verify"]
     first: int
@@ -46,6 +47,7 @@ class Phase:
     cu_seqlens_q: torch.Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    seq_lens: torch.Tensor | None = None
 
 
 def lay_out_step(
@@ -56,8 +58,10 @@ def lay_out_step(
     cu, seq_lens = np.concatenate(([0], np.cumsum(lengths))), starts + lengths
     owner = np.repeat(np.arange(len(lengths)), lengths)
     spans = [(name, a, b) for name, (a, b) in zip(PHASES, pairwise(borders), strict=True) if b > a]
-    small = [rows, starts, seq_lens, owner, *(cu[a : b + 1] - cu[a] for _, a, b in spans)]
-    rows_, starts_, seq_lens_, owner_, *cus = upload_many(small, torch.int32, positions.device)
+    own = [array for _, a, b in spans for array in (cu[a : b + 1] - cu[a], seq_lens[a:b])]
+    rows_, starts_, seq_lens_, owner_, *own_ = upload_many(
+        [rows, starts, seq_lens, owner, *own], torch.int32, positions.device
+    )
     phases = [
         Phase(
             name=name,
@@ -68,8 +72,9 @@ def lay_out_step(
             cu_seqlens_q=cu_seqlens,
             max_seqlen_q=int(lengths[a:b].max()),
             max_seqlen_k=int(seq_lens[a:b].max()),
+            seq_lens=lens,
         )
-        for (name, a, b), cu_seqlens in zip(spans, cus, strict=True)
+        for (name, a, b), cu_seqlens, lens in zip(spans, own_[::2], own_[1::2], strict=True)
     ]
     return StepRows(rows=rows_, starts=starts_, seq_lens=seq_lens_, positions=positions, owner=owner_), phases
 
@@ -134,7 +139,7 @@ class ForwardPlanner:
             mine = slice(phase.first, phase.last)
             meta = AttentionMetadata(
                 cu_seqlens_q=phase.cu_seqlens_q,
-                seq_lens=rows.seq_lens[mine],
+                seq_lens=rows.seq_lens[mine] if phase.seq_lens is None else phase.seq_lens,
                 block_table=tables[self._groups[0].name][mine],
                 max_seqlen_q=phase.max_seqlen_q,
                 max_seqlen_k=phase.max_seqlen_k,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ import torch
 from l4core.platform import copies_ahead
 
 __all__ = ["Download", "upload", "upload_many"]
+
+ALIGNMENT = 16
+"""Bytes. Triton compiles a kernel apart for every set of pointers that are multiples of it and that are not: a stall while requests wait."""
 
 
 def upload(
@@ -26,10 +30,16 @@ def upload(
 def upload_many(
     arrays: Sequence[npt.NDArray[Any]], dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, ...]:
-    """One-dimensional arrays → tensors of `dtype` on `device`, in one queued copy out of page-locked memory where the device has that."""
-    host = torch.empty(sum(map(len, arrays)), dtype=dtype, pin_memory=copies_ahead(device.type))
-    np.concatenate(arrays, out=host.numpy(), casting="same_kind")
-    return torch.split(host.to(device, non_blocking=True), list(map(len, arrays)))
+    """One-dimensional arrays → tensors of `dtype` on `device`, in one queued copy out of page-locked memory where the device has that. Each begins
+    at a multiple of ALIGNMENT, however long the others are."""
+    unit = ALIGNMENT // dtype.itemsize
+    begins = [0, *accumulate(-(-len(array) // unit) * unit for array in arrays)]
+    host = torch.empty(begins[-1], dtype=dtype, pin_memory=copies_ahead(device.type))
+    target = host.numpy()
+    for array, begin in zip(arrays, begins, strict=False):
+        np.copyto(target[begin : begin + len(array)], array, casting="same_kind")
+    moved = host.to(device, non_blocking=True)
+    return tuple(moved[begin : begin + len(array)] for array, begin in zip(arrays, begins, strict=False))
 
 
 class Download:

@@ -1,0 +1,32 @@
+"""A kernel that is compiled while requests wait is the worst latency there is: what has been seen of short prompts must do for long ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("l4_triton")
+pytest.importorskip("triton")
+
+
+def test_a_prompt_that_grows_longer_than_any_before_compiles_nothing() -> None:
+    script = Path(__file__).with_name("kernel_variants_script.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), "--prompts", "24576,65536", "--steps", "0"],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    graphs, short, last = done.stdout.splitlines()
+    assert int(graphs.split()[1]) > 40, "the script saw hardly any launch"
+    assert "prefill_kernel 2" in short, (
+        "wanted one for global layers and one for local ones, wherever a step's pieces begin"
+    )
+    assert last.startswith("round 2")
+    assert last.endswith(": 0 variants")
