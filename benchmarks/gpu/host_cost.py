@@ -158,14 +158,11 @@ def leave_the_device_out(engine: Engine) -> None:
     runner.execute = lambda forward: Computed(hidden=torch.empty(0))
 
     def draw(batch: Any, forward: Any, computed: Any, parsed: Any) -> PendingDraws:
-        rows = [s for s in batch.sequences if s.draws]
-        plain = runner._params.are_plain(
-            rows, np.array([s.row for s in rows]), np.array([s.start + len(s.token_ids) for s in rows]), parsed
-        )
+        rows = batch.columns.rows[batch.columns.num_draws > 0]
+        positions = (batch.columns.starts + batch.columns.lengths)[batch.columns.num_draws > 0]
+        plain = runner._params.are_plain(lambda i: batch.sequences[i].request, rows, positions, parsed)
         arrived: Any = _Arrived(len(rows))
-        return PendingDraws(
-            batch.sequences, plain=plain, positions=plain, drawn=arrived, others=None, prompt_logprobs={}
-        )
+        return PendingDraws(batch, plain=plain, positions=positions, drawn=arrived, others=None, prompt_logprobs={})
 
     runner.draw = draw
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from l4core.engine.batch import ScheduledSequence
+from l4core.engine.batch import ScheduledBatch, ScheduledSequence
 from l4core.engine.draws import PendingDraws
 from l4core.request import Request, SamplingParams
 
@@ -42,7 +42,7 @@ def pending(which: str, best: Sequence[float] | None = None, padding: int = 0) -
     ids = [10 + i for i in range(num)]
     arrived = Arrived(ids + [0] * padding, [*(best or [1.0] * num), *[0.0] * padding])
     return PendingDraws(
-        sequences,
+        ScheduledBatch(step=1, sequences=sequences),
         plain=np.ones(num, dtype=bool),
         positions=np.full(num, 3),
         drawn=arrived,  # type: ignore[arg-type]

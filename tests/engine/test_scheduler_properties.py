@@ -51,6 +51,7 @@ def engines(draw: st.DrawFn) -> SimulatedEngine:
         vocab_size=VOCAB,
         num_drafts=0 if overlapped else min(chunk - 1, draw(st.sampled_from([0, 0, 1, 3]))),
         overlapped=overlapped,
+        as_columns=draw(st.booleans()),
     )
 
 
@@ -176,26 +177,27 @@ class SchedulerMachine(RuleBasedStateMachine):
             check_batch(self.engine, batch)
             tokens = self.engine.execute(batch)
         if first is not None and before is not None:
-            self.check_first(first, *before)
+            self.check_first(first, *before, batch)
         if abort is not None:
             self.scheduler.abort(abort)
         self.deliver(self.scheduler.commit(self.engine.turn(tokens)))
 
-    def check_first(self, first: SequenceState, row: int, num_computed: int) -> None:
+    def check_first(self, first: SequenceState, row: int, num_computed: int, batch: ScheduledBatch | None) -> None:
         """The best request of all lost nothing, and is served unless decodes took all the tokens or the last pages."""
+        entries = {} if batch is None else {s.request.request_id: s for s in batch.sequences}
+        own = entries.get(first.request_id)
         if row != NO_ROW:
-            start = first.num_computed if first.entry is None else first.entry.start
+            start = first.num_computed if own is None else own.start
             assert (first.row, start) == (row, num_computed), "the best request was evicted"
         if self.engine.overlapped:
             return  # it may wait for tokens or pages that a batch in flight brings
-        working = [s for s in self.scheduler.sequences if s.entry is not None]
-        decodes = [s for s in self.scheduler.sequences if s.entry is not None and s.entry.is_decode]
-        if any(not s.entry.is_decode and s is not first for s in working if s.entry) and first.entry is None:
+        decodes = [s for s in entries.values() if s.is_decode]
+        if own is None and len(decodes) < len(entries):
             return  # it may wait for a page of its own beginning that another computes in this very step
         if len(decodes) < self.scheduler.limits.max_tokens_per_step:
             assert first.row != NO_ROW, "the best request waits while there are tokens for it"
-            assert first.entry is not None or decodes, "the best request does not move"
-            assert first.entry is not None or all(s.request.priority >= first.request.priority for s in decodes)
+            assert own is not None or decodes, "the best request does not move"
+            assert own is not None or all(s.request.priority >= first.request.priority for s in decodes)
 
     def deliver(self, output: StepOutput) -> None:
         for update in output.updates:

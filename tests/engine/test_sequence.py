@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from l4core.engine.batch import ScheduledSequence
 from l4core.engine.sequence import RankedQueue, SequenceState
 from l4core.engine.stops import StopRule
 from l4core.kv.tables import PageTables
-from l4core.request import FinishReason, Request, SamplingParams, TokenLogprobs
+from l4core.request import Request, SamplingParams, TokenLogprobs
 
 
-def state(prompt_len: int = 5, rank: tuple[int, int] = (0, 1), params: SamplingParams | None = None) -> SequenceState:
+def state(prompt_len: int = 5, rank: tuple[int, int] = (0, 1)) -> SequenceState:
     request = Request(
         request_id="a",
         prompt_token_ids=list(range(prompt_len)),
-        params=params or SamplingParams(max_tokens=9),
+        params=SamplingParams(max_tokens=9),
         eos_token_ids=(),
         max_total_tokens=50,
     )
@@ -56,30 +55,6 @@ def test_prompt_logprobs_are_handed_out_once_however_the_pieces_are_cut(
         if start < 5:
             got += seq.new_prompt_logprobs(start, entries(start, end))
     assert [entry and entry.token_id for entry in got] == [None, 1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("in_flight", [1, 2])
-def test_a_decodes_token_is_taken_in_as_by_the_general_way(in_flight: int) -> None:
-    """With one or two batches in flight, to the end by length and by a stop id that counts only after min_tokens."""
-    for last in (99, 7):
-        one, other = (state(params=SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=[7])) for _ in range(2))
-        for seq in (one, other):
-            for _ in range(in_flight):
-                seq.advance(entry_of(seq))
-        for token in (70, 7, 71, last):
-            now = entry_of(one)
-            found = one.settle_one(token)
-            other.settle(now)
-            assert found == other.extend([token])[1]
-            counts = [(s.num_tokens, s.num_pending, s.output_token_ids) for s in (one, other)]
-            assert counts[0] == counts[1]
-        assert found is (FinishReason.STOP if last == 7 else FinishReason.LENGTH)
-
-
-def entry_of(seq: SequenceState) -> ScheduledSequence:
-    return ScheduledSequence(
-        request=seq.request, row=0, start=seq.num_computed, token_ids=[0], new_pages={}, draws=True, is_decode=True
-    )
 
 
 def test_missing_prompt_logprobs_are_noticed() -> None:

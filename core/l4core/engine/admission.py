@@ -1,10 +1,12 @@
-"""Whether a request may start: refused for ever, or not now. Torch-free, pure."""
+"""Whether a request may start: refused for ever, or not now, and behind how much of its prompt. Torch-free."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
+from l4core.engine.choice import Part
 from l4core.engine.sequence import RankedQueue, SequenceState
 from l4core.engine.stops import StopRule
 from l4core.kv.manager import KVManager, Superpages
@@ -80,6 +82,34 @@ def victims_for(
             _add(wanted, kv.held(lower[count].tables), -1)
             _add(wanted, lacking(lower[count], kv), -1)
     return None
+
+
+def take_prefix(seq: SequenceState, kv: KVManager) -> None:
+    """Start behind the tokens whose pages are still there; the last known token is always computed, for its logits."""
+    if seq.wants_prompt_logprobs:
+        return
+    length = kv.find_prefix(seq.hashes, seq.num_tokens - 1)
+    kv.take_prefix(seq.tables, seq.hashes, length)
+    if not kv.fits_alone(seq.tables, length, seq.last_slot):  # too scattered to finish beside
+        kv.release(seq.tables)
+        length = 0
+    seq.num_prefilled = length
+
+
+def is_computed_now(seq: SequenceState, parts: Iterable[Part], kv: KVManager) -> bool:
+    """Whether the first page that `seq` would compute is among these parts of steps, chosen or in flight: then it waits a step and finds it."""
+    if not kv.prefix_cache or seq.wants_prompt_logprobs:
+        return False
+    page_size = kv.page_size
+    index = kv.find_prefix(seq.hashes, seq.num_tokens - 1, from_last=True) // page_size
+    if (index + 1) * page_size > seq.num_tokens - 1:
+        return False
+    return any(
+        entry.start // page_size <= index < (entry.start + len(entry.token_ids)) // page_size
+        and other.hashes[index] == seq.hashes[index]
+        for other, entry in parts
+        if not entry.is_decode and not other.finished
+    )
 
 
 def _add(total: list[int], more: Superpages, times: int = 1) -> None:

@@ -1,19 +1,26 @@
 """What passes between the rooms of a step: scheduler → runner (`ScheduledBatch`), runner → model (`ForwardBatch`), model → scheduler (`StepTokens`).
 
 Frozen records. The scheduler's side holds plain integers; the model's side holds device tensors. Those made once per sequence and step are
-msgspec structs: creating one takes a fourteenth of the time of a frozen dataclass, and the garbage collector need not look at it.
+msgspec structs: creating one takes a fourteenth of the time of a frozen dataclass, and the garbage collector need not look at it. Nearly all
+sequences of a busy step only decode: they are columns, and nothing is made for each (`Decodes`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import Protocol, TypeAlias, overload
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from l4core.engine.step_costs import StepCosts
 from l4core.request import Request, TokenLogprobs
 
+Ints: TypeAlias = npt.NDArray[np.int64]
 PENDING = -1
 """In place of a token id: the token that the sequence drew last, which the host may not know yet and the device does."""
 
@@ -48,26 +55,147 @@ class ScheduledSequence(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     parents: Sequence[int] = ()
 
 
+class DecodingState(Protocol):
+    """What is asked of the owner of a sequence when a record of its part of a step is wanted."""
+
+    @property
+    def request(self) -> Request: ...
+    @property
+    def output_token_ids(self) -> Sequence[int]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Decodes:
+    """Sequences of a step that compute the token they drew last and draw the next one, without guesses. rows, starts, token_ids: int64 [N], as in
+    ScheduledSequence.  new_pages: by row, of those that have any.  states: whose they are."""
+
+    rows: Ints
+    starts: Ints
+    token_ids: Ints
+    new_pages: Mapping[int, Mapping[str, NewPages]]
+    states: Sequence[DecodingState]
+
+    def record(self, index: int) -> ScheduledSequence:
+        """One of them, as the others of its step are."""
+        state, row = self.states[index], int(self.rows[index])
+        return ScheduledSequence(
+            request=state.request,
+            row=row,
+            start=int(self.starts[index]),
+            token_ids=(int(self.token_ids[index]),),
+            new_pages=self.new_pages.get(row, {}),
+            draws=True,
+            is_decode=True,
+            output_token_ids=state.output_token_ids,
+        )
+
+
+_NO_INTS = np.empty(0, dtype=np.int64)
+NO_DECODES = Decodes(rows=_NO_INTS, starts=_NO_INTS, token_ids=_NO_INTS, new_pages={}, states=())
+
+
+class DecodesFirst(Sequence[ScheduledSequence]):
+    """A step's sequences, of which the first are kept as columns. Whoever looks at one gets its record, made then."""
+
+    def __init__(self, decodes: Decodes, others: Sequence[ScheduledSequence]) -> None:
+        self.decodes, self.others = decodes, others
+
+    def __len__(self) -> int:
+        return len(self.decodes.states) + len(self.others)
+
+    @overload
+    def __getitem__(self, index: int) -> ScheduledSequence: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ScheduledSequence]: ...
+    def __getitem__(self, index: int | slice) -> ScheduledSequence | Sequence[ScheduledSequence]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        behind = range(len(self))[index] - len(self.decodes.states)  # IndexError beyond the last
+        return self.others[behind] if behind >= 0 else self.decodes.record(behind + len(self.decodes.states))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """A whole step as columns, int64 [N] each: rows, starts, lengths, and num_draws, of how many of its last tokens each sequence draws what follows.
+    borders: sequences [borders[i], borders[i + 1]) are the step's decodes, drafts and prompts.  token_ids: int64 [sum of lengths]."""
+
+    rows: Ints
+    starts: Ints
+    lengths: Ints
+    num_draws: Ints
+    token_ids: Ints
+    borders: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduledBatch:
-    """Decodes first, then decodes with drafts, then prefill pieces; a piece never crosses a chunk border. step: counts scheduled batches."""
+    """Decodes first, then decodes with drafts, then prefill pieces; a piece never crosses a chunk border. step: counts scheduled batches.
+    sequences: a list, or DecodesFirst."""
 
     step: int
     sequences: Sequence[ScheduledSequence]
 
     @property
+    def decodes(self) -> Decodes:
+        """Those kept as columns: all decodes where the scheduler made the batch, none where it is a list."""
+        return self.sequences.decodes if isinstance(self.sequences, DecodesFirst) else NO_DECODES
+
+    @property
+    def others(self) -> Sequence[ScheduledSequence]:
+        """Those behind `decodes`."""
+        return self.sequences.others if isinstance(self.sequences, DecodesFirst) else self.sequences
+
+    @cached_property
+    def columns(self) -> Columns:
+        """All of them as columns, made once."""
+        decodes, others = self.decodes, self.others
+        num = len(decodes.states)
+        ones = np.ones(num, dtype=np.int64)
+        if not others:
+            return Columns(
+                rows=decodes.rows,
+                starts=decodes.starts,
+                lengths=ones,
+                num_draws=ones,
+                token_ids=decodes.token_ids,
+                borders=(0, num, num, num),
+            )
+        return Columns(
+            rows=_joined(decodes.rows, [s.row for s in others]),
+            starts=_joined(decodes.starts, [s.start for s in others]),
+            lengths=_joined(ones, [len(s.token_ids) for s in others]),
+            num_draws=_joined(ones, [s.draws + s.num_drafts for s in others]),
+            token_ids=_joined(decodes.token_ids, list(chain.from_iterable([s.token_ids for s in others]))),
+            borders=(0, self.num_decodes, self.num_decodes + self.num_verified, len(self.sequences)),
+        )
+
+    @property
     def num_tokens(self) -> int:
-        return sum(len(s.token_ids) for s in self.sequences)
+        return len(self.decodes.states) + sum(len(s.token_ids) for s in self.others)
 
     @property
     def num_decodes(self) -> int:
         """Sequences of one row."""
-        return sum(s.is_decode and not s.num_drafts for s in self.sequences)
+        return len(self.decodes.states) + sum(s.is_decode and not s.num_drafts for s in self.others)
 
     @property
     def num_verified(self) -> int:
         """Sequences with drafts."""
-        return sum(s.num_drafts > 0 for s in self.sequences)
+        return sum(s.num_drafts > 0 for s in self.others)
+
+    @property
+    def with_new_pages(self) -> list[ScheduledSequence]:
+        """The sequences whose block tables have changed."""
+        decodes = self.decodes
+        where = (
+            [i for i, row in enumerate(decodes.rows.tolist()) if row in decodes.new_pages] if decodes.new_pages else ()
+        )
+        return [*map(decodes.record, where), *(s for s in self.others if s.new_pages)]
+
+
+def _joined(first: Ints, rest: list[int]) -> Ints:
+    """rest: a list, from which an array is made in half the time that a generator takes."""
+    return np.concatenate((first, np.array(rest, dtype=np.int64)))
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,9 +237,11 @@ class DrawnTokens(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTokens:
-    """What one executed batch brought, in the batch's order."""
+    """What one executed batch brought, in the batch's order. decoded: the token of each of its `decodes`, which `drawn` then lacks; below 0 for one
+    that is in `drawn` after all.  None: `drawn` has all sequences."""
 
     drawn: Sequence[DrawnTokens] = field(default_factory=tuple)
+    decoded: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

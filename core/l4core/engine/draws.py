@@ -7,13 +7,13 @@ A row whose request has a temperature, top-p and min-p at most is drawn by the k
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
-from l4core.engine.batch import DrawnTokens, ScheduledSequence, StepTokens
+from l4core.engine.batch import DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
 from l4core.engine.verify_rows import Verified, verified
 from l4core.plugin_ops.masks import share
 from l4core.plugin_ops.sampling import UNCHANGED, has_penalty
@@ -57,16 +57,16 @@ class RowParams:
 
     def are_plain(
         self,
-        sequences: Sequence[ScheduledSequence],
+        request_of: Callable[[int], Request],
         rows: npt.NDArray[np.int64],
         positions: npt.NDArray[np.int64],
         parsed: Mapping[str, object],
     ) -> npt.NDArray[np.bool_]:
-        """Of sequences that draw: whether the kernels' draw is theirs. rows, positions: of each, position of its first draw.
-        parsed: request id → what its sampler parsed."""
+        """Of sequences that draw: whether the kernels' draw is theirs. request_of: index → its request.  rows, positions: of each, position of its
+        first draw.  parsed: request id → what its sampler parsed."""
         start = self._plain_from[rows]
         for i in np.flatnonzero(start == _UNKNOWN).tolist():
-            request = sequences[i].request
+            request = request_of(i)
             start[i] = self._plain_from[rows[i]] = _first_plain(request, parsed[request.request_id], masks=self._masks)
         return positions >= start
 
@@ -97,7 +97,7 @@ class PendingDraws:
 
     def __init__(
         self,
-        sequences: Sequence[ScheduledSequence],
+        batch: ScheduledBatch,
         *,
         plain: npt.NDArray[np.bool_],
         positions: npt.NDArray[np.int64],
@@ -105,7 +105,7 @@ class PendingDraws:
         others: Drawing | None,
         prompt_logprobs: Mapping[str, list[TokenLogprobs | None]],
     ) -> None:
-        self._sequences = sequences
+        self._batch = batch
         self._plain = plain
         self._positions = positions
         self._drawn = drawn
@@ -114,29 +114,28 @@ class PendingDraws:
 
     def wait(self) -> StepTokens:
         """What the batch brought. The only place in a step where the host waits for the device."""
-        if self._others is None and not self._prompt_logprobs and not any(s.num_drafts for s in self._sequences):
+        if self._others is None and not self._prompt_logprobs and not self._batch.num_verified:
             ids = self._finite_ids()
             if ids is not None:
-                return StepTokens(drawn=self._one_each(ids))
+                return self._one_each(ids)
         return StepTokens(drawn=[one.tokens for one in self.verified()])
 
-    def _one_each(self, ids: list[int]) -> list[DrawnTokens]:
-        """ids: of the sequences that draw, and of padding."""
-        if len(self._plain) == len(self._sequences):
-            pairs = zip(self._sequences, ids, strict=False)
-            return [DrawnTokens(request_id=seq.request.request_id, token_ids=(token,)) for seq, token in pairs]
-        left = iter(ids)
-        return [
+    def _one_each(self, ids: list[int]) -> StepTokens:
+        """ids: of the sequences that draw, and of padding. Decodes all draw, and come first."""
+        num_decodes = len(self._batch.decodes.states)
+        left = iter(ids[num_decodes:])
+        drawn = [
             DrawnTokens(request_id=seq.request.request_id, token_ids=(next(left),) if seq.draws else ())
-            for seq in self._sequences
+            for seq in self._batch.others
         ]
+        return StepTokens(decoded=ids[:num_decodes], drawn=drawn)
 
     def verified(self) -> list[Verified]:
         """The same, with the rows the tokens came from."""
         ids, best = self._arrived()
         others = iter(() if self._others is None else self._others.finish())
         found, row, number = [], 0, 0
-        for seq in self._sequences:
+        for seq in self._batch.sequences:
             own: list[Draw] = []
             if seq.draws:
                 end = row + seq.num_drafts + 1

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from l4core.engine.batch import PENDING, DraftRequest, ScheduledBatch, ScheduledSequence
+from l4core.engine.batch import PENDING, DraftRequest, Ints, ScheduledBatch, ScheduledSequence
 from l4core.engine.block_tables import BlockTables
 from l4core.engine.draws import PendingDraws, RowParams
 from l4core.engine.fixed_step import Computed, FixedStep, StepOutputs, StepRequests, StepShape
@@ -31,30 +30,16 @@ from l4core.model.llama4 import Llama4
 from l4core.platform import has_triton
 from l4core.plugin_api import AttentionBackend
 from l4core.plugin_ops.upload import Download, upload_many
-from l4core.request import TokenLogprobs
+from l4core.request import Request, TokenLogprobs
 from l4core.sampling.logprobs import prompt_logprobs
 from l4core.sampling.pipeline import Drawing, SamplingPipeline
 from l4core.sampling.verify import ancestors, depths
 
-Ints: TypeAlias = npt.NDArray[np.int64]
 Forward: TypeAlias = ForwardBatch | FixedStep
 """A planned batch, or a captured step whose inputs are filled in."""
 
 LOGPROB_ROWS = 256
 """Prompt rows whose logits are held at once: 256 × 202,048 float32 = 207 MB."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Layout:
-    """Where everything of a batch lies, on the host: sequence b owns token rows [cu[b], cu[b+1]). borders: sequences [borders[i], borders[i+1])
-    are phase i's.  logits: of each sequence, how many of its last rows are drawn from."""
-
-    rows: Ints
-    starts: Ints
-    lengths: Ints
-    cu: Ints
-    logits: Ints
-    borders: tuple[int, ...]
 
 
 class Runner:
@@ -124,21 +109,21 @@ class Runner:
 
     def build(self, batch: ScheduledBatch) -> Forward:
         """Host lists → device tensors, slots of the new tokens, and one attention plan per phase and KV group."""
-        self._tables.write(batch.sequences)
-        self._params.enter(batch.sequences)
-        layout = _lay_out(batch)
-        step = self._find_graph(batch, layout)
+        self._tables.write(batch.with_new_pages)
+        self._params.enter(batch.others)  # whoever decodes has a row since its first piece
+        step = self._find_graph(batch)
         if step is None:
-            return self._plan(batch, layout)
+            return self._plan(batch)
+        rows = batch.columns.rows
         step.fill(
             StepRequests(
-                rows=layout.rows,
-                starts=layout.starts,
-                token_ids=_token_ids(batch).reshape(len(layout.rows), -1),
-                temperature=self._params.temperature[layout.rows],
-                log_min_p=self._params.log_min_p[layout.rows],
-                seed=self._params.seed[layout.rows],
-                top_p=self._params.top_p[layout.rows],
+                rows=rows,
+                starts=batch.columns.starts,
+                token_ids=batch.columns.token_ids.reshape(len(rows), -1),
+                temperature=self._params.temperature[rows],
+                log_min_p=self._params.log_min_p[rows],
+                seed=self._params.seed[rows],
+                top_p=self._params.top_p[rows],
             )
         )
         return step
@@ -160,18 +145,18 @@ class Runner:
         """Draw for every sequence whose piece ended its known tokens: one token, or as many as its draft earns. parsed: request id → what its
         sampler parsed. Only queued; `PendingDraws.wait` brings the tokens."""
         drawing = _Drawing.of(batch)
-        plain = np.zeros(len(drawing.sequences), dtype=bool)
+        plain = np.zeros(len(drawing.rows), dtype=bool)
         drawn = others = None
-        if drawing.sequences:
+        if len(drawing.rows):
             logits = computed.logits if computed.logits is not None else self._head(forward, computed)
             drawn = computed.drawn if computed.drawn is not None else self._draw_by_law(forward, drawing, logits)
             if drawn is not None:
-                plain = self._params.are_plain(drawing.sequences, drawing.rows, drawing.positions, parsed)
+                plain = self._params.are_plain(drawing.request, drawing.rows, drawing.positions, parsed)
                 drawn = self._draw_masked(forward, drawing, plain, logits, drawn)
             if not plain.all():
                 others = self._draw_by_pipeline(drawing, ~plain, logits, parsed)
         return PendingDraws(
-            batch.sequences,
+            batch,
             plain=plain,
             positions=drawing.positions,
             drawn=None if drawn is None else Download(drawn),
@@ -187,34 +172,35 @@ class Runner:
 
     # --- build -------------------------------------------------------------------------------------------------------------------------
 
-    def _find_graph(self, batch: ScheduledBatch, layout: _Layout) -> FixedStep | None:
+    def _find_graph(self, batch: ScheduledBatch) -> FixedStep | None:
         """A captured step for a batch of decodes, or of drafts that are equally long."""
-        num, length = len(batch.sequences), int(layout.lengths[0])
-        is_fixed = layout.borders[1] == num or (layout.borders[1] == 0 and layout.borders[2] == num)
-        is_fixed = is_fixed and not any(s.parents for s in batch.sequences)
-        if self.graphs is None or not is_fixed or (layout.lengths != length).any():
+        lengths, (_, drafts, prompts, num) = batch.columns.lengths, batch.columns.borders
+        is_fixed = drafts == num or (drafts == 0 and prompts == num)
+        if self.graphs is None or not is_fixed or (lengths != lengths[0]).any() or any(s.parents for s in batch.others):
             return None
-        return self.graphs.find(num, length)
+        return self.graphs.find(num, int(lengths[0]))
 
-    def _plan(self, batch: ScheduledBatch, layout: _Layout) -> ForwardBatch:
-        lengths, starts, cu = layout.lengths, layout.starts, layout.cu
+    def _plan(self, batch: ScheduledBatch) -> ForwardBatch:
+        columns = batch.columns
+        lengths, starts = columns.lengths, columns.starts
+        cu = np.concatenate(([0], np.cumsum(lengths)))
         seq_lens = starts + lengths
         owner = np.repeat(np.arange(len(lengths)), lengths)
-        last = np.repeat(cu[1:], layout.logits)
-        behind = np.repeat(np.cumsum(layout.logits), layout.logits) - np.arange(len(last))
+        last = np.repeat(cu[1:], columns.num_draws)
+        behind = np.repeat(np.cumsum(columns.num_draws), columns.num_draws) - np.arange(len(last))
         token_ids, positions, logits_rows = upload_many(
-            [_token_ids(batch), np.arange(cu[-1]) + (starts - cu[:-1])[owner], last - behind],
+            [columns.token_ids, np.arange(cu[-1]) + (starts - cu[:-1])[owner], last - behind],
             torch.int64,
             self._device,
         )
-        step, phases = lay_out_step(layout.rows, starts, lengths, layout.borders, positions)
-        if any(s.token_ids[0] == PENDING for s in batch.sequences):
+        step, phases = lay_out_step(columns.rows, starts, lengths, columns.borders, positions)
+        if (columns.token_ids == PENDING).any():
             token_ids = torch.where(token_ids < 0, self._last_tokens[step.rows[step.owner]], token_ids)
         return self._planner.plan(token_ids, step, phases, logits_rows, int(seq_lens.max()), self._trees(batch))
 
     def _trees(self, batch: ScheduledBatch) -> TreeRows | None:
         """None when every draft is a chain."""
-        if not any(s.parents for s in batch.sequences):
+        if not any(s.parents for s in batch.others):
             return None
         places, seen = [], []
         for seq in batch.sequences:
@@ -298,7 +284,7 @@ class Runner:
     def _draw_by_pipeline(
         self, drawing: _Drawing, which: npt.NDArray[np.bool_], logits: torch.Tensor, parsed: Mapping[str, object]
     ) -> Drawing:
-        chosen = [seq for seq, wanted in zip(drawing.sequences, which, strict=True) if wanted]
+        chosen = [drawing.sequence(i) for i in np.flatnonzero(which).tolist()]
         rows = [row for seq in chosen for row in rows_of(seq, parsed[seq.request.request_id])]
         if not which.all():
             (index,) = upload_many([np.flatnonzero(np.repeat(which, drawing.counts))], torch.int64, self._device)
@@ -317,10 +303,8 @@ class Runner:
 
     def _prompt_logprobs(self, batch: ScheduledBatch, hidden: torch.Tensor) -> dict[str, list[TokenLogprobs | None]]:
         """Of the requests that ask for them. These wait for the device."""
-        if batch.sequences[-1].is_decode:  # prompts come last
-            return {}
-        found, begin = {}, 0
-        for seq in batch.sequences:
+        found, begin = {}, len(batch.decodes.states)
+        for seq in batch.others:
             end = begin + len(seq.token_ids)
             top, prompt = seq.request.params.prompt_logprobs, seq.request.prompt_token_ids
             if top is not None and seq.start < len(prompt):
@@ -341,44 +325,25 @@ class Runner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Drawing:
-    """The sequences of a batch that draw. rows: of the block tables.  positions: of each one's first draw.  counts: rows of logits of each."""
+    """The sequences of a batch that draw, [N]. where: in the batch.  rows: of the block tables.  positions: of each one's first draw.
+    counts: rows of logits of each."""
 
-    sequences: Sequence[ScheduledSequence]
+    batch: ScheduledBatch
+    where: Ints
     rows: Ints
     positions: Ints
     counts: Ints
 
     @classmethod
     def of(cls, batch: ScheduledBatch) -> _Drawing:
-        drawing = [s for s in batch.sequences if s.draws]
-        counts = _ints([s.num_drafts + 1 for s in drawing])
-        return cls(
-            sequences=drawing,
-            rows=_ints([s.row for s in drawing]),
-            positions=_ints([s.start + len(s.token_ids) for s in drawing]) - counts + 1,
-            counts=counts,
-        )
+        columns = batch.columns
+        where = np.flatnonzero(columns.num_draws)
+        counts = columns.num_draws[where]
+        positions = (columns.starts + columns.lengths)[where] - counts + 1
+        return cls(batch=batch, where=where, rows=columns.rows[where], positions=positions, counts=counts)
 
+    def sequence(self, index: int) -> ScheduledSequence:
+        return self.batch.sequences[int(self.where[index])]
 
-def _lay_out(batch: ScheduledBatch) -> _Layout:
-    sequences = batch.sequences
-    lengths = _ints([len(s.token_ids) for s in sequences])
-    num_drafts = _ints([s.num_drafts for s in sequences])
-    num_decodes, num_verified = sum([s.is_decode for s in sequences]), int(np.count_nonzero(num_drafts))
-    return _Layout(
-        rows=_ints([s.row for s in sequences]),
-        starts=_ints([s.start for s in sequences]),
-        lengths=lengths,
-        cu=np.concatenate(([0], np.cumsum(lengths))),
-        logits=_ints([s.draws for s in sequences]) + num_drafts,
-        borders=(0, num_decodes - num_verified, num_decodes, len(sequences)),
-    )
-
-
-def _ints(values: list[int]) -> Ints:
-    """From a list: half the time of np.fromiter over a generator."""
-    return np.array(values, dtype=np.int64)
-
-
-def _token_ids(batch: ScheduledBatch) -> Ints:
-    return _ints(list(chain.from_iterable([s.token_ids for s in batch.sequences])))
+    def request(self, index: int) -> Request:
+        return self.sequence(index).request

@@ -8,23 +8,14 @@ those; then it moves, ends, and leaves its place to the second: every admitted r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from itertools import chain
 from types import MappingProxyType
-from typing import TypeAlias
 
-from l4core.engine.admission import SchedulerLimits, refusal, victims_for
-from l4core.engine.batch import (
-    NO_DRAFT,
-    PENDING,
-    Draft,
-    DraftRequest,
-    DrawnTokens,
-    NewPages,
-    ScheduledBatch,
-    ScheduledSequence,
-    StepTokens,
-)
+from l4core.engine.admission import SchedulerLimits, is_computed_now, refusal, take_prefix, victims_for
+from l4core.engine.batch import NO_DRAFT, Draft, DraftRequest, NewPages, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.engine.choice import NO_FLIGHT, Choice, Flight, last_token
+from l4core.engine.outcomes import take_in, take_in_decoded
 from l4core.engine.sequence import NO_ROW, RankedQueue, SequenceState
 from l4core.engine.step_costs import StepBudget, StepCosts
 from l4core.engine.step_counts import StepCounts
@@ -36,14 +27,7 @@ from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput, St
 __all__ = ["Scheduler", "SchedulerLimits"]
 
 NO_PAGES: Mapping[str, NewPages] = MappingProxyType({})
-LAST_TOKEN_PENDING = (PENDING,)
 NO_DRAFTS: Mapping[str, Draft] = MappingProxyType({})
-
-
-Flight: TypeAlias = Sequence[tuple[SequenceState, ScheduledSequence]]
-"""A scheduled batch that is not committed yet."""
-
-
 LOOKS_PER_STEP = 256
 """Pages of its prefix that a request may look at for each step that it waits for memory: one of ten million tokens has 156,250."""
 
@@ -140,37 +124,33 @@ class Scheduler:
         `draftable` named since the last commit. Raises RuntimeError while max_in_flight batches wait for their commit."""
         if len(self._flights) >= self.max_in_flight:
             raise RuntimeError("schedule() was called before the batch in flight was committed")
-        for seq, _ in self._flights[-1] if self._flights else ():
-            seq.entry = None
-        decodes, prefills = self._split()
-        chosen, budget = self._schedule_decodes(decodes, drafts)
-        self._schedule_prefills(prefills, chosen, budget)
-        flight = [(seq, seq.entry) for seq in chosen if seq.entry is not None]
-        if not flight:
+        choice = Choice()
+        prefills = self._split(choice)
+        budget = self._schedule_decodes(choice, drafts)
+        self._schedule_prefills(prefills, choice, budget)
+        flight = choice.launch(self._step + 1, is_alone=not self._flights)
+        if flight is None:
             return None
-        for seq, entry in flight:
-            seq.advance(entry)
         self._flights.append(flight)
         self._step += 1
-        return ScheduledBatch(step=self._step, sequences=[entry for _, entry in flight])
+        return flight.batch
 
     def commit(self, tokens: StepTokens | None) -> StepOutput:
         """Take in what the oldest batch in flight drew → updates of all requests it changed, and the gauges. None: no batch has been waited for.
 
         Raises ValueError when `tokens` are not those of that batch.
         """
-        flight = () if tokens is None else self._flights[0] if self._flights else ()
-        tokens = tokens or StepTokens()
-        if len(tokens.drawn) != len(flight):
-            raise ValueError(f"{len(tokens.drawn)} draws came for {len(flight)} scheduled sequences")
+        flight = self._flights[0] if self._flights and tokens is not None else NO_FLIGHT
+        decoded, others = flight.divide(tokens or StepTokens())
         updates, self._updates = self._updates, []
-        self._counts.computed([entry for _, entry in flight])
-        for (seq, entry), drawn in zip(flight, tokens.drawn, strict=True):
-            if seq.entry is entry:
-                seq.entry = None
-            if not seq.finished and (update := self._take_in(seq, entry, drawn)) is not None:
+        updates += take_in_decoded(decoded, self.kv, self._end)
+        for (seq, entry), drawn in others:
+            if not seq.finished and (update := take_in(seq, entry, drawn, self.kv, self._counts)) is not None:
                 updates.append(update)
-        if flight:
+                if update.finish_reason is not None:
+                    self._end(seq)
+        if flight is not NO_FLIGHT:
+            self._counts.computed(flight.batch)
             self._flights.popleft()
         return StepOutput(updates=updates, stats=self._stats())
 
@@ -203,144 +183,106 @@ class Scheduler:
         Their pages are given back, since the tables written for them may be incomplete and the KV half written.
         """
         while self._flights:
-            for seq, entry in self._flights.pop():
-                seq.entry = None
+            for seq, entry in self._flights.pop().parts:
                 seq.settle(entry)
                 if not seq.finished and seq.row != NO_ROW:
                     self._preempt(seq)
 
     # --- one step's choice -------------------------------------------------------------------------------------------------------------
 
-    def _split(self) -> tuple[list[SequenceState], list[SequenceState]]:
-        """Running sequences that have only their last token left to compute, and the others; each best first. One that has drawn all it may, known or
-        in flight, is in neither: the last token that is allowed is seen coming, an end by its id is not."""
-        decodes: list[SequenceState] = []
+    def _split(self, choice: Choice) -> list[SequenceState]:
+        """Running sequences that have only their last token left to compute go into the choice; → the others; each best first. One that has drawn all
+        it may, known or in flight, is in neither: the last token that is allowed is seen coming, an end by its id is not."""
         prefills: list[SequenceState] = []
         for seq in self._running:
             if not seq.is_decode:
                 prefills.append(seq)
-            elif seq.num_tokens - seq.prompt_len < seq.stops.max_output:
-                decodes.append(seq)
-        return decodes, prefills
+            elif seq.num_tokens < seq.last_tokens:
+                choice.decodes.append(seq)
+        return prefills
 
-    def _schedule_decodes(
-        self, decodes: list[SequenceState], drafts: Mapping[str, Draft]
-    ) -> tuple[list[SequenceState], StepBudget]:
-        """→ (those in the batch, what prompts may still take).
+    def _schedule_decodes(self, choice: Choice, drafts: Mapping[str, Draft]) -> StepBudget:
+        """Leaves out decodes for which there is no slot, and gives drafts to the others → what prompts may still take.
 
         There are never more decodes than a step has tokens: the youngest was admitted in a step that served all the others too. Drafts get what
         is left.
         """
-        chosen: list[SequenceState] = []
-        verified: list[SequenceState] = []
-        spare = self.limits.max_tokens_per_step - len(decodes)
-        for seq in decodes:
-            if seq.row == NO_ROW:  # evicted by a better one a moment ago
-                continue
-            new_pages = NO_PAGES if seq.num_tokens <= seq.tables.capacity else self._make_room(seq, seq.num_tokens)
-            if new_pages is None:
-                continue
-            last = LAST_TOKEN_PENDING if seq.num_pending else seq.output_token_ids[-1:]
-            if not drafts:
-                seq.entry = ScheduledSequence(
-                    request=seq.request,
-                    row=seq.row,
-                    start=seq.num_computed,
-                    token_ids=last,
-                    new_pages=new_pages,
-                    draws=True,
-                    is_decode=True,
-                    output_token_ids=seq.output_token_ids,
-                )
-                chosen.append(seq)
-                continue
-            draft = drafts.get(seq.request.request_id, NO_DRAFT)
-            most = min(spare, min(seq.tables.capacity, seq.last_slot) - seq.num_tokens)
+        room = self.limits.max_tokens_per_step - len(choice.decodes)
+        wanting = [seq for seq in choice.decodes if seq.num_tokens > seq.tables.capacity]
+        for seq in wanting:
+            new_pages = None if seq.row == NO_ROW else self._make_room(seq, seq.num_tokens)  # evicted by a better one
+            if new_pages is not None:
+                choice.new_pages[seq.row] = new_pages
+        if wanting:
+            choice.decodes = [s for s in choice.decodes if s.row != NO_ROW and s.num_tokens <= s.tables.capacity]
+        num_decodes = len(choice.decodes)
+        num_guesses = self._add_guesses(choice, drafts, room) if drafts else 0
+        return StepBudget(self.limits.max_tokens_per_step - num_decodes - num_guesses, self.costs, num_decodes)
+
+    def _add_guesses(self, choice: Choice, drafts: Mapping[str, Draft], room: int) -> int:
+        """Decodes that have a draft, and slots for some of it, become drafts → guesses taken, `room` at most."""
+        plain: list[SequenceState] = []
+        left = room
+        for seq in choice.decodes:
+            draft = drafts.get(seq.request_id, NO_DRAFT)
+            most = min(left, min(seq.tables.capacity, seq.last_slot) - seq.num_tokens)
             guesses = draft.token_ids[: max(0, most)]
-            seq.entry = ScheduledSequence(
+            if not guesses:
+                plain.append(seq)
+                continue
+            left -= len(guesses)
+            entry = ScheduledSequence(
                 request=seq.request,
                 row=seq.row,
-                start=seq.num_computed,
-                token_ids=(*last, *guesses) if guesses else last,
-                new_pages=new_pages,
+                start=seq.num_tokens - 1,
+                token_ids=(last_token(seq), *guesses),
+                new_pages=choice.new_pages.get(seq.row, NO_PAGES),
                 draws=True,
                 is_decode=True,
                 output_token_ids=seq.output_token_ids,
                 num_drafts=len(guesses),
                 parents=draft.parents[: len(guesses)],
             )
-            spare -= len(guesses)
-            (verified if guesses else chosen).append(seq)
-        chosen += verified
-        return chosen, StepBudget(spare + len(decodes) - len(chosen), self.costs, len(chosen))
+            choice.drafts.append((seq, entry))
+        choice.decodes = plain
+        return room - left
 
-    def _schedule_prefills(
-        self, prefills: list[SequenceState], chosen: list[SequenceState], budget: StepBudget
-    ) -> None:
+    def _schedule_prefills(self, prefills: list[SequenceState], choice: Choice, budget: StepBudget) -> None:
         """The next piece of every prompt, running or waiting, best first, until tokens or pages run out."""
         for seq in prefills:
-            self._admit(chosen, budget, before=seq)
+            self._admit(choice, budget, before=seq)
             if seq.row == NO_ROW:
                 continue
-            if not (budget and self._schedule_piece(seq, budget)):  # worse ones must not take the pages it waits for
+            if not (
+                budget and self._schedule_piece(seq, choice, budget)
+            ):  # worse ones must not take the pages it waits for
                 return
-            chosen.append(seq)
-        self._admit(chosen, budget)
+        self._admit(choice, budget)
 
-    def _take_prefix(self, seq: SequenceState) -> None:
-        """Start behind the tokens whose pages are still there; the last known token is always computed, for its logits."""
-        if seq.wants_prompt_logprobs:
-            return
-        length = self.kv.find_prefix(seq.hashes, seq.num_tokens - 1)
-        self.kv.take_prefix(seq.tables, seq.hashes, length)
-        if not self.kv.fits_alone(seq.tables, length, seq.last_slot):  # too scattered to finish beside
-            self.kv.release(seq.tables)
-            length = 0
-        seq.num_computed = length
-
-    def _must_wait(self, seq: SequenceState, chosen: Sequence[SequenceState]) -> bool:
+    def _must_wait(self, seq: SequenceState, choice: Choice) -> bool:
         """Told without looking at every page of its prefix: it found no memory a short while ago, or finds more of its prefix a step later."""
-        return (self._step < seq.look_again and len(self._running) > 0) or self._is_computed_now(seq, chosen)
-
-    def _is_computed_now(self, seq: SequenceState, chosen: Sequence[SequenceState]) -> bool:
-        """Whether the first page that `seq` would compute is in this step's batch already, or in flight: then it waits a step and finds it."""
-        if not self.kv.prefix_cache or seq.wants_prompt_logprobs:
-            return False
-        page_size = self.kv.page_size
-        index = self.kv.find_prefix(seq.hashes, seq.num_tokens - 1, from_last=True) // page_size
-        if (index + 1) * page_size > seq.num_tokens - 1:
-            return False
-        now = [(other, entry) for other in chosen if (entry := other.entry) is not None]
-        return any(
-            entry.start // page_size <= index < (entry.start + len(entry.token_ids)) // page_size
-            and other.hashes[index] == seq.hashes[index]
-            for other, entry in chain(now, *self._flights)
-            if not entry.is_decode and not other.finished
-        )
-
-    def _drop_pages(self, seq: SequenceState) -> None:
-        self.kv.release(seq.tables)
-        seq.num_computed = 0
+        if self._step < seq.look_again and len(self._running) > 0:
+            return True
+        return is_computed_now(seq, chain(choice.pieces, *(flight.others for flight in self._flights)), self.kv)
 
     def _count_hits(self, seq: SequenceState) -> None:
         """For the gauges, and for the request's own usage the first time it starts."""
-        assert seq.entry is not None
-        start = seq.entry.start
+        start = seq.num_prefilled
         if seq.num_cached is None:
             seq.num_cached = min(start, seq.prompt_len)
         for group, table in zip(self.kv.groups, seq.tables.tables, strict=True):
             self._counts.hit(group.name, max(0, start - table.first_index * self.kv.page_size))
 
-    def _schedule_piece(self, seq: SequenceState, budget: StepBudget, *, first: bool = False) -> bool:
+    def _schedule_piece(self, seq: SequenceState, choice: Choice, budget: StepBudget, *, first: bool = False) -> bool:
         """A piece that the budget allows and that ends at a chunk border at the latest → whether there were pages for it.
 
         first: since it has a row, so the row's entries are all new, those of a cached prefix among them.
         """
-        start, border = seq.num_computed, seq.num_tokens
+        start, border = seq.num_prefilled, seq.num_tokens
         if self.limits.chunk_size is not None:
             border = min(border, (start // self.limits.chunk_size + 1) * self.limits.chunk_size)
         end = start + budget.piece(start, border, self.kv.page_size)
-        new_pages = self._make_room(seq, end)
+        new_pages = self._make_room(seq, end, choice)
         if new_pages is None:
             return False
         budget.spend(start, end - start)
@@ -349,7 +291,7 @@ class Scheduler:
                 group.name: NewPages(first_index=table.first_index, pages=tuple(table.pages))
                 for group, table in zip(self.kv.groups, seq.tables.tables, strict=True)
             }
-        seq.entry = ScheduledSequence(
+        entry = ScheduledSequence(
             request=seq.request,
             row=seq.row,
             start=start,
@@ -359,9 +301,10 @@ class Scheduler:
             is_decode=False,
             output_token_ids=seq.output_token_ids,
         )
+        choice.pieces.append((seq, entry))
         return True
 
-    def _admit(self, chosen: list[SequenceState], budget: StepBudget, before: SequenceState | None = None) -> None:
+    def _admit(self, choice: Choice, budget: StepBudget, before: SequenceState | None = None) -> None:
         """Start waiting requests (those that rank before `before`) while the budget, rows and pages last.
 
         Strictly in rank order: a small one does not overtake a large one that waits for memory, or the large one might wait for ever.
@@ -370,33 +313,36 @@ class Scheduler:
             seq = self._waiting.first
             if seq in self._evicted or (before is not None and seq.rank > before.rank):
                 break
-            if self._must_wait(seq, chosen):
+            if self._must_wait(seq, choice):
                 break
-            self._take_prefix(seq)
+            take_prefix(seq, self.kv)
             victims = victims_for(seq, self._running, self.limits, self.kv)
             if victims is None:
-                seq.look_again = self._step + seq.num_computed // self.kv.page_size // LOOKS_PER_STEP
-                self._drop_pages(seq)
+                seq.look_again = self._step + seq.num_prefilled // self.kv.page_size // LOOKS_PER_STEP
+                self.kv.release(seq.tables)
+                seq.start_over()
                 break
             for victim in victims:
                 self._preempt(victim)
             self._waiting.remove(seq)
             seq.row = self._rows.pop()
             self._running.add(seq)
-            started = self._schedule_piece(seq, budget, first=True)
+            started = self._schedule_piece(seq, choice, budget, first=True)
             assert started, "admission left no room for the first piece"
             self._count_hits(seq)
-            chosen.append(seq)
 
-    def _make_room(self, seq: SequenceState, upto_len: int) -> Mapping[str, NewPages] | None:
+    def _make_room(
+        self, seq: SequenceState, upto_len: int, choice: Choice | None = None
+    ) -> Mapping[str, NewPages] | None:
         """Slots for the first `upto_len` tokens, taken from worse-ranked sequences if need be; None = it must sit this step out.
 
-        Sitting out keeps its pages: it is evicted only when a better one needs them. A decode already in this step's batch is left alone, for
+        Sitting out keeps its pages: it is evicted only when a better one needs them. A decode already in this step's choice is left alone, for
         it will end and give its pages back without any work lost, unless its priority is lower.
         """
         while (new := self.kv.reserve(seq.tables, upto_len)) is None:
             victim = self._running.last
-            if victim is seq or (victim.entry is not None and victim.request.priority == seq.request.priority):
+            is_peer = victim.request.priority == seq.request.priority
+            if victim is seq or (is_peer and choice is not None and choice.holds(victim)):
                 return None
             self._preempt(victim)
         return _entries(new)
@@ -406,7 +352,7 @@ class Scheduler:
     def _preempt(self, seq: SequenceState) -> None:
         """Back to its place in the queue. It keeps its output; prompt and output are computed again, and its next token is the same."""
         self._leave_row(seq)
-        seq.num_computed, seq.is_decode, seq.entry = 0, False, None
+        seq.start_over()
         self._waiting.add(seq)
         self._evicted.append(seq)
 
@@ -423,74 +369,6 @@ class Scheduler:
         self.kv.release(seq.tables)
         self._rows.append(seq.row)
         seq.row = NO_ROW
-
-    def _take_in(self, seq: SequenceState, entry: ScheduledSequence, drawn: DrawnTokens) -> SequenceUpdate | None:
-        request_id = seq.request.request_id
-        if drawn.request_id != request_id or len(drawn.token_ids) != entry.draws:
-            self._check_draws(entry, drawn)
-        elif entry.is_decode and not (entry.num_drafts or drawn.error or drawn.prompt_logprobs):
-            return self._take_in_token(seq, entry, drawn)
-        if drawn.error and not drawn.token_ids:
-            self._end(seq)
-            return SequenceUpdate(request_id=request_id, finish_reason=FinishReason.ERROR, error=drawn.error)
-        is_first = not seq.output_token_ids
-        seq.settle(entry)
-        token_ids, reason = seq.extend(drawn.token_ids)
-        length = entry.start + (len(token_ids) if entry.is_decode else len(entry.token_ids))
-        if seq.row != NO_ROW:  # not evicted meanwhile
-            if entry.num_drafts:
-                seq.num_computed = length
-            if length >= seq.tables.next_commit:
-                self.kv.commit(seq.tables, length, seq.hashes)
-        prompt_logprobs = seq.new_prompt_logprobs(entry.start, drawn.prompt_logprobs) if drawn.prompt_logprobs else ()
-        if not token_ids:
-            return SequenceUpdate(request_id=request_id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
-        if entry.num_drafts:
-            self._counts.verified(entry, len(token_ids))
-            seq.judge_draft(len(token_ids) > 1)
-        if reason is None and drawn.error:
-            reason = FinishReason.ERROR
-        if reason is not None:
-            self._end(seq)
-        return SequenceUpdate(
-            request_id=request_id,
-            new_token_ids=token_ids,
-            logprobs=drawn.logprobs[: len(token_ids)],
-            prompt_logprobs=prompt_logprobs,
-            finish_reason=reason,
-            stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
-            error=drawn.error if reason is FinishReason.ERROR else "",
-            num_cached_tokens=(seq.num_cached or 0) if is_first else 0,  # told once
-            num_drafted=entry.num_drafts,
-        )
-
-    def _take_in_token(self, seq: SequenceState, entry: ScheduledSequence, drawn: DrawnTokens) -> SequenceUpdate:
-        """What `_take_in` does, of a decode without guesses: nearly all there is to take in, so it is done with the fewest calls."""
-        reason = seq.settle_one(drawn.token_ids[0])
-        if entry.start + 1 >= seq.tables.next_commit and seq.row != NO_ROW:
-            self.kv.commit(seq.tables, entry.start + 1, seq.hashes)
-        request_id = seq.request.request_id
-        if reason is None:
-            return SequenceUpdate(request_id=request_id, new_token_ids=drawn.token_ids, logprobs=drawn.logprobs)
-        self._end(seq)
-        return SequenceUpdate(
-            request_id=request_id,
-            new_token_ids=drawn.token_ids,
-            logprobs=drawn.logprobs,
-            finish_reason=reason,
-            stop_token_id=drawn.token_ids[0] if reason is FinishReason.STOP else None,
-        )
-
-    def _check_draws(self, entry: ScheduledSequence, drawn: DrawnTokens) -> None:
-        request_id, count = entry.request.request_id, len(drawn.token_ids)
-        if drawn.request_id != request_id:
-            raise ValueError(f"a draw for {drawn.request_id!r} came where {request_id!r} was scheduled")
-        if (count > 0) is not entry.draws and not drawn.error:
-            raise ValueError(
-                f"{request_id}: {count} tokens were drawn; the piece {'ends' if entry.draws else 'does not end'} its known tokens"
-            )
-        if count > entry.num_drafts + 1:
-            raise ValueError(f"{request_id}: {count} tokens were drawn to verify {entry.num_drafts} drafts")
 
     def _report_end(self, request: Request, reason: FinishReason, error: str = "") -> None:
         self._updates.append(SequenceUpdate(request_id=request.request_id, finish_reason=reason, error=error))

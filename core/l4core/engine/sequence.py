@@ -21,9 +21,10 @@ _rank = attrgetter("rank")
 class SequenceState:
     """Owned by the scheduler, from `add` to the end. Token i of the sequence is prompt[i], then output_token_ids[i − prompt_len].
 
-    rank: (−priority, arrival number), smaller is served first.  num_tokens: prompt + output, with num_pending tokens that batches in flight draw and
-    that output_token_ids lacks.  num_computed: tokens whose KV is in the pages once those batches are done.  row: block-table row, NO_ROW while
-    waiting.  is_decode: only the token drawn last is left to compute.  entry: its part of the batch scheduled last, until that is committed.
+    rank: (−priority, arrival number), smaller is served first.  num_tokens: prompt + output, with those that batches in flight draw and that
+    output_token_ids lacks.  last_tokens: num_tokens at which it has drawn all it may.  num_prefilled: tokens whose KV is in the pages once those
+    batches are done, until it decodes.  row: block-table row, NO_ROW while waiting.  is_decode: only the token drawn last is left to compute.
+    due: output tokens at which more is to be done than to note the token (a page is full, the answer is over); 0 = see at the next.
     hashes: of its full pages.  num_cached: prompt tokens found computed when it first started, None before.
     first_guess: share of drafts whose first guess was right, lately.
     num_prompt_logprobs: prompt positions whose logprobs were handed out.  look_again: step before which it need not look for memory.
@@ -35,18 +36,35 @@ class SequenceState:
     tables: PageTables
     prompt_len: int
     num_tokens: int
-    num_pending: int = 0
-    num_computed: int = 0
+    num_prefilled: int = 0
     row: int = NO_ROW
     is_decode: bool = False
     output_token_ids: list[int] = field(default_factory=list)
-    entry: ScheduledSequence | None = None
+    due: int = 0
     finished: bool = False
     num_prompt_logprobs: int = 0
     hashes: PageHashes = field(init=False)
     num_cached: int | None = None
     first_guess: float = 0.5
     look_again: int = 0
+    request_id: str = field(init=False)
+    last_tokens: int = field(init=False)
+    end_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """What every step asks for lies beside the rest."""
+        self.request_id, self.end_ids = self.request.request_id, self.stops.end_ids
+        self.last_tokens = self.prompt_len + self.stops.max_output
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose KV is in the pages once the batches in flight are done."""
+        return self.num_tokens - 1 if self.is_decode else self.num_prefilled
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that batches in flight draw."""
+        return self.num_tokens - self.prompt_len - len(self.output_token_ids)
 
     def hash_pages(self, salt: str, page_size: int) -> None:
         """Start the chain of hashes of its own tokens."""
@@ -60,7 +78,7 @@ class SequenceState:
     @property
     def last_slot(self) -> int:
         """Slots it can ever need: nothing is computed after the last output token."""
-        return self.prompt_len + self.stops.max_output - 1
+        return self.last_tokens - 1
 
     def token_ids(self, begin: int, end: int) -> Sequence[int]:
         """Tokens [begin, end) of the sequence; O(end − begin)."""
@@ -73,17 +91,18 @@ class SequenceState:
     def advance(self, entry: ScheduledSequence) -> None:
         """The entry is in a batch that will be computed: from now on its tokens count as computed, and a token it draws as drawn. Of a draft only
         the token before it is sure."""
-        self.num_computed = entry.start + len(entry.token_ids) - entry.num_drafts
-        if entry.draws:
-            self.num_tokens += 1
-            self.num_pending += 1
-            self.is_decode = True
+        if not entry.is_decode:
+            self.num_prefilled = entry.start + len(entry.token_ids)
+            self.is_decode = entry.draws
+        self.num_tokens += entry.draws
 
     def settle(self, entry: ScheduledSequence) -> None:
         """The other way: what the entry drew is about to be taken in, or never will be."""
-        if entry.draws:
-            self.num_tokens -= 1
-            self.num_pending -= 1
+        self.num_tokens -= entry.draws
+
+    def start_over(self) -> None:
+        """Its pages are gone: all its tokens are to be computed again."""
+        self.num_prefilled, self.is_decode, self.due = 0, False, 0
 
     def judge_draft(self, is_right: bool) -> None:
         """Note whether the first guess of a draft was right. What came longer ago counts less: half after 34 drafts."""
@@ -103,17 +122,11 @@ class SequenceState:
         """Take in the drawn token → why the sequence ends with it, None = it goes on."""
         self.output_token_ids.append(token_id)
         self.num_tokens += 1
-        stops, num_output = self.stops, len(self.output_token_ids)
-        if token_id in stops.end_ids and num_output > stops.min_output:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if num_output >= stops.max_output else None
+        return self.end_by(token_id)
 
-    def settle_one(self, token_id: int) -> FinishReason | None:
-        """`settle` and `append` of a decode that drew one token."""
-        self.num_pending -= 1
-        output, stops = self.output_token_ids, self.stops
-        output.append(token_id)
-        num_output = len(output)
+    def end_by(self, token_id: int) -> FinishReason | None:
+        """Why the sequence ends with this token, its last; None = it goes on."""
+        stops, num_output = self.stops, len(self.output_token_ids)
         if token_id in stops.end_ids and num_output > stops.min_output:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_output >= stops.max_output else None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from l4core.engine.batch import ScheduledSequence
+from l4core.engine.batch import ScheduledBatch, ScheduledSequence
 from l4core.engine.step_costs import piece_scores
 from l4core.kv.manager import KVManager
 from l4core.request import StepStats
@@ -22,10 +22,10 @@ class StepCounts:
         self._drafted: list[int] = []
         self._accepted: list[int] = []
 
-    def computed(self, entries: Sequence[ScheduledSequence]) -> None:
+    def computed(self, batch: ScheduledBatch) -> None:
         """Pieces of prompts, and decodes, were computed."""
-        pieces = [entry for entry in entries if not entry.is_decode]
-        self._num_decode += len(entries) - len(pieces)
+        pieces = [entry for entry in batch.others if not entry.is_decode]
+        self._num_decode += len(batch.sequences) - len(pieces)
         self._num_prefill += sum(len(piece.token_ids) for piece in pieces)
         self._scores += sum(piece_scores(piece.start, len(piece.token_ids)) for piece in pieces)
 

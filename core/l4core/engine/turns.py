@@ -136,17 +136,16 @@ def _aborts(request_ids: Sequence[str]) -> Submit:
     return Submit.of(Inbox(aborts=list(request_ids)))
 
 
-_PLACE = attrgetter("row", "start", "num_drafts", "draws")
-
-
 def checksum(batch: ScheduledBatch | None, output: StepOutput) -> int:
     """Of what a step scheduled (rows, positions, tokens, pages) and what it brought. 32 bits."""
     numbers = array("q", chain.from_iterable(map(attrgetter("new_token_ids"), output.updates)))
     if batch is not None:
+        columns = batch.columns
         numbers.append(batch.step)
-        numbers.extend(chain.from_iterable(map(_PLACE, batch.sequences)))
-        numbers.extend(chain.from_iterable(map(attrgetter("token_ids"), batch.sequences)))
-        for changes in filter(None, map(attrgetter("new_pages"), batch.sequences)):
+        numbers.extend(columns.borders)
+        for column in (columns.rows, columns.starts, columns.lengths, columns.num_draws, columns.token_ids):
+            numbers.frombytes(column.tobytes())
+        for changes in map(attrgetter("new_pages"), batch.with_new_pages):
             for new in changes.values():
                 numbers.append(new.first_index)
                 numbers.extend(new.pages)

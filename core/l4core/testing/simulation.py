@@ -174,10 +174,12 @@ class SimulatedEngine:
         num_drafts: int = 0,
         max_local: int | None = None,
         overlapped: bool = False,
+        as_columns: bool = True,
     ) -> None:
         """num_superpages: the null one among them.  failing: ids of requests whose first draw fails.
         num_drafts: guesses a step, most of them right.  max_local: superpages of local pages at most.
-        overlapped: each step is scheduled before the tokens of the one before are known; without drafts."""
+        overlapped: each step is scheduled before the tokens of the one before are known; without drafts.
+        as_columns: tokens of decodes come as such, as they do where all of a step are drawn by kernels; False = as draws one by one."""
         chunk_size = next((g.chunk_size for g in groups if g.chunk_size is not None), None)
         limits = SchedulerLimits(
             max_running=max_running,
@@ -197,7 +199,7 @@ class SimulatedEngine:
         self.scheduler = Scheduler(limits, kv, max_in_flight=2 if overlapped else 1)
         self.overlapped, self._executed = overlapped, deque[StepTokens]()
         self.groups, self.vocab_size, self.failing = groups, vocab_size, failing
-        self.num_drafts = num_drafts
+        self.num_drafts, self.as_columns = num_drafts, as_columns
         self._last_tokens: dict[int, int] = {}
 
     def step(self) -> StepOutput:
@@ -237,7 +239,12 @@ class SimulatedEngine:
         self._last_tokens |= {
             seq.row: one.token_ids[-1] for seq, one in zip(sequences, drawn, strict=True) if one.token_ids
         }
-        return StepTokens(drawn=drawn)
+        if not self.as_columns:
+            return StepTokens(drawn=drawn)
+        num = len(batch.decodes.states)
+        decoded = [PENDING if one.error or one.logprobs else one.token_ids[0] for one in drawn[:num]]
+        away = [one for one, token_id in zip(drawn, decoded, strict=False) if token_id == PENDING]
+        return StepTokens(decoded=decoded, drawn=[*away, *drawn[num:]])
 
     def _with_last_token(self, seq: ScheduledSequence) -> ScheduledSequence:
         if seq.token_ids[0] != PENDING:
