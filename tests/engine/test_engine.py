@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from l4core import SamplingParams
-from l4core.engine.batch import Inbox
+from l4core.engine.batch import Inbox, StepTokens
 from l4core.engine.engine import Engine
 from l4core.engine.scheduler import Scheduler, SchedulerLimits
 from l4core.errors import RequestError
@@ -48,7 +48,7 @@ class Runner:
             )
             for s in batch.sequences
         ]
-        return SimpleNamespace(wait=lambda: SimpleNamespace(drawn=drawn))
+        return SimpleNamespace(wait=lambda: StepTokens(drawn=drawn))
 
 
 @pytest.fixture
