@@ -124,11 +124,11 @@ def test_a_decode_that_failed_or_has_logprobs_comes_beside_the_columns() -> None
 def test_tokens_that_are_not_the_batchs_are_refused() -> None:
     made = engine(as_columns=True)
     for name in "ab":
-        made.scheduler.add(ask(name))
+        made.scheduler.add(ask(name, prompt_len=1))
     made.step()
     assert made.scheduler.schedule() is not None
-    for tokens in (StepTokens(decoded=[1]), StepTokens(decoded=[1, 1, 1]), StepTokens(decoded=[1, -1]), StepTokens()):
-        with pytest.raises(ValueError, match=r"draws came for 2 scheduled sequences"):
+    for tokens in (StepTokens(), *(StepTokens(decoded=ids) for ids in ([1], [-1], [1, 1, 1], [1, -1]))):
+        with pytest.raises(ValueError, match=r"came for 2 scheduled sequences"):
             made.scheduler.commit(tokens)
     assert len(made.scheduler.commit(StepTokens(decoded=[5, 6])).updates) == 2
 

@@ -85,11 +85,14 @@ class Flight:
 
     def divide(self, tokens: StepTokens) -> tuple[Decoded, Iterator[tuple[Part, DrawnTokens]]]:
         """→ (decodes with their tokens, the other parts with what they drew). ValueError when not all came."""
-        decoded, rest = self._decoded(tokens.decoded)
-        if len(tokens.drawn) != len(rest) or len(decoded[0]) != len(decoded[1]):
-            found, wanted = len(tokens.drawn) + len(decoded[1]), len(self.batch.sequences)
-            raise ValueError(f"{found} draws came for {wanted} scheduled sequences")
-        return decoded, zip(rest, tokens.drawn, strict=True)
+        if tokens.decoded is None or len(tokens.decoded) == len(self.decodes):
+            decoded, rest = self._decoded(tokens.decoded)
+            if len(tokens.drawn) == len(rest):
+                return decoded, zip(rest, tokens.drawn, strict=True)
+        found = f"{len(tokens.drawn)} draws" + ("" if tokens.decoded is None else f" and {len(tokens.decoded)} tokens")
+        raise ValueError(
+            f"{found} came for {len(self.batch.sequences)} scheduled sequences, {len(self.decodes)} decodes among them"
+        )
 
     def _decoded(self, token_ids: Sequence[int] | None) -> tuple[Decoded, Sequence[Part]]:
         if token_ids is None:
