@@ -87,6 +87,17 @@ def test_modules_that_are_run_exist(name: str) -> None:
             assert path.name != "__init__.py" or path.with_name("__main__.py").is_file(), module
 
 
+def test_files_that_texts_name_exist() -> None:
+    """A path with a folder in it, as `engine/engine.py`, is the end of a file's path."""
+    files = [
+        p for folder in ("core", "plugins", "tests", "benchmarks", "examples") for p in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    ends = {"/".join(file.parts[start:]) for file in files for start in range(len(ROOT.parts), len(file.parts))}
+    for text in (*ROOT.glob("core/**/*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        for named in re.findall(r"(?<![\w/.$}*<-])((?:[\w-]+/)+\w+\.py)\b", text.read_text()):
+            assert named in ends, f"{text.relative_to(ROOT)} names {named}"
+
+
 def test_a_stale_import_is_seen() -> None:
     stale = "def f():\n    from l4core.testing.models.checkpoints import BENCH, gone\n    import l4core.nowhere\n"
     assert missing(stale) == ["l4core.testing.models.checkpoints.gone", "l4core.nowhere"]

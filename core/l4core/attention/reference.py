@@ -14,10 +14,9 @@ from l4core.plugin_api import AttentionBackend, AttentionContext, AttentionMetad
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sequence:
-    """Query rows [first_row, first_row + num_rows) and the keys they may see."""
+    """Query rows from first_row on, and the keys that each may see."""
 
     first_row: int
-    num_rows: int
     num_keys: int
     pages: torch.Tensor  # int64 [pages of num_keys]
     visible: tuple[torch.Tensor, ...]  # one bool [num_keys] a row
@@ -36,7 +35,6 @@ class ReferenceBackend(AttentionBackend):
         return tuple(
             _Sequence(
                 first_row=rows[b],
-                num_rows=rows[b + 1] - rows[b],
                 num_keys=lens[b],
                 pages=meta.block_table[b, : -(-lens[b] // self._page_size)].long(),
                 visible=tuple(

@@ -45,7 +45,6 @@ class ModelConfig:
     intermediate_size: int
     intermediate_size_mlp: int
     num_experts: int
-    num_experts_per_tok: int
     moe_layers: tuple[bool, ...]
     rope_layers: tuple[bool, ...]
     chunked_layers: tuple[bool, ...]
@@ -172,7 +171,6 @@ def _parse(
         intermediate_size=text.size("intermediate_size"),
         intermediate_size_mlp=text.size("intermediate_size_mlp", None if not all(moe_layers) else 16384),
         num_experts=text.size("num_local_experts"),
-        num_experts_per_tok=1,
         moe_layers=moe_layers,
         rope_layers=rope_layers,
         chunked_layers=_chunked_layers(text, rope_layers, chunk),

@@ -43,7 +43,6 @@ class DraftConfig:
     rope_scaling: RopeScaling | None
     vocab_size: int
     draft_vocab_size: int
-    max_positions: int
     longest_context: int
     aux_layers: tuple[int, ...]
     norm_before_residual: bool
@@ -89,7 +88,6 @@ class DraftConfig:
             rope_scaling=_scaling(layer.get("rope_scaling") or rope),
             vocab_size=target.vocab_size,
             draft_vocab_size=int(raw.get("draft_vocab_size") or target.vocab_size),
-            max_positions=int(layer.get("max_position_embeddings") or 2048),
             longest_context=_longest_context(options),
             aux_layers=_aux_layers(flags, found, target, options),
             norm_before_residual=_norm_before_residual(flags, found, options),

@@ -1,6 +1,6 @@
 """Where each rank is, and how it finds the others: from `--tp`, from `--nnodes/--node-rank/--dist-init-addr`, or from what torchrun sets.
 
-Plain records; torch is not imported. Whoever starts ranks (server/engine_group.py) makes a `Layout`; each rank is told its `Place`.
+Plain records; torch is not imported. Who starts ranks (server/bridge.py, server/node.py) is given a `Layout`; each rank is told its `Place`.
 """
 
 from __future__ import annotations

@@ -35,7 +35,6 @@ class Served:
     errors: list[str] = field(default_factory=list)
     logits: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    weight_bytes: int = 0
     num_steps: int = 0
     guesses: list[tuple[str, Draft]] = field(default_factory=list)
 
@@ -92,7 +91,7 @@ def rank_config_of(folder: Path, ranks: Ranks, **options: Any) -> EngineConfig:
 
 def serve_with(built: BuiltEngine, requests: Sequence[Request], ranks: Ranks, *, keep: bool = True) -> Served:
     """`serve` with an engine that is there already."""
-    served = Served(weight_bytes=built.budget.needs.weights)
+    served = Served()
     if keep:
         record(built.engine.runner, served)
     if built.engine.speculation is not None:
