@@ -40,7 +40,7 @@ check: $(VENV)/.dev
 docs: $(VENV)/.test
 	$(BIN)/python -m l4core.cli.options_page > docs/options.md
 	$(BIN)/python -m l4core.testing.table benchmarks/results/conformance README.md
-	$(BIN)/l4 plan --model scout --gpu H100-80GB --tp 8 --plot docs/memory-scout.svg > /dev/null
+	$(BIN)/l4 plan scout --gpu H100-80GB --tp 8 --plot docs/memory-scout.svg > /dev/null
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/cpu/table.py

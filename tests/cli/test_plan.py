@@ -45,6 +45,11 @@ def test_fp8_kv_is_the_devices_own_format() -> None:
         assert f"of {backend}" in run("--model", "scout", "--gpu", gpu, "--tp", "8", "--kv-cache-dtype", "fp8")
 
 
+def test_the_model_stands_where_other_commands_have_it() -> None:
+    flags = ["--gpu", "H200", "--tp", "8", "--json"]
+    assert run("scout", *flags) == run("--model", "scout", *flags)
+
+
 def test_a_folder_and_any_memory(tiny: Path) -> None:
     found = json.loads(run("--model", str(tiny), "--memory", "8", "--page-size", "16", "--json"))
     assert found["tp"] == 1
@@ -109,6 +114,8 @@ def test_a_draft_takes_weights_and_lies_beside_the_global_layers(tmp_path: Path)
         (["--model", "scout", "--gpu", "H200", "--memory", "80"], "one of the two"),
         (["--model", "scout", "--gpu", "H300"], "known are L4-24GB"),
         (["--model", "nothing-here", "--gpu", "H200"], "wanted a folder"),
+        (["--gpu", "H200"], "no model is given"),
+        (["scout", "--model", "maverick", "--gpu", "H200"], "given twice: 'scout' and 'maverick'"),
     ],
 )
 def test_wrong_flags_are_errors_with_the_way_out(arguments: list[str], message: str) -> None:

@@ -33,6 +33,22 @@ def build_wheel(project: Path, out: Path) -> Path:
     return wheel
 
 
+def pip_install(target: Path, *projects: Path) -> None:
+    """Projects or wheels into a folder, without the network and without what they depend on."""
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--no-compile",
+    ]
+    subprocess.run([*pip, "--target", str(target), *map(str, projects)], check=True, timeout=300)
+
+
 def environment_with(wheels: list[Path], folder: Path) -> Path:
     """A fresh virtual environment with these wheels of ours alone; their dependencies are links to what this one has. → its python"""
     venv.create(folder, with_pip=False, symlinks=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from helpers.packages import pip_install
 from helpers.serving import serve
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -21,18 +22,7 @@ QUESTION = [{"role": "user", "content": "Which way?"}]
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment of a process that has the four packages (and the l4core under test) on its path."""
     target = tmp_path_factory.mktemp("site")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        target.as_posix(),
-    ]
-    subprocess.run([*command, *(EXAMPLES.joinpath(p).as_posix() for p in PACKAGES)], check=True, timeout=300)
+    pip_install(target, *(EXAMPLES / package for package in PACKAGES))
     return {"PYTHONPATH": target.as_posix()}
 
 

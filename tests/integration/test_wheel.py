@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from helpers.packages import ROOT, build_wheel
+from helpers.packages import ROOT, build_wheel, pip_install
 from helpers.serving import serve
 
 
@@ -22,8 +22,7 @@ def test_an_environment_with_only_the_wheel_serves_a_chat_request(tiny: Path, tm
         assert "l4core/py.typed" in names
         assert not [n for n in names if n.startswith(("tests", "checkpoints", "examples"))]
     site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site.as_posix(), wheel.as_posix()]
-    subprocess.run(install, check=True, timeout=300)
+    pip_install(site, wheel)
     env = {"PYTHONPATH": site.as_posix(), "PYTHONSAFEPATH": "1"}
     where = subprocess.run(
         [sys.executable, "-c", "import l4core; print(l4core.__file__)"],

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 
 from experts.problem import make
+from helpers.packages import pip_install
 from l4core import hookspecs
 from l4core.plugin_api import ChatTemplate, Sampler, Usable
 from l4core.testing import conformance
@@ -166,18 +165,7 @@ def test_the_sixth_backend_of_the_docs(tmp_path: Path, run_python) -> None:
         "l4_gather/backend.py",
         "tests/test_conformance.py",
     ]
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-index",
-        "--no-build-isolation",
-        "--no-compile",
-    ]
-    subprocess.run([*pip, "--target", str(target), str(source)], check=True)
+    pip_install(target, source)
     script = "\n".join(
         text
         for language, text in blocks("attention-backend.md")

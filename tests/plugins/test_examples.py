@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from helpers.packages import pip_install
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PACKAGES = sorted(path.parent for path in EXAMPLES.glob("*/pyproject.toml"))
@@ -17,18 +17,7 @@ PACKAGES = sorted(path.parent for path in EXAMPLES.glob("*/pyproject.toml"))
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All examples, installed by pip into one folder, without the network."""
     folder = tmp_path_factory.mktemp("examples")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-index",
-        "--no-build-isolation",
-        "--no-compile",
-    ]
-    subprocess.run([*command, "--target", str(folder), *map(str, PACKAGES)], check=True)
+    pip_install(folder, *PACKAGES)
     return folder
 
 

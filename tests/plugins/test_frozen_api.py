@@ -6,13 +6,12 @@ A new PLUGIN_API adds a wheel and a line here; the old one stays for as long as 
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.packages import pip_install
 from l4core import plugin_compat
 from l4core.plugin_api import PLUGIN_API
 
@@ -52,9 +51,7 @@ def test_a_frozen_wheel_is_not_edited(api: int) -> None:
 @pytest.fixture(scope="module", params=SERVED, ids=lambda api: f"API {api}")
 def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("frozen")
-    wheel = str(WHEELS / FROZEN[request.param][0])
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-compile"]
-    subprocess.run([*command, "--target", str(target), wheel], check=True)
+    pip_install(target, WHEELS / FROZEN[request.param][0])
     return target
 
 

@@ -27,9 +27,8 @@ KV_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 @click.command(cls=L4Command, short_help="What fits on a device: weights, KV, the largest context.")
-@click.option(
-    "--model", required=True, metavar="DIR|scout|maverick", help="a folder with config.json, or a released model"
-)
+@click.argument("model_argument", metavar="[MODEL]", required=False)
+@click.option("--model", metavar="DIR|scout|maverick", help="a folder with config.json, or a released model")
 @click.option("--gpu", metavar="NAME", help="H100-80GB, H200, B200, MI300X, … (an unknown name lists all)")
 @click.option("--memory", type=click.FloatRange(min=0.1), metavar="GIB", help="memory of one device, instead of --gpu")
 @click.option("--tp", type=click.IntRange(min=1), default=1, metavar="N", help="tensor-parallel devices [1]")
@@ -90,7 +89,8 @@ KV_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of text")
 def plan(
-    model: str,
+    model_argument: str | None,
+    model: str | None,
     gpu: str | None,
     memory: float | None,
     tp: int,
@@ -109,7 +109,8 @@ def plan(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """What a model holds on a device: weights, KV memory, the largest context, requests at once, and what each flag would change.
+    """What MODEL (a folder with config.json, scout or maverick) holds on a device: weights, KV memory, the largest context, requests at once, and
+    what each flag would change.
 
     The same arithmetic sizes the engine at start-up. Text half only: the vision encoder is not loaded yet.
     """
@@ -118,6 +119,7 @@ def plan(
     from l4core.engine.speculation.plan import DEFAULT_STEPS
     from l4core.model.eagle3_config import DraftConfig, Target
 
+    model = one_model(model_argument, model)
     config = load_config(model)
     kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else 2
     backend, verdict = backend_of(
@@ -158,6 +160,16 @@ def plan(
     click.echo("\n" + text_table(("requests of", "at once"), [(f"{n:,} tokens", f"{k:,}") for n, k in found.at_once]))
     click.echo("\n" + text_table(("with", "largest context", "and at once"), list(_changes(config, setup))))
     click.echo("\n" + text_table(("were KV split at start-up", "largest context"), list(_splits(found))))
+
+
+def one_model(positional: str | None, option: str | None) -> str:
+    """The model, named in one of the two ways. ConfigError when it is named in both or in none."""
+    if positional is not None and option is not None:
+        raise ConfigError(f"the model is given twice: {positional!r} and {option!r}", fix="keep one of them")
+    model = positional or option
+    if not model:
+        raise ConfigError("no model is given", fix="l4 plan scout --gpu H100-80GB --tp 8")
+    return model
 
 
 def memory_of(gpu: str | None, memory: float | None) -> int:
