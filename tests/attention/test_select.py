@@ -14,8 +14,8 @@ from l4core.attention.explain import RELEASED_LLAMA4, explain
 from l4core.attention.hints import FIRST_PARTY
 from l4core.attention.select import candidates, select_backend
 from l4core.attention.verdicts import choose_page_size
-from l4core.errors import BackendUnavailable, ConfigError
-from l4core.plugin_api import PLUGIN_API, AttentionRequirements, Platform, Tier, Unusable, Usable
+from l4core.errors import ConfigError
+from l4core.plugin_api import AttentionRequirements, Platform, Tier, Unusable, Usable
 from l4core.plugin_entries import Plugins
 from l4core.plugin_manager import load_plugins
 from l4core.testing.platforms import FAKE_PLATFORMS, fake_platform
@@ -140,92 +140,6 @@ def test_a_vendors_own_device_reaches_sdpa_and_its_checks() -> None:
     assert select_backend(BUILTINS, vendor, SMALL, device="cpu").entry.name == "sdpa"
 
 
-# ---------------------------------------------------------------- guarded probes
-
-
-@pytest.mark.parametrize(
-    ("verdict", "reason"),
-    [
-        (ValueError("ROCm version file not found"), "its probe raised ValueError: ROCm version file not found"),
-        (SystemExit("bye"), "its probe raised SystemExit: bye"),
-        (True, "its probe returned bool"),
-        (Unusable(reason=""), "refused without a reason"),
-        (Usable(tier=20), "tier is 20; wanted a Tier"),  # type: ignore[arg-type]
-        (Usable(tier=Tier.TUNED, page_sizes=[16]), r"page_sizes is [16]"),  # type: ignore[arg-type]
-        (Usable(tier=Tier.TUNED, page_sizes=()), r"page_sizes is ()"),
-        (Usable(tier=Tier.TUNED, page_sizes=(0,)), r"page_sizes is (0,)"),
-        (Usable(tier=Tier.TUNED, preferred_page_size=0), "preferred_page_size is 0"),
-        (Usable(tier=Tier.TUNED, page_stride="any"), "page_stride is 'any'"),  # type: ignore[arg-type]
-        (Usable(tier=Tier.TUNED, workspace_bytes=-1), "workspace_bytes is -1"),
-        (Usable(tier=Tier.TUNED, workspace_bytes=1e6), "workspace_bytes is 1000000.0"),  # type: ignore[arg-type]
-        (Usable(tier=Tier.NATIVE, page_sizes=(48,)), "page sizes 48: wanted a divisor of the attention chunk of 8192"),
-    ],
-)
-def test_a_bad_probe_is_a_refusal_and_the_others_are_asked(verdict, reason: str) -> None:
-    found = candidates([make_entry("bad", verdict), make_entry("good")], CPU, RELEASED_LLAMA4)
-    assert [c.entry.name for c in found] == ["good", "bad"]
-    assert [c.chosen for c in found] == [True, False]
-    assert isinstance(found[1].verdict, Unusable)
-    assert reason in found[1].verdict.reason
-
-
-@pytest.mark.parametrize(
-    ("api", "fix"),
-    [
-        (PLUGIN_API + 1, "pip install --upgrade l4core"),
-        (PLUGIN_API + 7, "pip install --upgrade l4core"),
-        (PLUGIN_API - 2, "pip install --upgrade l4-stale"),
-    ],
-)
-def test_another_api_is_unusable_and_its_probe_is_not_called(api: int, fix: str) -> None:
-    stale = make_entry("stale", AssertionError("called"), api=api)
-    (found,) = candidates([stale], CPU, RELEASED_LLAMA4)
-    assert isinstance(found.verdict, Unusable)
-    assert found.verdict.reason.startswith(f"l4-stale 1.2 is written for plugin API {api}")
-    assert found.verdict.fix == fix
-
-
-@pytest.mark.parametrize(
-    ("asked", "declared", "fix"),
-    [
-        ({"needs_graph": True}, {"graph": True}, "--disable-cuda-graph"),
-        ({"needs_tree": True}, {"tree_mask": True}, "--speculative-eagle-topk 1"),
-        ({"page_size": 256}, {"page_sizes": (64, 256)}, "--page-size 64"),
-    ],
-)
-def test_what_is_needed_and_not_declared_is_refused(asked, declared, fix: str) -> None:
-    req = replace(RELEASED_LLAMA4, **asked)
-    has = make_entry("has", Usable(tier=Tier.PORTABLE, **declared))
-    lacks = make_entry("lacks", Usable(tier=Tier.NATIVE, page_sizes=(64,)))
-    found = candidates([lacks, has], CPU, req)
-    assert [c.entry.name for c in found] == ["has", "lacks"]
-    assert isinstance(found[1].verdict, Unusable)
-    assert found[1].verdict.fix == fix
-
-
-@pytest.mark.parametrize(
-    ("name", "asked", "reason"),
-    [
-        ("sdpa", {"needs_tree": True}, "tree"),
-        *((name, {"kv_dtype": "float4_e2m1fn_x2"}, "KV is float4_e2m1fn_x2") for name in ("sdpa", "reference")),
-        *((name, {"needs_graph": True}, "graph") for name in ("sdpa", "reference")),
-        *((name, {"q_dtype": "float8_e4m3fn"}, "queries are float8_e4m3fn") for name in ("sdpa", "reference")),
-        *((name, {"num_q_heads": 7}, "7 query heads on 8 KV heads") for name in ("sdpa", "reference")),
-    ],
-)
-def test_builtins_refuse_with_reasons(name: str, asked, reason: str) -> None:
-    probe = next(p.entry.probe for p in BUILTINS.attention_backends if p.entry.name == name)
-    assert isinstance(probe(CPU, RELEASED_LLAMA4), Usable)
-    verdict = probe(CPU, replace(RELEASED_LLAMA4, **asked))
-    assert isinstance(verdict, Unusable)
-    assert reason in verdict.reason
-
-
-def test_only_the_reference_does_float64() -> None:
-    req = replace(SMALL, q_dtype="float64", kv_dtype="float64")
-    assert select_backend(BUILTINS, CPU, req, device="cpu").entry.name == "reference"
-
-
 # ---------------------------------------------------------------- ranking
 
 
@@ -260,86 +174,6 @@ def test_running_on_the_reference_is_said_loudly(caplog) -> None:
     caplog.clear()
     select_backend(plugins, CPU, SMALL, device="cpu", named="reference")
     assert caplog.text == ""
-
-
-# ---------------------------------------------------------------- a named backend
-
-
-def test_a_named_backend_is_taken_whatever_its_tier() -> None:
-    plugins = make_plugins(
-        make_entry("best", Usable(tier=Tier.NATIVE)), make_entry("mine", Usable(tier=Tier.REFERENCE))
-    )
-    selected = select_backend(plugins, CPU, SMALL, device="cpu", named="mine")
-    assert (selected.entry.name, selected.distribution, selected.version) == ("mine", "l4-mine", "1.2")
-    assert explain(plugins, CPU, SMALL, named="mine").json()["chosen"] == "mine"
-
-
-def test_a_named_backend_that_is_unusable_is_never_replaced() -> None:
-    plugins = make_plugins(
-        make_entry("mine", Unusable(reason="sm80 found; wanted sm90", fix="--device cpu")), make_entry("good")
-    )
-    with pytest.raises(
-        BackendUnavailable, match=r"'mine' \(l4-mine 1.2\) is not usable here: sm80 found; wanted sm90"
-    ) as caught:
-        select_backend(plugins, CPU, SMALL, device="cpu", named="mine")
-    assert caught.value.fix == "--device cpu"
-
-
-@pytest.mark.parametrize(
-    ("create", "reason", "fix"),
-    [
-        ("refuses", "libvendor 1.0 found; wanted 2.0", "pip install libvendor==2.0"),
-        ("raises", "RuntimeError: no kernel image is available", ""),
-        ("exits", "SystemExit: vendor library gave up", ""),
-        ("returns_nonsense", "returned object; wanted an AttentionBackend", "tell the authors of l4-mine 1.2"),
-        ("wrong", "smoke check 'decode': largest error", "choose another with --attention-backend"),
-        ("nowhere", "cannot import 'attention.backends:nowhere': AttributeError", ""),
-        ("no.such.module:create", "ModuleNotFoundError: No module named 'no'", ""),
-    ],
-)
-def test_a_failing_create_ends_a_named_start_and_not_an_automatic_one(caplog, create, reason, fix) -> None:
-    plugins = make_plugins(make_entry("mine", Usable(tier=Tier.NATIVE), create=create), make_entry("good"))
-    with pytest.raises(BackendUnavailable, match=r"attention backend 'mine' \(l4-mine 1.2\)") as caught:
-        select_backend(plugins, CPU, SMALL, device="cpu", named="mine")
-    assert reason in caught.value.reason
-    assert caught.value.fix == fix
-    assert caplog.text == ""
-
-    assert select_backend(plugins, CPU, SMALL, device="cpu").entry.name == "good"
-    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
-    assert reason in record.getMessage()
-    assert record.getMessage().endswith("using good instead of mine")
-
-
-def test_an_unknown_name_lists_what_there_is() -> None:
-    plugins = make_plugins(make_entry("sdpa"), make_entry("reference"), failed="OSError: no ROCm")
-    with pytest.raises(BackendUnavailable) as caught:
-        select_backend(plugins, CPU, SMALL, device="cpu", named="sdqa")
-    assert "'sdqa'; there are reference, sdpa" in caught.value.reason
-    assert "plugin l4-dead 0.3 failed: OSError: no ROCm" in caught.value.reason
-    assert caught.value.fix == "--attention-backend sdpa"
-    for name, fix in (("fa3", "pip install l4-fa3"), ("qqqqq", "l4 backends")):
-        with pytest.raises(BackendUnavailable) as caught:
-            select_backend(plugins, CPU, SMALL, device="cpu", named=name)
-        assert caught.value.fix == fix
-
-
-def test_nothing_usable_lists_every_reason() -> None:
-    plugins = make_plugins(
-        make_entry("one", Unusable(reason="too cold", fix="heat it")),
-        make_entry("two", create="raises"),
-        failed="OSError: no ROCm",
-    )
-    with pytest.raises(BackendUnavailable, match="no attention backend is usable on cpu") as caught:
-        select_backend(plugins, CPU, SMALL, device="cpu")
-    for text in (
-        "one (l4-one 1.2): too cold [heat it]",
-        "RuntimeError: no kernel image",
-        "plugin l4-dead 0.3 failed: OSError",
-    ):
-        assert text in caught.value.reason
-    with pytest.raises(BackendUnavailable, match="no plugin offers one"):
-        select_backend(make_plugins(), CPU, SMALL, device="cpu")
 
 
 # ---------------------------------------------------------------- options, context, page size
@@ -411,26 +245,3 @@ def test_explanation_quotes_failed_plugins() -> None:
     assert "! plugin l4-dead 0.3 failed: OSError: no ROCm" in explanation.text()
     assert explanation.json()["failures"][0]["reason"] == "OSError: no ROCm"
     assert explanation.json()["chosen"] is None
-
-
-# ---------------------------------------------------------------- backends that wait to be named
-
-
-def test_a_backend_that_asks_to_be_named_is_never_chosen_by_itself() -> None:
-    """Whatever its tier; and where it is all there is, the error says how to name it."""
-    shy = make_entry("shy", Usable(tier=Tier.NATIVE, named_only=True, note="made for another device"))
-    plain = make_entry("plain", Usable(tier=Tier.REFERENCE))
-    plugins = make_plugins(shy, plain)
-    assert [c.entry.name for c in candidates(plugins.attention_backends, CPU, SMALL) if c.chosen] == ["plain"]
-    assert select_backend(plugins, CPU, SMALL, device="cpu").entry.name == "plain"
-    assert select_backend(plugins, CPU, SMALL, device="cpu", named="shy").entry.name == "shy"
-    assert "only when named · any page size · made for another device" in explain(plugins, CPU).text()
-    with pytest.raises(BackendUnavailable, match=r"shy.*only when named.*--attention-backend shy"):
-        select_backend(make_plugins(shy), CPU, SMALL, device="cpu")
-
-
-def test_a_backend_that_asks_to_be_named_is_in_no_tie(caplog: pytest.LogCaptureFixture) -> None:
-    shy = make_entry("shy", Usable(tier=Tier.PORTABLE, named_only=True))
-    with caplog.at_level(logging.INFO):
-        select_backend(make_plugins(shy, make_entry("plain")), CPU, SMALL, device="cpu")
-    assert "tie" not in caplog.text
