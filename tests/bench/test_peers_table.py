@@ -75,6 +75,16 @@ def test_runs_on_several_gpus_have_a_table_of_their_own(table: ModuleType) -> No
     assert "| prefill 8x2048 | 60.00 | 80.00 | 1.33 | 88.00 | 1.10 | –, – |" in shown
 
 
+@pytest.mark.parametrize(("layers", "skips"), [(8, False), (48, True)])
+def test_a_whole_model_is_measured_on_the_ranks_only(
+    table: ModuleType, tmp_path: Path, layers: int, skips: bool
+) -> None:
+    """One GPU does not hold it."""
+    args = argparse.Namespace(layers=layers, l4_option=[], site=tmp_path, limit=1.0, logs=tmp_path)
+    command, _ = table.Table(args, tmp_path)._command("l4-tp4", tmp_path / "out.json")
+    assert ("--skip-one" in command) is skips
+
+
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
