@@ -38,6 +38,35 @@ from l4core.request import Request, SamplingParams
 
 WARMUP, STEPS = 30, 300
 PROMPT = 8
+CONFIG = {
+    "architectures": ["Llama4ForCausalLM"],
+    "model_type": "llama4_text",
+    "torch_dtype": "bfloat16",
+    "attention_chunk_size": 8192,
+    "attn_temperature_tuning": True,
+    "floor_scale": 8192,
+    "attn_scale": 0.1,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "intermediate_size_mlp": 512,
+    "interleave_moe_layer_step": 1,
+    "moe_layers": [],
+    "max_position_embeddings": 8192,
+    "no_rope_layers": [1],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "num_experts_per_tok": 1,
+    "num_local_experts": 1,
+    "num_hidden_layers": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "use_qk_norm": True,
+    "vocab_size": 1000,
+    "eos_token_id": [1],
+}
+"""Of the model: one layer and nothing in it."""
 
 
 def main() -> None:
@@ -71,34 +100,6 @@ def main() -> None:
 
 
 def make_engine(options: dict[str, str], num_requests: int) -> Engine:
-    text = {
-        "architectures": ["Llama4ForCausalLM"],
-        "model_type": "llama4_text",
-        "torch_dtype": "bfloat16",
-        "attention_chunk_size": 8192,
-        "attn_temperature_tuning": True,
-        "floor_scale": 8192,
-        "attn_scale": 0.1,
-        "head_dim": 64,
-        "hidden_act": "silu",
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "intermediate_size_mlp": 512,
-        "interleave_moe_layer_step": 1,
-        "moe_layers": [],
-        "max_position_embeddings": 8192,
-        "no_rope_layers": [1],
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "num_experts_per_tok": 1,
-        "num_local_experts": 1,
-        "num_hidden_layers": 1,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "use_qk_norm": True,
-        "vocab_size": 1000,
-        "eos_token_id": [1],
-    }
     given: dict[str, Any] = {
         "load_format": "dummy",
         "max_running_requests": num_requests,
@@ -106,7 +107,7 @@ def make_engine(options: dict[str, str], num_requests: int) -> Engine:
         "context_length": 4096,
     }
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(text))
+        (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
         own, resolve.graph_sizes = resolve.graph_sizes, one_graph(num_requests)
         built = build.build_engine(from_mapping({"model": folder, **given, **options})[0], progress=False)
         resolve.graph_sizes = own

@@ -111,7 +111,7 @@ class Teacher:
 
     # --- what the engine asks of a drafter ------------------------------------------------------------------------------------------
 
-    def propose(self, requests: Sequence[Any]) -> dict[str, Any]:
+    def propose(self, requests: Sequence[Any], *, late: bool = False) -> dict[str, Any]:
         return {}
 
     def observe(self, batch: Any, aux: torch.Tensor, verified: Sequence[Any]) -> None:

@@ -22,7 +22,7 @@ from l4core.request import Request, TokenLogprobs
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 PENDING = -1
-"""In place of a token id: the token that the sequence drew last, which the host may not know yet and the device does."""
+"""In place of a token id that the device knows and the host may not: of the token that the sequence drew last, of a guess of what follows it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     row: the request's row in the persistent block tables, its own from admission to end or preemption.  new_pages: KV group name → entries
     that changed since the request was last scheduled.  draws: the last token's logits give a new token (False while the prompt is unfinished).
-    token_ids: [PENDING] for a decode after a batch that is still in flight.
+    token_ids: [PENDING] for a decode after a batch that is still in flight; guesses that the device makes just before are PENDING too.
     num_drafts: how many of token_ids, the last ones, are guesses to verify.  parents: of each guess, as in `Draft`; empty = a chain.
     output_token_ids: all known so far, as a view of the scheduler's own list: read it before `commit`, which appends to it.
     """

@@ -260,6 +260,7 @@ def _wire(
         device=device,
         native_chunk=selected.verdict.native_chunk,
         empty_rows=selected.verdict.empty_rows,
+        max_drafts=0 if speculation is None else speculation.num_levels,
     )
     limits = SchedulerLimits(
         max_running=plan.max_running,

@@ -130,12 +130,12 @@ class PendingDraws:
         ]
         return StepTokens(decoded=ids[:num_decodes], drawn=drawn)
 
-    def verified(self) -> list[Verified]:
-        """The same, with the rows the tokens came from."""
+    def verified(self, sequences: Sequence[ScheduledSequence] | None = None) -> list[Verified]:
+        """The same, with the rows the tokens came from. sequences: the batch's, where guesses were PENDING in it and are known now."""
         ids, best = self._arrived()
         others = iter(() if self._others is None else self._others.finish())
         found, row, number = [], 0, 0
-        for seq in self._batch.sequences:
+        for seq in self._batch.sequences if sequences is None else sequences:
             own: list[Draw] = []
             if seq.draws:
                 end = row + seq.num_drafts + 1

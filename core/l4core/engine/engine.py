@@ -32,33 +32,55 @@ class Engine:
         self._parsed: dict[str, object] = {}
         self._looking_back: set[str] = set()
         self._in_flight: PendingDraws | SettledDraws | None = None
+        self._owed: list[SequenceUpdate] = []  # by steps that were interrupted
         scheduler.max_in_flight = 2 if overlap else 1
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do without new requests."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._owed)
 
     def step(self, inbox: Inbox = EMPTY) -> StepOutput:
         """Take in what came, compute one batch, hand out what one brought. One call is one forward pass (or none, when idle)."""
         refused = self._drain(inbox)
-        output = self._overlapped_step() if self._may_overlap() else self._simple_step()
+        if not self.overlap:
+            output = self._simple_step()
+        elif self._tokens_come_first():
+            output = self._relay_step()
+        else:
+            output = self._overlapped_step()
         return self._deliver(output, refused)
 
     def _simple_step(self) -> StepOutput:
-        """The tokens of a batch are known before the next one is chosen. What the overlapped loop left in flight is taken in first."""
-        if self._in_flight is None:
-            self._in_flight = self._launch(self.scheduler.schedule(self._propose()))
-        tokens = self._wait_for(self._in_flight)
-        self._in_flight = None
-        return self.scheduler.commit(tokens)
+        """The tokens of a batch are known before the next one is chosen, and handed out before it is launched."""
+        self._in_flight = self._launch(self.scheduler.schedule(self._propose()))
+        return self._take_in()
+
+    def _relay_step(self) -> StepOutput:
+        """The tokens of a batch are known before the next one is chosen, and handed out while the device computes it. Guesses may stay on the device:
+        it makes them while the host chooses and queues the batch that verifies them."""
+        output = self._take_in()
+        try:
+            self._in_flight = self._launch(self.scheduler.schedule(self._propose(late=not self._looking_back)))
+        except BaseException:
+            self._owed += output.updates
+            raise
+        return output
 
     def _overlapped_step(self) -> StepOutput:
-        """The same calls, but while the device computes a batch the host chooses and queues the next. So the end of a sequence is seen one batch
-        late, and the token that was computed behind it is dropped."""
+        """While the device computes a batch the host chooses and queues the next. So the end of a sequence is seen one batch late, and the token that
+        was computed behind it is dropped."""
         earlier = self._in_flight
-        self._in_flight = self._launch(self.scheduler.schedule(), ahead=True)
+        self._in_flight = self._launch(self.scheduler.schedule())
         return self.scheduler.commit(self._wait_for(earlier))
+
+    def _tokens_come_first(self) -> bool:
+        """Whether the next batch cannot be built without the tokens of the last: guesses follow from them, or are among them and may be refused, or
+        a sampler looks back at them."""
+        if self._looking_back:
+            return True
+        verifies = self.launched is not None and self.launched.num_verified > 0
+        return self.speculation is not None and (self.speculation.num_drafts > 0 or verifies)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forget requests without computing anything; unknown ids are no error. Their ABORT updates come with the next step."""
@@ -70,13 +92,13 @@ class Engine:
         """What the request's sampler makes of its parameters. Raises RequestError (400)."""
         return self.runner.pipeline.check(request.params)
 
-    def _propose(self) -> Mapping[str, Draft]:
-        """Guesses for the sequences that decode next."""
+    def _propose(self, *, late: bool = False) -> Mapping[str, Draft]:
+        """Guesses for the sequences that decode next. late: the host need not know them yet."""
         if self.speculation is None or not self.speculation.num_drafts:
             return NO_DRAFTS
         requests = self.scheduler.draftable(self.speculation.num_guesses, self.speculation.num_slots)
         self.runner.enter(requests)
-        return self.speculation.propose(requests)
+        return self.speculation.propose(requests, late=late)
 
     def _forget(self, request_id: str) -> None:
         if request_id in self._parsed:
@@ -85,14 +107,8 @@ class Engine:
             if self.speculation is not None:
                 self.speculation.forget((request_id,))
 
-    def _may_overlap(self) -> bool:
-        """Whether the next batch can be built without the tokens of the last: not while guesses follow from them, nor for a sampler that looks back
-        at them."""
-        guesses = self.speculation is not None and self.speculation.num_drafts > 0
-        return self.overlap and not guesses and not self._looking_back
-
-    def _launch(self, batch: ScheduledBatch | None, *, ahead: bool = False) -> PendingDraws | SettledDraws | None:
-        """Queue a batch on the device, without waiting for it. ahead: the next one may be queued before this one's tokens are taken in."""
+    def _launch(self, batch: ScheduledBatch | None) -> PendingDraws | SettledDraws | None:
+        """Queue a batch on the device, without waiting for it."""
         self.launched = batch
         if batch is None:
             return None
@@ -102,8 +118,15 @@ class Engine:
             draws = self.runner.draw(batch, forward, computed, self._parsed)
             if self.speculation is None or not (self.speculation.reads_target or batch.num_verified):
                 return draws
-            aux = None if computed.aux is None else computed.aux.clone() if ahead else computed.aux
+            aux = computed.aux
+            if aux is not None and self.overlap:
+                aux = aux.clone()  # the next batch may be queued before this one's tokens are taken in
             return SettledDraws(draws, self.runner, self.speculation, batch, aux, self.scheduler.holds)
+
+    def _take_in(self) -> StepOutput:
+        tokens = self._wait_for(self._in_flight)
+        self._in_flight = None
+        return self.scheduler.commit(tokens)
 
     def _wait_for(self, pending: PendingDraws | SettledDraws | None) -> StepTokens | None:
         with self._abandoning():
@@ -153,7 +176,9 @@ class Engine:
             seen.add(request.request_id)
 
     def _deliver(self, output: StepOutput, refused: list[SequenceUpdate]) -> StepOutput:
-        for update in output.updates:
+        first, self._owed = [*self._owed, *refused], []
+        updates = [*first, *output.updates] if first else output.updates
+        for update in updates:
             if update.finish_reason is not None:
                 self._forget(update.request_id)
-        return StepOutput(updates=[*refused, *output.updates], stats=output.stats) if refused else output
+        return StepOutput(updates=updates, stats=output.stats) if first else output

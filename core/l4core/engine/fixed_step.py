@@ -2,7 +2,7 @@
 and an eager run of one shape give the same bits.
 
 Shape (B, n): B sequences of n new tokens each. n = 1 is decode. Verifying k drafts is (B, k + 1): the drafts are written into `inputs` (by the host,
-or by a drafter on the device), the target's own draw of every row comes out, and who calls compares the two.
+or from what a drafter on the device left), the target's own draw of every row comes out, and who calls compares the two.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from l4core.attention.step_rows import StepRows
+from l4core.engine.batch import PENDING
 from l4core.engine.forward import ForwardPlanner, Phase
 from l4core.model.llama4 import Llama4
 from l4core.platform import copies_ahead
@@ -80,17 +81,17 @@ class FixedStep:
         model: Llama4,
         planner: ForwardPlanner,
         outputs: StepOutputs,
-        last_tokens: torch.Tensor,
+        pending: torch.Tensor,
         max_context: int,
     ) -> None:
-        """last_tokens: int64 [max_running + 1], by row, read for PENDING ids and written with what is drawn."""
+        """pending: int64 [lines, max_running + 1], as Runner's; read for PENDING ids, and line 0 written with what is drawn."""
         self.shape = shape
         self._model = model
         self._planner = planner
         self._outputs = outputs
-        self._last_tokens = last_tokens
+        self._pending, self._last_tokens = pending, pending[0]
         self._max_context = max_context
-        device, (num_seqs, num_tokens) = last_tokens.device, shape
+        device, (num_seqs, num_tokens) = pending.device, shape
         self.inputs = torch.zeros(6 + num_tokens, num_seqs, dtype=torch.int64, device=device)
         self._cu_seqlens = torch.arange(0, (num_seqs + 1) * num_tokens, num_tokens, dtype=torch.int32, device=device)
         self._owner = torch.arange(num_seqs, dtype=torch.int32, device=device).repeat_interleave(num_tokens)
@@ -111,6 +112,9 @@ class FixedStep:
         array[5, :num] = requests.log_min_p.view(np.int64)
         array[6:, :num] = requests.token_ids.T
         self.inputs.copy_(host, non_blocking=True)
+        if self.shape.num_tokens > 1 and requests.token_ids[0, 1] == PENDING:  # then all guesses are
+            guesses = self._pending[1 : self.shape.num_tokens]
+            self.inputs[7:].copy_(guesses.index_select(1, self.inputs[0]))
 
     @torch.inference_mode()
     def run(self) -> Computed:

@@ -44,7 +44,8 @@ LOGPROB_ROWS = 256
 
 class Runner:
     """One model on one device. `build` → `execute` → `draw` is a step, and none of the three waits for the device; what outlives a step are the
-    block tables, the token each row drew last, and the requests of the rows. Work of later steps is queued behind that of earlier ones."""
+    block tables, the requests of the rows, and `pending`, by row: the token drawn last in line 0, in line i guess number i of what follows, where a
+    drafter leaves its guesses on the device. Work of later steps is queued behind that of earlier ones."""
 
     def __init__(
         self,
@@ -60,8 +61,10 @@ class Runner:
         device: torch.device,
         native_chunk: bool = False,
         empty_rows: bool = True,
+        max_drafts: int = 0,
     ) -> None:
-        """native_chunk: the backend cuts chunks itself and is given rings as they are.  empty_rows: it takes virtual batches without queries."""
+        """native_chunk: the backend cuts chunks itself and is given rings as they are.  empty_rows: it takes virtual batches without queries.
+        max_drafts: guesses that a drafter on the device may leave in `pending` for a sequence."""
         self.model = model
         self.memory = memory
         self.backend = backend
@@ -85,7 +88,8 @@ class Runner:
             empty_rows=empty_rows,
         )
         self._params = RowParams(max_running + 1, masks=self._has_kernels)
-        self._last_tokens = torch.zeros(max_running + 1, dtype=torch.int64, device=device)
+        self.pending = torch.zeros(1 + max_drafts, max_running + 1, dtype=torch.int64, device=device)
+        self._last_tokens = self.pending[0]
 
     def capture(self, shapes: Iterable[StepShape], *, progress: bool) -> Graphs[FixedStep]:
         """Capture graphs of steps of these shapes; from then on batches that fit one are replayed."""
@@ -97,7 +101,7 @@ class Runner:
     def fixed_step(self, shape: StepShape, outputs: StepOutputs | None = None) -> FixedStep:
         """A step of this shape on this runner's tables and memory."""
         outputs = outputs or StepOutputs(shape.num_seqs * shape.num_tokens, self.model, self._device)
-        return FixedStep(shape, self.model, self._planner, outputs, self._last_tokens, self._max_context)
+        return FixedStep(shape, self.model, self._planner, outputs, self.pending, self._max_context)
 
     def planner_of(self, group: str) -> ForwardPlanner:
         """Plans attention of one group only, on this runner's tables and memory: for a draft."""
@@ -195,7 +199,8 @@ class Runner:
         )
         step, phases = lay_out_step(columns.rows, starts, lengths, columns.borders, positions)
         if (columns.token_ids == PENDING).any():
-            token_ids = torch.where(token_ids < 0, self._last_tokens[step.rows[step.owner]], token_ids)
+            number = (positions - step.starts[step.owner]).clamp(max=len(self.pending) - 1)
+            token_ids = torch.where(token_ids < 0, self.pending[number, step.rows[step.owner]], token_ids)
         return self._planner.plan(token_ids, step, phases, logits_rows, int(seq_lens.max()), self._trees(batch))
 
     def _trees(self, batch: ScheduledBatch) -> TreeRows | None:

@@ -27,9 +27,9 @@ Ints = npt.NDArray[np.int64]
 class DraftState:
     """What outlives a step: hidden [rows, H], each block-table row's hidden state that its next guesses start from; the last row is padding's."""
 
-    def __init__(self, draft: Eagle3, planner: ForwardPlanner, *, max_context: int) -> None:
-        """planner: of the global group."""
-        self.draft, self.planner, self.max_context = draft, planner, max_context
+    def __init__(self, draft: Eagle3, planner: ForwardPlanner, pending: torch.Tensor, *, max_context: int) -> None:
+        """planner: of the global group.  pending: the runner's, where guesses are left that the host does not know yet."""
+        self.draft, self.planner, self.pending, self.max_context = draft, planner, pending, max_context
         weight = draft.norm.weight
         num_rows = planner.tables.padding_row + 1
         self.hidden = torch.zeros(num_rows, draft.config.hidden_size, dtype=weight.dtype, device=weight.device)
@@ -113,6 +113,11 @@ class FixedGuess:
         self._inputs[0] = state.planner.tables.padding_row
         self._owner = torch.arange(num_seqs, dtype=torch.int32, device=device)
         self._cu_seqlens = torch.arange(num_seqs + 1, dtype=torch.int32, device=device)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """int64 [B] on the device, padding's row among them."""
+        return self._inputs[0]
 
     def fill(self, rows: Ints, lengths: Ints, slots: Ints, seeds: Ints, temperature: npt.NDArray[np.float64]) -> None:
         """slots: position of each sequence's last one."""

@@ -37,8 +37,12 @@ class Speculation(Protocol):
     def num_guesses(self) -> int:
         """Guesses that a sequence may be given in the next step: more than num_drafts where they branch."""
 
-    def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
-        """Request id → its draft, for those that get one."""
+    def propose(self, requests: Sequence[DraftRequest], *, late: bool = False) -> Mapping[str, Draft]:
+        """Request id → its draft, for those that get one. late: the guesses may be PENDING, on their way into `Runner.pending`; then the host has not
+        waited for the device, and `known` tells them once the next step has been launched."""
+
+    def known(self, batch: ScheduledBatch) -> ScheduledBatch:
+        """The batch launched after the last `propose`, with the guesses that were PENDING in it."""
 
     def observe(self, batch: ScheduledBatch, aux: torch.Tensor, verified: Sequence[Verified]) -> None:
         """Called after every step when `reads_target`. aux: outputs of the model's `aux_layers`, side by side, for the batch's rows."""
@@ -66,26 +70,30 @@ class SettledDraws:
 
     def wait(self) -> StepTokens:
         """What the batch brought."""
-        verified = self._draws.verified()
-        self._runner.settle(self._batch, verified)
+        batch = self._speculation.known(self._batch) if self._batch.num_verified else self._batch
+        verified = self._draws.verified(batch.sequences)
+        tokens = StepTokens(drawn=[one.tokens for one in verified])
+        held, aux = [self._holds(seq) for seq in batch.sequences], self._aux
+        if not any(held):
+            return tokens
+        if not all(held):
+            batch, aux, verified = _only(held, batch, aux, verified)
+        self._runner.settle(batch, verified)
         if self._speculation.reads_target:
-            assert self._aux is not None
-            held = [self._holds(seq) for seq in self._batch.sequences]
-            if all(held):
-                self._speculation.observe(self._batch, self._aux, verified)
-            elif any(held):
-                self._speculation.observe(*_only(held, self._batch, self._aux, verified))
-        return StepTokens(drawn=[one.tokens for one in verified])
+            assert aux is not None
+            self._speculation.observe(batch, aux, verified)
+        return tokens
 
 
 def _only(
-    wanted: Sequence[bool], batch: ScheduledBatch, aux: torch.Tensor, verified: Sequence[Verified]
-) -> tuple[ScheduledBatch, torch.Tensor, list[Verified]]:
+    wanted: Sequence[bool], batch: ScheduledBatch, aux: torch.Tensor | None, verified: Sequence[Verified]
+) -> tuple[ScheduledBatch, torch.Tensor | None, list[Verified]]:
     """The same step as if it had had the wanted sequences only."""
     sequences = list(compress(batch.sequences, wanted))
-    sizes = [len(seq.token_ids) for seq in batch.sequences]
-    parts = compress(torch.split(aux, sizes), wanted)
-    return replace(batch, sequences=sequences), torch.cat(list(parts)), list(compress(verified, wanted))
+    if aux is not None:
+        sizes = [len(seq.token_ids) for seq in batch.sequences]
+        aux = torch.cat(list(compress(torch.split(aux, sizes), wanted)))
+    return replace(batch, sequences=sequences), aux, list(compress(verified, wanted))
 
 
 class PluginSpeculation:
@@ -104,7 +112,8 @@ class PluginSpeculation:
     def num_guesses(self) -> int:
         return self.num_drafts
 
-    def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
+    def propose(self, requests: Sequence[DraftRequest], *, late: bool = False) -> Mapping[str, Draft]:
+        """Its guesses are the host's, never late."""
         if not requests:
             return {}
         rows = [
@@ -126,6 +135,9 @@ class PluginSpeculation:
             self.num_drafts = self.max_drafts = 0
             return {}
         return {row.request_id: draft for row, draft in zip(rows, drafts, strict=True) if draft.token_ids}
+
+    def known(self, batch: ScheduledBatch) -> ScheduledBatch:
+        return batch
 
     def observe(self, batch: ScheduledBatch, aux: torch.Tensor, verified: Sequence[Verified]) -> None:
         raise AssertionError("a plugin's drafter sees tokens only")

@@ -20,12 +20,13 @@ import msgspec
 import numpy as np
 import torch
 
-from l4core.engine.batch import Draft, DraftRequest, ScheduledBatch, ScheduledSequence
+from l4core.engine.batch import PENDING, Draft, DraftRequest, ScheduledBatch, ScheduledSequence
 from l4core.engine.fixed_step import StepShape
 from l4core.engine.forward import lay_out_step
 from l4core.engine.graphs import Graphs
 from l4core.engine.speculation.draft_steps import DraftState, FixedExtend, FixedGuess, Ints
 from l4core.engine.speculation.draft_tree import TreeShape, grow
+from l4core.engine.speculation.late import LateGuesses
 from l4core.engine.speculation.pace import GRACE
 from l4core.model.eagle3 import GROUP, Eagle3
 from l4core.model.eagle3_config import Target
@@ -55,6 +56,7 @@ class Eagle3Speculation:
         self._extends: Graphs[FixedExtend] | None = None
         self._guesses: Mapping[bool, Graphs[FixedGuess]] = {}
         self._ready: dict[str, tuple[int, int]] = {}
+        self._late: LateGuesses | None = None
         self._idle = 0
         self._longest_context, self._told = state.draft.config.longest_context, False
 
@@ -121,7 +123,9 @@ class Eagle3Speculation:
         self._extend(borders, rows, starts, lengths, last, counts > 0, np.concatenate(following), aux)
 
     @torch.inference_mode()
-    def propose(self, requests: Sequence[DraftRequest]) -> Mapping[str, Draft]:
+    def propose(self, requests: Sequence[DraftRequest], *, late: bool = False) -> Mapping[str, Draft]:
+        """A chain can be late, a tree's shape is the host's to choose."""
+        self._late = None
         ready = [
             r
             for r in requests
@@ -146,13 +150,19 @@ class Eagle3Speculation:
         step = self._find_guess(num, int(most.max()), sampled=sampled)
         if step is not None:
             step.fill(rows, lengths, slots, seeds, temperature)
-            table = self._guesses[sampled].replay(step)[:, :num].t().tolist()
+            where, table = step.rows, self._guesses[sampled].replay(step)
         else:
-            table = self._guess(rows, lengths, slots, seeds, temperature, int(most.max())).tolist()
-        return {
-            r.request.request_id: Draft(token_ids=own[:count])
-            for r, own, count in zip(ready, table, most.tolist(), strict=True)
-        }
+            where, table = self._guess(rows, lengths, slots, seeds, temperature, int(most.max()))
+        names, counts = [r.request.request_id for r in ready], most.tolist()
+        if late:
+            columns = {name: i for i, name in enumerate(names)}
+            self._late = LateGuesses(table, where, columns, self._state.pending)
+            return {name: Draft(token_ids=(PENDING,) * count) for name, count in zip(names, counts, strict=True)}
+        chains = table[:, :num].t().tolist()
+        return {name: Draft(token_ids=own[:n]) for name, own, n in zip(names, chains, counts, strict=True)}
+
+    def known(self, batch: ScheduledBatch) -> ScheduledBatch:
+        return batch if self._late is None else self._late.told(batch)
 
     def _grow(self, ready: Sequence[DraftRequest], shape: TreeShape) -> Mapping[str, Draft]:
         rows = np.fromiter((r.row for r in ready), dtype=np.int64, count=len(ready))
@@ -217,8 +227,8 @@ class Eagle3Speculation:
 
     def _guess(
         self, rows: Ints, lengths: Ints, slots: Ints, seeds: Ints, temperature: np.ndarray, most: int
-    ) -> torch.Tensor:
-        """int64 [B, most]. slots: as FixedGuess takes them."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """→ rows on the device, and int64 [most, B]. slots: as FixedGuess takes them."""
         state = self._state
         where, seeds_, lengths_ = upload_many([rows, seeds, lengths], torch.int64, state.device)
         heat = None
@@ -230,7 +240,7 @@ class Eagle3Speculation:
             forward = self._plan(rows, np.minimum(lengths - 1 + step, slots), np.ones_like(rows), guesses[-1])
             hidden = state.draft(forward, hidden, state.planner.memory, state.planner.backend)
             guesses.append(state.guess(hidden, heat, seeds_, lengths_ + step + 1))
-        return torch.stack(guesses, dim=1)
+        return where, torch.stack(guesses)
 
     def _plan(
         self,
@@ -330,5 +340,7 @@ def create_eagle3(
         if isinstance(module, Linear):
             module.pack()
     return Eagle3Speculation(
-        DraftState(draft, runner.planner_of(GROUP), max_context=max_context), num_drafts=num_drafts, tree=tree
+        DraftState(draft, runner.planner_of(GROUP), runner.pending, max_context=max_context),
+        num_drafts=num_drafts,
+        tree=tree,
     )

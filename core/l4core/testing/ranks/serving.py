@@ -141,8 +141,8 @@ def note_guesses(speculation: Speculation, served: Served) -> None:
     """Keeps what is proposed from now on."""
     propose = speculation.propose
 
-    def noting(asked: Sequence[DraftRequest]) -> Mapping[str, Draft]:
-        drafts = propose(asked)
+    def noting(asked: Sequence[DraftRequest], **how: Any) -> Mapping[str, Draft]:
+        drafts = propose(asked, **how)
         served.guesses += sorted(drafts.items(), key=lambda item: item[0])
         return drafts
 
