@@ -32,7 +32,7 @@ from l4core.engine.fixed_step import Computed, StepShape
 from l4core.engine.messages import Stepped, frame
 from l4core.engine.speculation.draft_steps import FixedExtend, FixedGuess
 from l4core.request import Request, SamplingParams
-from l4core.testing.drafts_eagle3 import make_tiny_draft
+from l4core.testing.models.eagle3 import make_tiny_draft
 
 sys.path.insert(0, (Path(__file__).parents[1] / "gpu").as_posix())
 from host_cost import CONFIG

@@ -113,7 +113,8 @@ class SpeculationBench:
             self._guess(batch, k, starts, profile and batch == 1 and k == STEPS + 4) for k in (1, STEPS, STEPS + 4)
         )
         draft_step, pass_floor, fc_floor = (more - guess) / 4, *self._draft_floors(rates)
-        speculating, plain = self._engine_step(STEPS), self._engine_step(0)  # in a pause the draft loses its place
+        speculating = self._engine_step(STEPS)  # before the plain one: in a pause the draft loses its place
+        simple, plain = self._engine_step(STEPS, overlap=False), self._engine_step(0)
         self.bench._clear()
         whole, ideal = verify["ms"] + extend + guess, verify["floor_ms"] + STEPS * pass_floor
         far = self._layers_more(decode, verify, rates)
@@ -124,7 +125,12 @@ class SpeculationBench:
             _row(f"extend, {STEPS + 1} rows each, bs {batch}", extend, fc_floor),
             {"name": f"first guess (norm and head) bs {batch}", "ms": round(one, 4)},
             _row(f"a speculating step, all graphs, bs {batch}", whole, ideal),
-            {"name": f"Engine.step bs {batch}", "plain_ms": plain, "speculating_ms": speculating},
+            {
+                "name": f"Engine.step bs {batch}",
+                "plain_ms": plain,
+                "speculating_ms": speculating,
+                "simple_loop_ms": simple,
+            },
             *(
                 {
                     "name": f"speed-up at length {length} bs {batch}",
@@ -225,9 +231,12 @@ class SpeculationBench:
             times.append(_ms(lambda: graphs.replay(graphs.find(*shape))))
         return statistics.median(times[4:])
 
-    def _engine_step(self, num_drafts: int) -> float:
-        """ms of Engine.step on the host's clock, of the simple loop in both cases."""
+    def _engine_step(self, num_drafts: int, *, overlap: bool = True) -> float:
+        """ms of Engine.step on the host's clock. overlap: a relay with guesses, the overlapped loop without; or the simple loop."""
         speculation, engine = self.speculation, self.bench.engine
+        if engine.overlap and not overlap:
+            engine._take_in()  # the simple loop leaves nothing in flight
+        engine.overlap, engine.scheduler.max_in_flight = overlap, 1 + overlap
         speculation.num_drafts = num_drafts
         engine.speculation = speculation if num_drafts else None
         for _ in range(3):

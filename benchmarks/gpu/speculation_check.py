@@ -1,7 +1,9 @@
 """Speculation under CUDA graphs changes no token: a tiny random target in float32, EAGLE3 and a recorded drafter at acceptance 0 to 1, against
 the same engine without speculation. Prints a line a case, and what graphs were captured; exits 1 when a token differs.
 
-    python benchmarks/gpu/speculation_check.py [--prompts 50] [--tokens 100] [--running 16] [--case eagle|tree|ngram|recorded|eager]
+    python benchmarks/gpu/speculation_check.py [--prompts 50] [--tokens 100] [--running 16] [--case eagle|tree|ngram|recorded|eager] [--modes 5]
+
+--modes 3: no penalties, so that the guesses of a chain stay on the device.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--running", type=int, default=16)
+    parser.add_argument("--modes", type=int, default=len(MODES))
     parser.add_argument("--case")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -53,7 +56,7 @@ def main() -> None:
         draft = make_tiny_draft(
             root / "draft", json.loads((folder / "config.json").read_text()), aux_layers=[0, 1, 2], draft_vocab=200
         )
-        check = Check(folder, args.prompts, args.tokens, args.running)
+        check = Check(folder, args.prompts, args.tokens, args.running, MODES[: args.modes])
         ngram = {"speculative_algorithm": "NGRAM"}
         cases: dict[str, dict[str, Any]] = {
             "eagle": {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": draft.as_posix()},
@@ -76,8 +79,10 @@ def main() -> None:
 class Check:
     """One target; the answers without speculation."""
 
-    def __init__(self, folder: Path, num_prompts: int, num_tokens: int, running: int) -> None:
-        self._folder, self._num_tokens, self._running = folder, num_tokens, running
+    def __init__(
+        self, folder: Path, num_prompts: int, num_tokens: int, running: int, modes: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self._folder, self._num_tokens, self._running, self._modes = folder, num_tokens, running, modes
         self._prompts = [
             [(7 * i + i // 9) % 250 for i in range(5 + 7 * n % 150)] + [n % 250] for n in range(num_prompts)
         ]
@@ -107,7 +112,9 @@ class Check:
         for n in different[:3]:
             a, b = found[n].outputs[0].token_ids, self._plain[n].outputs[0].token_ids
             at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            print(f"   prompt {n} of {len(self._prompts[n])} tokens, {MODES[n % 5]}: first difference at output {at}")
+            print(
+                f"   prompt {n} of {len(self._prompts[n])} tokens, {self._modes[n % len(self._modes)]}: first difference at output {at}"
+            )
         llm.close()
         return len(different)
 
@@ -128,7 +135,7 @@ class Check:
 
     def _answers(self, llm: LLM) -> list[RequestOutput]:
         params = [
-            SamplingParams(max_tokens=self._num_tokens, seed=n, ignore_eos=True, **MODES[n % 5])
+            SamplingParams(max_tokens=self._num_tokens, seed=n, ignore_eos=True, **self._modes[n % len(self._modes)])
             for n in range(len(self._prompts))
         ]
         return llm.generate(self._prompts, params, use_tqdm=False)

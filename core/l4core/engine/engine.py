@@ -77,10 +77,9 @@ class Engine:
     def _tokens_come_first(self) -> bool:
         """Whether the next batch cannot be built without the tokens of the last: guesses follow from them, or are among them and may be refused, or
         a sampler looks back at them."""
-        if self._looking_back:
-            return True
+        guesses = self.speculation is not None and self.speculation.num_drafts > 0
         verifies = self.launched is not None and self.launched.num_verified > 0
-        return self.speculation is not None and (self.speculation.num_drafts > 0 or verifies)
+        return guesses or verifies or bool(self._looking_back)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forget requests without computing anything; unknown ids are no error. Their ABORT updates come with the next step."""

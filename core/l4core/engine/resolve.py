@@ -256,7 +256,7 @@ def choose_loop(config: EngineConfig, device: torch.device, speculation: Specula
     return (
         "overlapped"
         if speculation is None
-        else "overlapped, simple while guesses are made (they follow from the last tokens)"
+        else "overlapped, a relay while guesses are made (they follow from the last tokens)"
     )
 
 
