@@ -7,15 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from helpers.profile import FULL
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-settings.register_profile("quick", deadline=None, print_blob=True)
-settings.register_profile("full", deadline=None, print_blob=True, max_examples=1000)
+untimed = settings(
+    deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)  # a loaded machine is no fault
+settings.register_profile("quick", untimed)
+settings.register_profile("full", untimed, max_examples=1000)
 settings.load_profile("full" if FULL else "quick")
 
 

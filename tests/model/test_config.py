@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Llama4TextConfig
 
 from l4core.errors import CheckpointError
 from l4core.kv.blocks import KVGroup
@@ -136,6 +137,23 @@ def test_rope_in_the_new_spelling() -> None:
     config = parse(rope_parameters={"rope_theta": 1e4, "rope_type": "llama3", **scaling})
     assert config.rope_theta == 1e4
     assert config.rope_scaling == RopeScaling(**scaling)
+
+
+@pytest.mark.parametrize("old", [None, {}, {"rope_type": "llama3", "factor": 4.0}, {"rope_type": "default"}])
+@pytest.mark.parametrize(
+    "new", [None, {"rope_theta": 1e4, "rope_type": "default"}, {"rope_type": "llama3", "factor": 8.0}]
+)
+def test_of_both_spellings_the_one_that_transformers_takes(
+    old: dict[str, Any] | None, new: dict[str, Any] | None
+) -> None:
+    rest = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    old, new = ({**given, **rest} if given and given["rope_type"] == "llama3" else given for given in (old, new))
+    keys = {"rope_theta": 3e5, "rope_scaling": old, "rope_parameters": new}
+    given = {name: value for name, value in tiny().items() if name not in keys}
+    theirs = Llama4TextConfig(**json.loads(json.dumps(given | keys))).rope_parameters
+    config = ModelConfig.from_dict(given | keys)
+    assert config.rope_theta == theirs["rope_theta"]
+    assert (config.rope_scaling.factor if config.rope_scaling else None) == theirs.get("factor")
 
 
 def test_old_type_key() -> None:

@@ -15,7 +15,7 @@ from l4core.sampling.draw import draw_by_law
 from l4core.sampling.records import DrawKey
 
 INF = math.inf
-few_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+few_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 # Multiples of 1/8 divided by powers of two are exact in float32, so that ties and order are those of the naive version.
 logit_lists = st.lists(st.integers(-40, 40).map(lambda n: n / 8) | st.just(-INF), min_size=1, max_size=30).filter(

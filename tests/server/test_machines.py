@@ -77,9 +77,9 @@ def launch(checkpoint: Path) -> Iterator[Launch]:
         served.join()
 
 
-def machines(launch: Launch, options: dict[str, Any] | None = None, **differing: Any) -> tuple[Served, Served]:
+def machines(launch: Launch, **differing: Any) -> tuple[Served, Served]:
     """differing: options of the second alone."""
-    same = {"nnodes": 2, "dist_init_addr": f"127.0.0.1:{free_port()}", **(options or {})}
+    same = {"nnodes": 2, "dist_init_addr": f"127.0.0.1:{free_port()}"}
     second = launch(node_rank=1, **same, **differing)  # it waits for the first
     return launch(node_rank=0, **same), second
 
@@ -110,15 +110,15 @@ def test_a_machine_that_lost_its_rank_comes_back_and_ends_with_the_first(
 
 def test_a_stopped_rank_that_is_alone_on_its_machine_is_ended_there(launch: Launch, until: Any) -> None:
     """No rank beside it notices: the process that started it does. First a rank that computes along, then rank 0."""
-    both = machines(launch, {"dist_timeout": 2.0})
+    both = machines(launch)
     url = both[0].wait()
     for served in reversed(both):
         (rank,) = engines(served)
         rank.send_signal(signal.SIGSTOP)
         until(lambda rank=rank: not lives(rank))
         until(lambda: answers(url))
-    assert "rank 1 gave no sign of life for 4 s: it is ended" in both[1].output
-    assert "rank 0 gave no sign of life for 4 s: it is ended" in both[0].output
+    assert "rank 1 gave no sign of life for 6 s: it is ended" in both[1].output
+    assert "rank 0 gave no sign of life for 6 s: it is ended" in both[0].output
 
 
 def test_machines_that_differ_are_refused_by_name(launch: Launch) -> None:

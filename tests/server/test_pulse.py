@@ -22,6 +22,10 @@ def test_twice_the_time_out_is_too_long() -> None:
     assert looks(pulse, 21) == [None] * 20 + [1]
 
 
+def test_a_short_time_out_leaves_time_to_end() -> None:
+    assert Pulse(local_layout(2, 0.5).places).seconds == 4.0
+
+
 def test_one_that_beats_is_let_be() -> None:
     pulse = Pulse(local_layout(2, 3.0).places)
     for _ in range(100):

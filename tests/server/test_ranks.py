@@ -77,7 +77,6 @@ def test_they_listen_on_the_loopback_alone(server: Any) -> None:
     sockets = [
         c for rank in ranks_of(server) for c in rank.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN
     ]
-    assert len(sockets) >= 3
     assert {sock.laddr.ip for sock in sockets} == {"127.0.0.1"}
 
 

@@ -249,8 +249,9 @@ def _chunked_layers(text: _Keys, rope_layers: tuple[bool, ...], chunk: int | Non
 
 
 def _rope(text: _Keys) -> tuple[float, RopeScaling | None]:
-    """(base, scaling) from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before)."""
-    key = "rope_parameters" if text.raw.get("rope_parameters") is not None else "rope_scaling"
+    """(base, scaling) from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before). Of both the older one counts, as in
+    transformers: it was written into a newer file by hand."""
+    key = "rope_scaling" if text.raw.get("rope_scaling") else "rope_parameters"
     raw = text.raw.get(key)
     if raw is None:
         return text.number("rope_theta", 500000.0), None

@@ -16,6 +16,8 @@ BODY_PAUSE_SECONDS = 60.0
 JSON_TYPES = re.compile(r"application/([\w.-]+\+)?json")
 PATH_IN_MESSAGE = re.compile(r"^(?P<what>.*?)(?: - at (?:`(?:key|value)` in )?`\$(?P<path>.*)`)?$", re.DOTALL)
 
+JSON_NAMES = {list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -34,7 +36,7 @@ def parse(body: bytes, wanted: type[T]) -> T:
     except RecursionError as error:
         raise RequestError("the body is JSON nested too deeply", code="invalid_json") from error
     if not isinstance(raw, dict):
-        raise RequestError(f"the body is a JSON {type(raw).__name__}; wanted an object", code="invalid_json")
+        raise RequestError(f"the body is a JSON {JSON_NAMES[type(raw)]}; wanted an object", code="invalid_json")
     check_fields(raw, wanted)
     try:
         return msgspec.convert(raw, wanted, str_keys=True)

@@ -9,14 +9,16 @@ from l4core.parallel.place import Place
 from l4core.parallel.watchdog import look_seconds
 
 PATIENCE = 2
-"""Time-outs: the ranks' own watchdogs come first, and know more."""
+"""Time-outs: the ranks' own watchdogs come first, and know more …"""
+LEAST_SECONDS = 4.0
+"""… and a process that ends in good order takes a moment, too."""
 
 
 class Pulse:
     """Of the ranks at `places`. As in the watchdog, looks are counted and not the clock: who was stopped itself finds no fault with others."""
 
     def __init__(self, places: Sequence[Place]) -> None:
-        self.seconds = PATIENCE * places[0].timeout
+        self.seconds = max(LEAST_SECONDS, PATIENCE * places[0].timeout)
         self.look_seconds = look_seconds(places[0].timeout)
         self._silent: dict[int, int] = {}  # looks, by rank; of those that gave a sign once
 
