@@ -22,10 +22,10 @@ import torch
 from l4core import LLM, SamplingParams
 from l4core.engine.speculation.drafter import PluginSpeculation
 from l4core.request import RequestOutput
-from l4core.testing.drafts import RecordedDrafter
 from l4core.testing.models.checkpoints import make_tiny_checkpoint
 from l4core.testing.models.eagle3 import make_tiny_draft
 from l4core.testing.models.tokenizers import make_byte_tokenizer
+from l4core.testing.recorded_drafter import RecordedDrafter
 
 SHAPE = {"layers": 4, "hidden": 128, "heads": 8, "head_dim": 32, "inter": 256, "chunk": 64, "floor_scale": 32}
 STEPS = 3

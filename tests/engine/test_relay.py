@@ -22,7 +22,7 @@ from l4core.engine.speculation.drafter import PluginSpeculation
 from l4core.engine.speculation.late import LateGuesses
 from l4core.plugin_api import DraftRow
 from l4core.request import FinishReason, Request
-from l4core.testing.drafts import RecordedDrafter
+from l4core.testing.recorded_drafter import RecordedDrafter
 
 SHAPE = {"layers": 4, "hidden": 64, "heads": 4, "head_dim": 16, "inter": 128, "chunk": 32, "floor_scale": 32}
 COUNT, TOKENS, DRAFTS = (120, 120, 3) if FULL else (24, 50, 3)

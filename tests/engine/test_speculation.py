@@ -18,7 +18,7 @@ from l4core import LLM, SamplingParams
 from l4core.engine.speculation.drafter import PluginSpeculation
 from l4core.plugin_api import DraftRow
 from l4core.request import RequestOutput
-from l4core.testing.drafts import RecordedDrafter
+from l4core.testing.recorded_drafter import RecordedDrafter
 
 NUM_PROMPTS, NUM_TOKENS = (500, 200) if FULL else (50, 100)
 SHAPE = {"layers": 4, "hidden": 64, "heads": 4, "head_dim": 16, "inter": 128, "chunk": 32, "floor_scale": 32}
