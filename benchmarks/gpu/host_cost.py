@@ -3,7 +3,8 @@
     python benchmarks/gpu/host_cost.py [--requests 256] [--json OUT] [--profile OUT.txt] [ENGINE OPTION=VALUE …]
 
 For the simple loop and the overlapped one: ms a step, of its parts, how much of it the host waited for the device. The bar is 1.0 ms in the simple
-loop. On a machine without an accelerator the same is measured with the forward pass and the draw left out: the host's share and nothing else.
+loop. `mixed`: the simple loop with a prompt of 64 tokens in every step, another request ending in each. `gc_ms`: the longest collection, of how many.
+On a machine without an accelerator the same is measured with the forward pass and the draw left out: the host's share and nothing else.
 --profile: where the host's time goes (cProfile, the simple loop), kept under benchmarks/results/.
 """
 
@@ -37,7 +38,7 @@ from l4core.engine.graph_sizes import GraphSizes
 from l4core.request import Request, SamplingParams
 
 WARMUP, STEPS = 30, 300
-PROMPT = 8
+PROMPT, LONGER_PROMPT = 8, 64
 CONFIG = {
     "architectures": ["Llama4ForCausalLM"],
     "model_type": "llama4_text",
@@ -91,6 +92,9 @@ def main() -> None:
         set_loop(engine, loop)
         results[loop] = measure(engine, args.requests)
         print(f"{loop:<12}" + "  ".join(f"{name} {value:.3f}" for name, value in results[loop].items()), flush=True)
+    set_loop(engine, "simple")
+    results["mixed"] = measure(engine, args.requests, mixed=True)
+    print(f"{'mixed':<12}" + "  ".join(f"{name} {value:.3f}" for name, value in results["mixed"].items()), flush=True)
     if args.profile:
         set_loop(engine, "simple")
         args.profile.write_text(profile(engine, args.requests))
@@ -102,7 +106,7 @@ def main() -> None:
 def make_engine(options: dict[str, str], num_requests: int) -> Engine:
     given: dict[str, Any] = {
         "load_format": "dummy",
-        "max_running_requests": num_requests,
+        "max_running_requests": num_requests + 2,
         "max_total_tokens": num_requests * 1024,
         "context_length": 4096,
     }
@@ -168,22 +172,49 @@ def leave_the_device_out(engine: Engine) -> None:
     runner.draw = draw
 
 
-def measure(engine: Engine, num_requests: int) -> dict[str, float]:
-    """ms of a step, and in the median of its parts; `waited` is what of `wait` the host did nothing but wait for the device."""
+def measure(engine: Engine, num_requests: int, *, mixed: bool = False) -> dict[str, float]:
+    """ms of a step, and in the median of its parts; `waited` is what of `wait` the host did nothing but wait for the device. core: of this process's
+    own time, which other processes on the machine disturb less. mixed: a prompt comes with every step, and as many end."""
     start(engine, num_requests)
-    times = []
-    with timed(engine) as spent:
-        for _ in range(STEPS):
-            began = time.perf_counter()
-            engine.step()
+    times, core = [], []
+    with timed(engine) as spent, collections() as paused:
+        for number in range(STEPS):
+            inbox = Inbox(requests=[request(f"late {number}", LONGER_PROMPT, 2, 301 + number)]) if mixed else Inbox()
+            began, began_core = time.perf_counter(), time.thread_time()
+            engine.step(inbox)
             times.append((time.perf_counter() - began) * 1e3)
+            core.append((time.thread_time() - began_core) * 1e3)
     finish(engine)
     return {
         "ms a step": statistics.fmean(times),
         "median": statistics.median(times),
         "p99": sorted(times)[int(0.99 * len(times))],
+        "core": statistics.median(core),
+        "core p99": sorted(core)[int(0.99 * len(core))],
+        "gc_ms": max(paused, default=0.0),
+        "gc": len(paused),
         **{part: statistics.median(seconds or [0.0]) * 1e3 for part, seconds in spent.items()},
     }
+
+
+@contextmanager
+def collections() -> Iterator[list[float]]:
+    """→ ms of this process's own time that each garbage collection takes while this lasts."""
+    paused: list[float] = []
+    began = 0.0
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        nonlocal began
+        if phase == "start":
+            began = time.thread_time()
+        else:
+            paused.append((time.thread_time() - began) * 1e3)
+
+    gc.callbacks.append(note)
+    try:
+        yield paused
+    finally:
+        gc.callbacks.remove(note)
 
 
 @contextmanager
@@ -235,20 +266,22 @@ def profile(engine: Engine, num_requests: int) -> str:
 
 def start(engine: Engine, num_requests: int) -> None:
     """All requests decoding, and warm."""
-    requests = [
-        Request(
-            request_id=str(i),
-            prompt_token_ids=[(i * 7 + j) % 1000 for j in range(PROMPT)],
-            params=SamplingParams(temperature=i % 2 * 0.8, seed=i, max_tokens=2000, ignore_eos=True),
-            eos_token_ids=(),
-            max_total_tokens=4000,
-        )
-        for i in range(num_requests)
-    ]
+    requests = [request(str(i), PROMPT, 2000, i) for i in range(num_requests)]
     engine.step(Inbox(requests=requests))
     for _ in range(WARMUP):
         engine.step()
     assert all(seq.is_decode for seq in engine.scheduler.sequences)
+
+
+def request(request_id: str, prompt_len: int, max_tokens: int, number: int = 0) -> Request:
+    """number: of the prompt; its parity says whether it is drawn with a temperature."""
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=[(number * 7 + j) % 1000 for j in range(prompt_len)],
+        params=SamplingParams(temperature=number % 2 * 0.8, seed=number, max_tokens=max_tokens, ignore_eos=True),
+        eos_token_ids=(),
+        max_total_tokens=prompt_len + max_tokens,
+    )
 
 
 def finish(engine: Engine) -> None:

@@ -73,7 +73,9 @@ def victims_for(
     wanted = list(lacking(seq, kv))
     if not lower and not kv.has_room(wanted):
         return None
-    for other in running:
+    others = [other for other in running if not other.is_decode]
+    wanted[-1] += len(running) - len(others)  # what a decode lacks, of nearly all
+    for other in others:
         _add(wanted, lacking(other, kv))
     for count in range(len(lower) + 1):
         if kv.has_room(wanted) and len(running) - count < limits.max_running:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import msgspec
@@ -79,7 +81,7 @@ PARTS_NOT_BUILT = frozenset({"image_url", "input_audio", "file", "video_url", "a
 
 def check_fields(raw: Mapping[str, Any], wanted: type[msgspec.Struct]) -> None:
     """The names of a body meant as a `wanted`, and of its messages. Raises RequestError (400) with the field in `param`."""
-    known = {field.encode_name for field in msgspec.structs.fields(wanted)}
+    known = _names_of(wanted)
     _check_names(raw, known, HARMLESS, NOT_BUILT, "")
     messages = raw.get("messages")
     if "messages" in known and isinstance(messages, list):
@@ -87,6 +89,12 @@ def check_fields(raw: Mapping[str, Any], wanted: type[msgspec.Struct]) -> None:
         for index, message in enumerate(messages):
             if isinstance(message, dict):
                 _check_message(message, f"messages[{index}].")
+
+
+@functools.cache
+def _names_of(wanted: type[msgspec.Struct]) -> frozenset[str]:
+    """Kept: to look at a struct's fields takes as long as to parse a hundred bodies."""
+    return frozenset(field.encode_name for field in msgspec.structs.fields(wanted))
 
 
 def _check_counts(messages: list[Any]) -> None:
@@ -110,7 +118,7 @@ def _check_message(message: Mapping[str, Any], where: str) -> None:
 
 def _check_names(
     raw: Mapping[str, Any],
-    known: set[str],
+    known: AbstractSet[str],
     harmless: frozenset[str],
     not_built: Mapping[str, tuple[Any, ...]],
     where: str,
