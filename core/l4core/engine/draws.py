@@ -13,7 +13,7 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from l4core.engine.batch import DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.engine.batch import PENDING, DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
 from l4core.engine.verify_rows import Verified, verified
 from l4core.plugin_ops.masks import share
 from l4core.plugin_ops.sampling import UNCHANGED, has_penalty
@@ -114,21 +114,41 @@ class PendingDraws:
 
     def wait(self) -> StepTokens:
         """What the batch brought. The only place in a step where the host waits for the device."""
-        if self._others is None and not self._prompt_logprobs and not self._batch.num_verified:
-            ids = self._finite_ids()
-            if ids is not None:
-                return self._one_each(ids)
-        return StepTokens(drawn=[one.tokens for one in self.verified()])
-
-    def _one_each(self, ids: list[int]) -> StepTokens:
-        """ids: of the sequences that draw, and of padding. Decodes all draw, and come first."""
+        if self._batch.num_verified:
+            return StepTokens(drawn=[one.tokens for one in self.verified()])
+        tokens, whole = self._one_each()
         num_decodes = len(self._batch.decodes.states)
-        left = iter(ids[num_decodes:])
-        drawn = [
-            DrawnTokens(request_id=seq.request.request_id, token_ids=(next(left),) if seq.draws else ())
-            for seq in self._batch.others
-        ]
-        return StepTokens(decoded=ids[:num_decodes], drawn=drawn)
+        drawn = [self._record(self._batch.sequences[i], [draw]) for i, draw in whole.items() if i < num_decodes]
+        number = num_decodes
+        for seq in self._batch.others:
+            draws = [whole.get(number) or Draw(token_id=tokens[number])] if seq.draws else []
+            number += len(draws)
+            drawn.append(self._record(seq, draws))
+        return StepTokens(decoded=tokens[:num_decodes], drawn=drawn)
+
+    def _one_each(self) -> tuple[list[int], dict[int, Draw]]:
+        """Without drafts: the token of each sequence that draws, PENDING for those of which there is more to say, or no token, and these draws."""
+        ids, best = self._arrived()
+        num = len(self._plain)
+        tokens, whole = ids[:num] or [PENDING] * num, dict[int, Draw]()
+        is_token = self._plain.copy()
+        is_token[: len(best)] &= np.isfinite(best[:num])
+        if is_token.all():
+            return tokens, whole
+        others = iter(() if self._others is None else self._others.finish())
+        for i in np.flatnonzero(~is_token).tolist():
+            draw = next(others) if not self._plain[i] else self._fault(i, best[i])
+            if draw.token_id is not None and draw.logprobs is None:
+                tokens[i] = draw.token_id
+            else:
+                tokens[i], whole[i] = PENDING, draw
+        return tokens, whole
+
+    def _fault(self, index: int, best: float) -> Draw:
+        return Draw(token_id=None, error=model_fault(int(self._positions[index]), best))
+
+    def _record(self, seq: ScheduledSequence, draws: Sequence[Draw]) -> DrawnTokens:
+        return verified(seq, draws, self._prompt_logprobs.get(seq.request.request_id, ())).tokens
 
     def verified(self, sequences: Sequence[ScheduledSequence] | None = None) -> list[Verified]:
         """The same, with the rows the tokens came from. sequences: the batch's, where guesses were PENDING in it and are known now."""
@@ -151,11 +171,6 @@ class PendingDraws:
                 row, number = end, number + 1
             found.append(verified(seq, own, self._prompt_logprobs.get(seq.request.request_id, ())))
         return found
-
-    def _finite_ids(self) -> list[int] | None:
-        """Token ids of all rows, None where a row has none."""
-        ids, best = self._arrived()
-        return ids if np.isfinite(best).all() else None
 
     def _arrived(self) -> tuple[list[int], npt.NDArray[np.float32]]:
         if self._drawn is None:
