@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from helpers.eagle3_definition import Definition
+from helpers.evictions import evict_every
 from helpers.profile import FULL
 from l4core import LLM, SamplingParams
 from l4core.engine.batch import PENDING, Draft, DraftRequest, Inbox, ScheduledBatch
@@ -216,10 +217,11 @@ def test_preempted_and_evicted(folder: Path, plain: list[RequestOutput], tmp_pat
     draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4])
     options = {"max_total_tokens": 260, "context_length": 140, "max_running_requests": 4}
     llm = open_llm(folder, draft, relay=relay, **options)
-    recorder = Recorder(llm, plain, acceptance=0.6)
+    recorder, evicted = Recorder(llm, plain, acceptance=0.6), evict_every(llm._built.engine, 9)
     for mine, theirs in zip(llm.generate(prompts(), greedy(), use_tqdm=False), plain, strict=True):
         assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
     assert check_guesses(recorder, folder, draft, (1, 2, 4), plain) > 30
+    assert len(evicted) > 5
 
 
 def test_overlapped_while_nothing_is_guessed(folder: Path, plain: list[RequestOutput], tmp_path: Path) -> None:
@@ -245,6 +247,7 @@ def test_overlapped_while_nothing_is_guessed(folder: Path, plain: list[RequestOu
         observe(batch, *given)
 
     engine.step, speculation.observe = stepped, observed  # type: ignore[method-assign]
+    evicted = evict_every(engine, 13)
     ends = [output.outputs[0].token_ids[14 + 3 * n] for n, output in enumerate(plain)]
     params = [
         SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True, stop_token_ids=(ends[n],) if n % 2 else ())
@@ -255,6 +258,7 @@ def test_overlapped_while_nothing_is_guessed(folder: Path, plain: list[RequestOu
         assert given == theirs.outputs[0].token_ids[: len(given)]
     assert check_guesses(recorder, folder, draft, (1, 2, 4), plain) > 50
     assert ahead > 30
+    assert len(evicted) > 3
     assert recorder.num_late > 30
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from helpers.evictions import evict_every
 from helpers.profile import FULL
 from helpers.ties import is_tie
 from l4core import LLM, SamplingParams
@@ -168,7 +169,9 @@ def test_pieces_and_preemption(folder: Path, plain: list[RequestOutput], alone: 
     options = {"chunked_prefill_size": 7, "max_running_requests": 6, "max_total_tokens": 600, "context_length": 300}
     llm = open_llm(folder, **options, **FLAGS)
     speculate(llm, plain, acceptance=0.7)
+    evicted = evict_every(llm._built.engine, 17)
     assert_same(llm.generate(prompts(count), params(count), use_tqdm=False), plain[:count], alone if FULL else None)
+    assert len(evicted) > 5
     assert not any(llm._built.engine.scheduler.kv.pages_used.values())
 
 
