@@ -1,9 +1,10 @@
-"""The demo checkpoint with and without its draft, in turns, one question at a time: tokens a second and tokens a step.
+"""The demo checkpoint with and without its draft, in turns, `--batch` questions at a time: tokens a second and tokens a step.
 
-    python benchmarks/cpu/speculation.py TARGET DRAFT [--rounds 3] [--tokens 80] [--temperature 0] [--device cpu] [--dtype float32]
-                                                      [--option aux_layers=2,5,8] [--json OUT]
+    python benchmarks/cpu/speculation.py TARGET DRAFT|NGRAM [--batch 1] [--rounds 3] [--tokens 80] [--temperature 0] [--device cpu] [--dtype float32]
+                                                      [--option aux_layers=2,5,8] [--misleading] [--json OUT]
 
-`l4 demo-model TARGET --draft-out DRAFT` makes both. The two engines answer each question one after the other, so that a busy machine slows both.
+`l4 demo-model TARGET --draft-out DRAFT` makes both. The two engines answer the same questions one after the other, so that a busy machine slows both.
+NGRAM --misleading: questions in which whatever came before was followed by something else each time.
 --option aux_layers=…: what a draft does that reads the wrong layers; the result names the step of its warning and the pauses.
 """
 
@@ -29,12 +30,18 @@ QUESTIONS = (
     "What is the opposite of hot?",
     "Who wrote Romeo and Juliet?",
 )
+MISLEADING = " " + " ".join(
+    f"one two {word}" for word in ["red", "blue", "green", "white", "black", "grey", "pink", "brown", "gold", "cyan"]
+)
+"""A beginning that goes on otherwise each time."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
     parser.add_argument("draft")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--misleading", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=80)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -47,11 +54,13 @@ def main() -> None:
         "device": args.device,
         "dtype": args.dtype,
         "context_length": 1024,
-        "max_running_requests": 4,
+        "max_running_requests": max(4, args.batch),
         "disable_radix_cache": True,
         "progress": False,
     }
-    flags: dict[str, Any] = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": args.draft}
+    flags: dict[str, Any] = {"speculative_algorithm": "NGRAM"}
+    if args.draft != "NGRAM":
+        flags = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": args.draft}
     flags["speculative_option"] = tuple(args.option)
     engines = {"plain": LLM(args.target, **common), "draft": LLM(args.target, **common, **flags)}
     params = SamplingParams(temperature=args.temperature, max_tokens=args.tokens, seed=1)
@@ -61,15 +70,17 @@ def main() -> None:
     said = Said()
     logging.getLogger("l4core").addHandler(said)
     logging.getLogger("l4core").setLevel(logging.INFO)
+    asked = [question + MISLEADING * args.misleading for question in QUESTIONS]
+    groups = [[asked[(i + j) % len(asked)] for j in range(args.batch)] for i in range(0, len(asked), args.batch)]
     for number in range(args.rounds + 1):  # the first one is not counted
-        for question in QUESTIONS:
+        for group in groups:
             answers = {}
             for name, llm in engines.items():
                 count = Steps(llm)
                 began, busy = time.perf_counter(), time.process_time()
-                (output,) = llm.chat([{"role": "user", "content": question}], params, use_tqdm=False)
+                outputs = llm.chat([[{"role": "user", "content": q}] for q in group], params, use_tqdm=False)
                 took, worked = time.perf_counter() - began, time.process_time() - busy
-                answers[name] = output.outputs[0].token_ids
+                answers[name] = [output.outputs[0].token_ids for output in outputs]
                 made = count.done()
                 if name == "draft":
                     made_in_all += made
@@ -78,7 +89,7 @@ def main() -> None:
                     seconds[name].append(took)
                     processor[name] += worked
                     if name == "draft":
-                        tokens, steps = tokens + len(answers[name]), steps + made
+                        tokens, steps = tokens + sum(map(len, answers[name])), steps + made
             differing += answers["plain"] != answers["draft"]
     ratios = [a / b for a, b in zip(seconds["plain"], seconds["draft"], strict=True)]
     result = {
@@ -87,6 +98,7 @@ def main() -> None:
         "speed_up_median": round(statistics.median(ratios), 3),
         "speed_up_in_processor_time": round(processor["plain"] / processor["draft"], 3),  # others' load tells less here
         "tokens_a_step": round(tokens / steps, 3),
+        "batch": args.batch,
         "temperature": args.temperature,
         "device": args.device,
         "dtype": args.dtype,
