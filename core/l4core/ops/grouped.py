@@ -22,7 +22,8 @@ JOIN_ROWS = 64
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
     """How T rows are packed by expert. order: int64 [T], packed row → row; place: int64 [T], row → packed row; None when all rows have one
-    expert.  expert_ids: int64 [T], packed.  spans: (expert, number of rows) in packed order, known on a CPU, where reading costs nothing."""
+    expert.  expert_ids: int64 [T], packed.  spans: (expert, number of rows) in packed order, known on a CPU, where reading costs nothing.
+    With `least` packed rows are more than T: the first row of a small group again and again."""
 
     order: torch.Tensor | None
     place: torch.Tensor | None
@@ -39,10 +40,11 @@ class Groups:
         return x if self.place is None else x.index_select(0, self.place)
 
 
-def group_rows(expert_ids: torch.Tensor, num_experts: int) -> Groups:
-    """expert_ids: integers [T], the expert of each row, −1 = none: its result is 0 in `grouped_linear`. No host sync on an accelerator."""
+def group_rows(expert_ids: torch.Tensor, num_experts: int, least: int = 1) -> Groups:
+    """expert_ids: integers [T], the expert of each row, −1 = none: its result is 0 in `grouped_linear`. No host sync on an accelerator.
+    least: rows that each group has at least, on a CPU, by repetition."""
     if expert_ids.is_cpu:
-        return _group_on_cpu(expert_ids, num_experts)
+        return _group_on_cpu(expert_ids, num_experts, least)
     ids = torch.where(expert_ids < 0, num_experts, expert_ids)
     packed_ids, order = ids.sort(stable=True)
     return Groups(order=order, place=order.argsort(), expert_ids=packed_ids, num_experts=num_experts, spans=None)
@@ -64,25 +66,28 @@ def group_ends(packed_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     return torch.searchsorted(packed_ids, experts, right=True, out_int32=True)
 
 
-def _group_on_cpu(expert_ids: torch.Tensor, num_experts: int) -> Groups:
+def _group_on_cpu(expert_ids: torch.Tensor, num_experts: int, least: int) -> Groups:
     """Plain Python: for a decode it takes a third of the time of torch's sort and bincount, for a prefill it does not matter."""
     ids = expert_ids.tolist()
     rows: dict[int, list[int]] = {}
     for row, expert in enumerate(ids):
         rows.setdefault(expert, []).append(row)
-    spans = tuple((expert, len(found)) for expert, found in rows.items())
-    if len(spans) == 1:
+    if len(rows) == 1 and len(ids) >= least:
+        spans = ((ids[0], len(ids)),)
         return Groups(order=None, place=None, expert_ids=expert_ids, num_experts=num_experts, spans=spans)
-    order = [row for found in rows.values() for row in found]
+    order: list[int] = []
     place = [0] * len(ids)
-    for packed, row in enumerate(order):
-        place[row] = packed
+    for found in rows.values():
+        for packed, row in enumerate(found, len(order)):
+            place[row] = packed
+        order += found
+        order += found[:1] * (least - len(found))
     return Groups(
         order=torch.tensor(order),
         place=torch.tensor(place),
         expert_ids=expert_ids,
         num_experts=num_experts,
-        spans=spans,
+        spans=tuple((expert, max(len(found), least)) for expert, found in rows.items()),
     )
 
 

@@ -11,8 +11,7 @@ PACKED_DTYPES = (torch.float32, torch.bfloat16)
 ROWS_HINT = 64
 """The layout chosen for this many rows is the one that oneDNN wants for any number."""
 LEAST_ROWS = 4
-"""In float32, fewer rows than this take longer than this many do, with a weight of at least PAD_WEIGHT elements."""
-PAD_WEIGHT = 1 << 20
+"""Fewer rows than this take longer than this many do."""
 SMALL_WEIGHT = 1 << 17
 """Elements up to which a weight stays in the cache, and one plain call is cheap."""
 
@@ -39,7 +38,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 def packed_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [T, K] · weight [N, K]ᵀ → [T, N]."""
     num_rows = x.shape[0]
-    if num_rows < LEAST_ROWS and x.dtype == torch.float32 and weight.numel() >= PAD_WEIGHT:
-        x = F.pad(x, (0, 0, 0, LEAST_ROWS - num_rows))
+    if num_rows < LEAST_ROWS:
+        x = x.expand(LEAST_ROWS, -1) if num_rows == 1 else F.pad(x, (0, 0, 0, LEAST_ROWS - num_rows))
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return out[:num_rows]
+    return out if num_rows >= LEAST_ROWS else out[:num_rows]
