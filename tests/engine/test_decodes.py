@@ -113,12 +113,29 @@ def test_a_decode_that_failed_or_has_logprobs_comes_beside_the_columns() -> None
     made = engine(as_columns=True)
     for name in "abc":
         made.scheduler.add(ask(name, max_tokens=3, logprobs=0 if name == "b" else None))
-    answers: dict[str, list[object]] = {name: [] for name in "abc"}
-    while made.scheduler.has_work:
+    answers: dict[str, list[object]] = {name: [] for name in "abcd"}
+    for step in range(20):
+        if step == 3:
+            made.scheduler.add(ask("d", prompt_len=9, max_tokens=3))  # its piece lies behind the decodes of a step
         for update in made.step().updates:
             assert len(update.logprobs) == (update.request_id == "b") * len(update.new_token_ids)
             answers[update.request_id] += [update.finish_reason] * len(update.new_token_ids)
     assert all(found == [None, None, FinishReason.LENGTH] for found in answers.values())
+
+
+@pytest.mark.parametrize("pool", range(6, 30))
+def test_a_newcomer_leaves_a_page_to_each_that_decodes(pool: int) -> None:
+    made = engine(as_columns=True, num_superpages=1 + pool, prefix_cache=False)
+    kv = made.scheduler.kv
+    for name in "ab":
+        made.scheduler.add(ask(name, prompt_len=1))
+    made.step()
+    needed = sum(kv.needed(kv.new_tables(), 0, 10 + kv.page_size))
+    has_room = kv.num_available >= needed + 2
+    made.scheduler.add(ask("c", prompt_len=10))
+    batch = made.scheduler.schedule()
+    assert batch is not None
+    assert ("c" in [s.request.request_id for s in batch.sequences]) == has_room
 
 
 def test_tokens_that_are_not_the_batchs_are_refused() -> None:
