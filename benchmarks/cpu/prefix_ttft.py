@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from l4core import LLM, SamplingParams
-from l4core.engine.batch import Inbox
+from l4core.engine.inbox import Inbox
 from l4core.request import Request
 
 

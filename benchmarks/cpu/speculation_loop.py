@@ -26,9 +26,9 @@ import l4core.engine.build as build
 import l4core.engine.runner as runner_module
 import l4core.engine.speculation.late as late_module
 from l4core.config import from_mapping
-from l4core.engine.batch import Inbox
 from l4core.engine.engine import Engine
 from l4core.engine.fixed_step import Computed, StepShape
+from l4core.engine.inbox import Inbox
 from l4core.engine.messages import Stepped, frame
 from l4core.engine.speculation.draft_steps import FixedExtend, FixedGuess
 from l4core.request import Request, SamplingParams

@@ -30,9 +30,9 @@ import l4core.engine.build as build
 import l4core.engine.resolve as resolve
 from l4core import EngineConfig, SamplingParams
 from l4core.bench.floor import decode_bytes, prefill_floor_ms, weights_by_config
-from l4core.engine.batch import Inbox
 from l4core.engine.engine import Engine
 from l4core.engine.graph_sizes import GraphSizes
+from l4core.engine.inbox import Inbox
 from l4core.model.slicing import rank_config
 from l4core.parallel.ranks import ALONE, Ranks
 from l4core.request import Request

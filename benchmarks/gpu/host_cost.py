@@ -30,11 +30,11 @@ import torch
 import l4core.engine.build as build
 import l4core.engine.resolve as resolve
 from l4core.config import from_mapping
-from l4core.engine.batch import Inbox
 from l4core.engine.draws import PendingDraws
 from l4core.engine.engine import Engine
 from l4core.engine.fixed_step import Computed
 from l4core.engine.graph_sizes import GraphSizes
+from l4core.engine.inbox import Inbox
 from l4core.request import Request, SamplingParams
 
 WARMUP, STEPS = 30, 300

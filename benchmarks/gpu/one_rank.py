@@ -13,9 +13,9 @@ import torch
 
 from l4core.config import EngineConfig
 from l4core.engine import graph_sizes
-from l4core.engine.batch import Inbox
 from l4core.engine.build import BuiltEngine, build_engine
 from l4core.engine.capacity import load_config
+from l4core.engine.inbox import Inbox
 from l4core.kv.memory import KVMemory
 from l4core.model.batch import ForwardBatch
 from l4core.model.config import ModelConfig

@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from l4core.engine.batch import Inbox, ScheduledBatch, ScheduledSequence
+from l4core.engine.batch import ScheduledBatch, ScheduledSequence
+from l4core.engine.inbox import Inbox
 from l4core.engine.step_costs import StepCosts
 from l4core.engine.turns import Turn, _encoder, checksum
 from l4core.parallel.connect import Crew

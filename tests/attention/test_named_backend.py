@@ -112,6 +112,6 @@ def test_a_backend_that_asks_to_be_named_is_never_chosen_by_itself() -> None:
 
 def test_a_backend_that_asks_to_be_named_is_in_no_tie(caplog: pytest.LogCaptureFixture) -> None:
     shy = make_entry("shy", Usable(tier=Tier.PORTABLE, named_only=True))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "l4core"):
         select_backend(make_plugins(shy, make_entry("plain")), CPU, SMALL, device="cpu")
     assert "tie" not in caplog.text

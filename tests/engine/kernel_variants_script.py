@@ -34,11 +34,11 @@ import l4core.ops.skinny_triton  # noqa: E402
 from l4_triton import launch  # noqa: E402
 from l4_triton.backend import TritonBackend  # noqa: E402
 from l4_triton.tiles import tiles_for as attention_tiles  # noqa: E402
-from l4core.engine.batch import Inbox  # noqa: E402
 from l4core.engine.capacity import load_config  # noqa: E402
 from l4core.engine.engine import Engine  # noqa: E402
 from l4core.engine.fixed_step import Computed, FixedStep, StepOutputs, StepShape  # noqa: E402
 from l4core.engine.graph_sizes import batch_sizes  # noqa: E402
+from l4core.engine.inbox import Inbox  # noqa: E402
 from l4core.engine.runner import Runner  # noqa: E402
 from l4core.engine.scheduler import Scheduler, SchedulerLimits  # noqa: E402
 from l4core.engine.step_costs import StepCosts  # noqa: E402

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from l4core.engine.batch import Inbox
+from l4core.engine.inbox import Inbox
 from l4core.engine.speculation.pace import DraftPace, VerifyCosts
 from l4core.request import Request, SamplingParams, StepStats
 
@@ -110,7 +110,7 @@ def test_bytes_decide_before_anything_was_measured() -> None:
 
 def test_a_wrong_draft_is_named_within_fifty_steps(caplog: pytest.LogCaptureFixture) -> None:
     machine = Machine(0.03, lambda k, _: 1.0 + 0.2 * k)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "l4core"):
         machine.run(50, 1)
     (warning,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert "of first guesses are right" in warning.message

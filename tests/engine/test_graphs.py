@@ -10,8 +10,8 @@ import torch
 
 from helpers.recording import greedy
 from l4core import LLM, SamplingParams
-from l4core.engine.batch import Inbox
 from l4core.engine.fixed_step import FixedStep, StepShape
+from l4core.engine.inbox import Inbox
 from l4core.request import Request
 
 pytestmark = pytest.mark.gpu

@@ -10,8 +10,8 @@ import pytest
 
 from helpers.profile import DEVICE
 from l4core import LLM, SamplingParams
-from l4core.engine.batch import Inbox
 from l4core.engine.engine import Engine
+from l4core.engine.inbox import Inbox
 from l4core.request import FinishReason, Request
 
 NUM = 64

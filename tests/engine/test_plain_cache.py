@@ -8,7 +8,7 @@ import pytest
 
 from helpers.recording import greedy
 from l4core import LLM
-from l4core.engine.batch import Inbox
+from l4core.engine.inbox import Inbox
 from l4core.errors import ConfigError
 from l4core.request import Request
 

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from helpers.profile import FULL
 from l4core import LLM, SamplingParams
-from l4core.engine.batch import PENDING, Draft, DraftRequest, Inbox, ScheduledBatch
+from l4core.engine.batch import PENDING, Draft, DraftRequest, ScheduledBatch
 from l4core.engine.engine import Engine
+from l4core.engine.inbox import Inbox
 from l4core.engine.speculation.drafter import PluginSpeculation
 from l4core.engine.speculation.late import LateGuesses
 from l4core.plugin_api import DraftRow

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4core.engine.batch import Inbox, ScheduledBatch, ScheduledSequence
+from l4core.engine.batch import ScheduledBatch, ScheduledSequence
+from l4core.engine.inbox import Inbox
 from l4core.engine.pace import FIRST_PREFILL_TOKENS, Fit, Pace
 from l4core.engine.step_costs import MIN_PREFILL_TOKENS, StepBudget, StepCosts, even_piece, piece_scores
 from l4core.kv.blocks import KVGroup

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l4core.config import EngineConfig
-from l4core.engine.batch import Inbox, NewPages, ScheduledBatch, ScheduledSequence
+from l4core.engine.batch import NewPages, ScheduledBatch, ScheduledSequence
 from l4core.engine.build import build_engine
 from l4core.engine.engine import Engine
+from l4core.engine.inbox import Inbox
 from l4core.engine.step_costs import StepCosts
 from l4core.engine.turns import LeadEngine, Turn, _decoder, _encoder, checksum, follow
 from l4core.errors import EngineDeadError

@@ -62,7 +62,7 @@ def test_the_highest_tier_wins_and_says_who_it_is() -> None:
 
 
 def test_one_that_fails_to_start_gives_way_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "l4core"):
         found = select_experts(plugins(offer("a", PORTABLE), offer("b", TUNED, "broken")), CPU, SMALL, device="cpu")
     assert found.name == "a"
     assert "expert kernel 'b' (l4-b 1.2) failed at start: RuntimeError: no such instruction" in caplog.text

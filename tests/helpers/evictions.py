@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from l4core.engine.batch import Inbox
 from l4core.engine.engine import EMPTY, Engine
+from l4core.engine.inbox import Inbox
 from l4core.request import StepOutput
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from l4core.chat.tokenizer import Tokenizer
 from l4core.config import EngineConfig
-from l4core.engine.batch import Inbox
+from l4core.engine.inbox import Inbox
 from l4core.errors import CheckpointError, RequestError
 from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput, StepStats, TokenLogprobs
 

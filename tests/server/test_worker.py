@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from l4core import errors
 from l4core.config import EngineConfig
 from l4core.engine import worker
-from l4core.engine.batch import Inbox
+from l4core.engine.inbox import Inbox
 from l4core.engine.messages import (
     Failed,
     Log,

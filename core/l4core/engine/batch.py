@@ -17,7 +17,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from l4core.engine.step_costs import StepCosts
 from l4core.request import Request, TokenLogprobs
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -242,18 +241,3 @@ class StepTokens:
 
     drawn: Sequence[DrawnTokens] = field(default_factory=tuple)
     decoded: Sequence[int] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inbox:
-    """What came in since the last step. The scheduler reads no clock: deadlines arrive here as aborts.
-
-    flush_cache: forget all cached prefixes, before the requests are taken in.  step_costs: what steps cost, and may cost, from now on; None = no
-    change.  num_drafts: guesses wanted for each sequence from now on, None = no change.
-    """
-
-    requests: Sequence[Request] = ()
-    aborts: Sequence[str] = ()
-    flush_cache: bool = False
-    step_costs: StepCosts | None = None
-    num_drafts: int | None = None

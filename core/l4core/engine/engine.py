@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from l4core.engine.batch import Draft, Inbox, ScheduledBatch, StepTokens
+from l4core.engine.batch import Draft, ScheduledBatch, StepTokens
 from l4core.engine.draws import PendingDraws
+from l4core.engine.inbox import Inbox
 from l4core.engine.runner import Runner
 from l4core.engine.scheduler import NO_DRAFTS, Scheduler
 from l4core.engine.speculation.drafter import SettledDraws, Speculation

@@ -15,7 +15,7 @@ import msgspec
 
 from l4core import errors
 from l4core.config import EngineConfig
-from l4core.engine.batch import Inbox
+from l4core.engine.inbox import Inbox
 from l4core.errors import EngineDeadError, L4Error
 from l4core.parallel.place import Place
 from l4core.parallel.wire import framed

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from l4core.engine.batch import Inbox
+from l4core.engine.inbox import Inbox
 from l4core.engine.speculation.pace import DraftPace
 from l4core.engine.step_costs import MIN_PREFILL_TOKENS, StepCosts
 from l4core.request import StepOutput, StepStats

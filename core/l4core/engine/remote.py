@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l4core.config import EngineConfig
-from l4core.engine.batch import Inbox
+from l4core.engine.inbox import Inbox
 from l4core.engine.last_words import LastWords
 from l4core.engine.messages import (
     Alive,

@@ -15,7 +15,8 @@ from typing import Protocol
 
 import msgspec
 
-from l4core.engine.batch import Inbox, ScheduledBatch
+from l4core.engine.batch import ScheduledBatch
+from l4core.engine.inbox import Inbox
 from l4core.engine.messages import Submit
 from l4core.engine.step_costs import StepCosts
 from l4core.errors import EngineDeadError

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from l4core.config import EngineConfig
-from l4core.engine.batch import Inbox
 from l4core.engine.identity import checkpoint_identity, choices, device_identity, program_identity
+from l4core.engine.inbox import Inbox
 from l4core.engine.messages import (
     LOST_STATUS,
     TRACE_SIGNAL,

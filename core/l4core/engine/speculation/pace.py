@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from l4core.engine.batch import Inbox
+from l4core.engine.inbox import Inbox
 from l4core.request import StepStats
 
 FEW = 4

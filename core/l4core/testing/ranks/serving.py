@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from l4core.config import EngineConfig
-from l4core.engine.batch import Draft, DraftRequest, Inbox, ScheduledBatch
+from l4core.engine.batch import Draft, DraftRequest, ScheduledBatch
 from l4core.engine.build import BuiltEngine, build_engine
 from l4core.engine.fixed_step import Computed
+from l4core.engine.inbox import Inbox
 from l4core.engine.runner import Forward, Runner
 from l4core.engine.speculation.drafter import Speculation
 from l4core.parallel.ranks import Ranks
