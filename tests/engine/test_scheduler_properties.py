@@ -183,7 +183,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.deliver(self.scheduler.commit(self.engine.turn(tokens)))
 
     def check_first(self, first: SequenceState, row: int, num_computed: int, batch: ScheduledBatch | None) -> None:
-        """The best request of all lost nothing, and is served unless decodes took all the tokens or the last pages."""
+        """The best request of all lost nothing, and is served unless decodes and their guesses took all the tokens or the last pages."""
         entries = {} if batch is None else {s.request.request_id: s for s in batch.sequences}
         own = entries.get(first.request_id)
         if row != NO_ROW:
@@ -194,7 +194,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         decodes = [s for s in entries.values() if s.is_decode]
         if own is None and len(decodes) < len(entries):
             return  # it may wait for a page of its own beginning that another computes in this very step
-        if len(decodes) < self.scheduler.limits.max_tokens_per_step:
+        if sum(len(s.token_ids) for s in decodes) < self.scheduler.limits.max_tokens_per_step:  # guesses among them
             assert first.row != NO_ROW, "the best request waits while there are tokens for it"
             assert own is not None or decodes, "the best request does not move"
             assert own is not None or all(s.request.priority >= first.request.priority for s in decodes)
