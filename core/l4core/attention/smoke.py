@@ -80,11 +80,12 @@ def _run(backend: AttentionBackend, verdict: Usable, context: AttentionContext, 
     tail = FINITE_TAIL if verdict.finite_tail else UNOWNED
     kv = _view(batch, getattr(torch, req.kv_dtype), verdict.page_stride, device, tail=tail)
     out = torch.zeros(batch.q.shape, dtype=dtype, device=device)
-    backend.attend(q, kv, backend.plan(_on(batch.meta, device)), out)
+    backend.attend(q, kv, backend.plan(on_device(batch.meta, device)), out)
     return out.cpu().double()
 
 
-def _on(meta: AttentionMetadata, device: str) -> AttentionMetadata:
+def on_device(meta: AttentionMetadata, device: str) -> AttentionMetadata:
+    """A copy whose tensors lie on `device`."""
     tree = meta.tree
     if tree is not None:
         seen = None if tree.sees_prefix is None else tree.sees_prefix.to(device)

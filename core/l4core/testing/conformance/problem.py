@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from l4core.attention.chunked import ring_width, single_chunk_metadata, tree_chunk_metadata, virtual_batches
+from l4core.attention.smoke import on_device
 from l4core.plugin_api import AttentionMetadata, ChunkInfo, KVView, TreeMask, Usable
 from l4core.testing.conformance.cases import Case, Heads, Parents
 from l4core.testing.conformance.expected import attention, depths, visible_keys
@@ -78,7 +79,7 @@ def build(
     q = packed.to(device)[:, : heads.num_q_heads]
     owned = [length > 0 for length, n in zip(case.seq_lens, case.q_lens, strict=True) for _ in range(n)]
     return Problem(
-        meta=_on(_metadata(case, table, layout, verdict), device),
+        meta=on_device(_metadata(case, table, layout, verdict), device),
         q=q,
         kv=kv,
         expected=_expected(case, packed[:, : heads.num_q_heads].double(), dense, oracle),
@@ -255,17 +256,3 @@ def _positions(case: Case) -> torch.Tensor:
     assert case.trees is not None
     prefixes = [length - n for length, n in zip(case.seq_lens, case.q_lens, strict=True)]
     return torch.tensor([p + d for p, tree in zip(prefixes, case.trees, strict=True) for d in depths(tree)])
-
-
-def _on(meta: AttentionMetadata, device: str) -> AttentionMetadata:
-    tree = meta.tree
-    if tree is not None:
-        seen = None if tree.sees_prefix is None else tree.sees_prefix.to(device)
-        tree = TreeMask(ancestors=tree.ancestors.to(device), sees_prefix=seen)
-    return replace(
-        meta,
-        cu_seqlens_q=meta.cu_seqlens_q.to(device),
-        seq_lens=meta.seq_lens.to(device),
-        block_table=meta.block_table.to(device),
-        tree=tree,
-    )
