@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import l4core.engine.build as build
@@ -146,6 +147,8 @@ class Bench:
         for _ in range(4):
             requests = self._requests(batch, length, 1)
             torch.cuda.synchronize()
+            if dist.is_initialized():
+                dist.barrier()  # each rank has made its own prompts, some sooner
             began = time.perf_counter()
             self._run_prompts(requests)
             times.append((time.perf_counter() - began) * 1e3)

@@ -87,11 +87,16 @@ def test_tokens_are_those_of_the_simple_loop(
 
 
 @pytest.mark.gpu
-def test_in_bfloat16_tokens_part_only_where_two_are_nearly_equal(tiny: Path, record_property) -> None:
-    """The loops put other rows beside a request, so products may round otherwise. Where greedy answers part, the best two logits are close."""
+@pytest.mark.parametrize(("kind", "margin"), [("dense", 0.13), ("experts", 1.0)])
+def test_in_bfloat16_tokens_part_only_where_two_are_nearly_equal(
+    make_tiny: Callable[..., Path], kind: str, margin: float, record_property: Callable[[str, object], None]
+) -> None:
+    """The loops put other rows beside a request, so products may round otherwise. Where greedy answers part, the best two logits are two steps of
+    bfloat16 apart at most. With experts a router's tie sends a token elsewhere, which moves logits by more than a rounding."""
+    folder = make_tiny(step=100) if kind == "dense" else make_tiny()
     answers = {}
     for overlap in (False, True):
-        llm = build(tiny, overlap=overlap, dtype="bfloat16")
+        llm = build(folder, overlap=overlap, dtype="bfloat16")
         params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=2)
         answers[overlap] = [o.outputs[0] for o in llm.generate(prompts(), params, use_tqdm=False)]
     margins = []
@@ -101,8 +106,8 @@ def test_in_bfloat16_tokens_part_only_where_two_are_nearly_equal(tiny: Path, rec
             best, second = sorted(theirs.logprobs[part].values(), reverse=True)[:2]
             margins.append(best - second)
     record_property("answers that part", len(margins))
-    print(f"{len(margins)} of {NUM} answers part, at margins of at most {max(margins, default=0):.4f}")
-    assert max(margins, default=0.0) < 0.06, margins
+    print(f"{kind}: {len(margins)} of {NUM} answers part, at margins of {sorted(round(m, 4) for m in margins)}")
+    assert max(margins, default=0.0) < margin, margins
 
 
 def ask(request_id: str, max_tokens: int = 30, **params: object) -> Request:
