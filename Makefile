@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PLUGINS := fa3 triton trtllm_mha aiter intel_xpu ray
+PLUGINS := fa3 triton trtllm_mha aiter intel_xpu cpu ray
 TESTS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
@@ -58,7 +58,7 @@ $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 # The hardware packages without their dependencies: vendors' kernels are no use on a test machine, and their probes say so.
-$(VENV)/.test: pyproject.toml $(wildcard plugins/*/pyproject.toml) $(VENV)/.torch
+$(VENV)/.test: pyproject.toml $(wildcard plugins/*/pyproject.toml plugins/cpu/l4_cpu/csrc/*) $(VENV)/.torch
 	$(PIP) --editable '.[test]'
 	$(PIP) --no-deps --no-build-isolation $(addprefix --editable plugins/,$(PLUGINS))
 	@touch $@

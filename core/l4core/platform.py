@@ -12,6 +12,7 @@ import importlib.util
 import platform as _host
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packaging.version import InvalidVersion, Version
@@ -22,10 +23,19 @@ if TYPE_CHECKING:
     import torch
 
 
+CPU_INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
+    "avx512_bf16": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "avx512_bf16"),
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
+    "avx2": ("avx2", "fma"),
+}
+"""Name → Linux's flags of a processor that has them, the best first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Platform:
     """device_type: torch's device string ("cpu", "cuda", "xpu", or a vendor's PrivateUse1 name).  vendor: "nvidia", "amd", "intel",
-    "cpu" or the device type.  arch: "sm90", "gfx942", "x86_64", …  memory_bytes: of one device.  runtime: "cuda 13.0", "hip 6.4", "".
+    "cpu" or the device type.  arch: "sm90", "gfx942", "x86_64", …  memory_bytes: of one device.  runtime: "cuda 13.0", "hip 6.4"; of a CPU the
+    best of `CPU_INSTRUCTIONS`, or "".
     libraries: None on a real machine; on a fake one, import name → version of everything "installed".
     """
 
@@ -118,7 +128,16 @@ def _cpu_platform(torch_version: str) -> Platform:
         device_name=_host.processor() or _host.machine(),
         memory_bytes=psutil.virtual_memory().total,
         torch_version=Version(torch_version),
+        runtime=_cpu_instructions(),
     )
+
+
+def _cpu_instructions() -> str:
+    """What all processors of this machine have, as Linux says; "" elsewhere."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    return next((name for name, wanted in CPU_INSTRUCTIONS.items() if flags.issuperset(wanted)), "")
 
 
 def _accelerator_platform(device: torch.device) -> Platform:

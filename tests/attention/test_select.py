@@ -50,6 +50,7 @@ def house() -> Plugins:
         ("aiter", arch_probe(("amd",), ("gfx942", "gfx950"), "aiter", "2", Tier.NATIVE)),
         ("intel_xpu", arch_probe(("intel",), (), "xpulib", "2", Tier.NATIVE)),
         ("triton", arch_probe(("nvidia", "amd"), (), "triton", "2", Tier.TUNED)),
+        ("cpu", arch_probe(("cpu",), (), "kernels", "2", Tier.TUNED)),
     )
     made = [make_entry(name, probe=probe) for name, probe in rows]
     return Plugins(attention_backends=(*made, *BUILTINS.attention_backends))
@@ -104,7 +105,7 @@ def test_the_table(house: Plugins, name: str, native: str, triton: str) -> None:
         ("sm89", "l4-triton"),
         ("sm120", "l4-triton"),
         ("gfx1100", "l4-triton"),
-        ("cpu", None),
+        ("cpu", "l4-cpu"),
         ("privateuse1", None),
     ],
 )
@@ -234,7 +235,9 @@ def test_two_selections_share_nothing() -> None:
 def test_describe_has_all_a_start_up_line_needs() -> None:
     version = BUILTINS.rows[0].version
     selected = select_backend(BUILTINS, CPU, SMALL, device="cpu")
-    assert selected.describe() == f"sdpa (l4core {version}) · torch 2.13.0 · portable"
+    assert selected.describe() == (
+        f"sdpa (l4core {version}) · torch 2.13.0 · portable · l4-cpu is made for x86_64: pip install l4-cpu"
+    )
     on_hopper = select_backend(BUILTINS, fake_platform("sm90", {}), SMALL, device="cpu")
     assert on_hopper.describe().endswith("· portable · l4-fa3 is made for sm90: pip install l4-fa3")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.cpu import cpu_backends
 from helpers.profile import DEVICE
 from helpers.recording import Recorder, greedy
 from l4core import LLM
@@ -43,7 +44,7 @@ def oracle_logits(folder: Path, ids: list[int]) -> torch.Tensor:
     return oracle(folder)(torch.tensor([ids]), use_cache=False).logits[0]
 
 
-BACKENDS = ["reference", "sdpa"] if DEVICE == "cpu" else ["reference", "sdpa", "triton"]
+BACKENDS = cpu_backends() if DEVICE == "cpu" else ["reference", "sdpa", "triton"]
 """On a GPU l4-triton joins them: the one backend with IEEE float32 there."""
 
 

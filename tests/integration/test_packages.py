@@ -17,6 +17,7 @@ BACKENDS = {
     "trtllm_mha": "l4-trtllm-mha",
     "aiter": "l4-aiter",
     "intel_xpu": "l4-intel-xpu",
+    "cpu": "l4-cpu",
 }
 BUILT_IN = {"reference", "sdpa"}
 

@@ -1,4 +1,4 @@
-"""The five hardware packages of plugins/, imported from there whether or not they are installed, as what load_plugins would give."""
+"""The six hardware packages of plugins/, imported from there whether or not they are installed, as what load_plugins would give."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from l4core.plugin_entries import Plugins, Provided
 ROOT = Path(__file__).parents[2]
 FOLDERS = {
     "l4-aiter": "aiter",
+    "l4-cpu": "cpu",
     "l4-fa3": "fa3",
     "l4-intel-xpu": "intel_xpu",
     "l4-triton": "triton",

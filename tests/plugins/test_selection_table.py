@@ -1,4 +1,4 @@
-"""The selection table of the design, with the real probes of the five hardware packages, on machines that need not exist."""
+"""The selection table of the design, with the real probes of the six hardware packages, on machines that need not exist."""
 
 from __future__ import annotations
 
@@ -61,12 +61,13 @@ def test_only_the_native_library_too_old(platform: str) -> None:
 @pytest.mark.parametrize("row", FIRST_PARTY, ids=lambda row: f"{row.package}-{row.vendor}")
 def test_a_missing_package_is_named_with_its_pip_command(row: Any) -> None:
     """SM90 without l4-fa3 runs on triton, with a line that says what would serve it better."""
-    platform = fake_platform(*{"amd": ("gfx1100",), "intel": ("xpu",)}.get(row.vendor, ("sm89",)), LIBRARIES)
-    if row.archs:
-        platform = fake_platform(row.archs[0], LIBRARIES)
+    name = {"amd": "gfx1100", "intel": "xpu", "cpu": "cpu"}.get(row.vendor, "sm89")
+    if row.archs and row.vendor != "cpu":
+        name = row.archs[0]
+    platform = fake_platform(name, LIBRARIES)
     found = explain(house(without=[row.package]), platform)
     assert found.hint == f"{row.package} is made for {platform.arch}: pip install {row.package}"
-    assert found.json()["chosen"] == ("triton" if row.archs else "sdpa")
+    assert found.json()["chosen"] == ("triton" if name in TRITON and row.archs else "sdpa")
     assert explain(house(), platform).hint == ""
 
 

@@ -28,6 +28,7 @@ FIRST_PARTY = (
     FirstParty(package="l4-intel-xpu", backend="intel_xpu", vendor="intel"),
     FirstParty(package="l4-triton", backend="triton", vendor="nvidia"),
     FirstParty(package="l4-triton", backend="triton", vendor="amd"),
+    FirstParty(package="l4-cpu", backend="cpu", vendor="cpu", archs=("x86_64",)),
 )
 
 

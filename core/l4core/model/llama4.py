@@ -161,7 +161,10 @@ class Llama4(nn.Module):
 
     def pack(self) -> None:
         """After the weights are loaded, on a CPU: large ones take the order its kernels read fastest. What they were is gone, layer by layer."""
-        packing = [module for module in self.modules() if isinstance(module, (Linear, MoE))]  # holds no Experts alive
+        of_kernels = {id(part) for moe in self.modules() if isinstance(moe, MoE) for part in moe.linears_of_kernel()}
+        packing = [  # holds no Experts alive
+            module for module in self.modules() if isinstance(module, (Linear, MoE)) and id(module) not in of_kernels
+        ]
         with packing_into_huge_pages(sum(p.nbytes for p in self.parameters() if p.is_cpu)):
             for module in packing:
                 module.pack()

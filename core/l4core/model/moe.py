@@ -90,6 +90,12 @@ class MoE(nn.Module):
         """True iff the kernel computes the shared expert too, which it does for one of the format and the width of the routed ones."""
         return self.shared.gate_up.format == self.experts.format and self.held.world == self.world
 
+    def linears_of_kernel(self) -> tuple[Linear, ...]:
+        """Parts whose weights the kernel reads, in an order that may be its own."""
+        if isinstance(self.kernel, TorchExperts) or not self.shared_in_kernel:
+            return ()
+        return self.shared.gate_up, self.shared.down
+
     def pack(self) -> None:
         """Torch's experts on a CPU, loaded before: their weights go into the order a CPU reads fastest, and the plain ones are let go."""
         if self.packed is None and isinstance(self.kernel, TorchExperts) and can_pack(self.experts.down[0]):

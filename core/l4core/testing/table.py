@@ -36,7 +36,8 @@ KNOWN: Mapping[str, Known] = {
     "aiter": Known(package="l4-aiter", hardware="AMD gfx942, gfx950 (MI300, MI350)"),
     "intel_xpu": Known(package="l4-intel-xpu", hardware="Intel GPUs"),
     "triton": Known(package="l4-triton", hardware="every other NVIDIA and AMD device with Triton"),
-    "sdpa": Known(package="built in", hardware="any torch device; the fast one on a CPU"),
+    "cpu": Known(package="l4-cpu", hardware="x86-64 CPUs with AVX2 or AVX-512"),
+    "sdpa": Known(package="built in", hardware="any torch device"),
     "reference": Known(package="built in", hardware="any torch device; slow, the oracle"),
 }
 
