@@ -142,11 +142,9 @@ def check_guesses(recorder: Recorder, folder: Path, draft: Path, aux_layers: Seq
         with torch.no_grad():
             states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
         aux[ids] = torch.cat([_layer_output(states, layer) for layer in aux_layers], -1)
-    wrong = 0
     for known, guesses in recorder.guesses:
         whole = next(ids for ids in aux if ids[: len(known)] == known)
-        wrong += definition.chain(known, aux[whole], len(guesses)) != guesses
-    assert wrong <= len(recorder.guesses) // 200, f"{wrong} of {len(recorder.guesses)} drafts are not the definition's"
+        assert definition.chain(known, aux[whole], len(guesses)) == guesses, f"after {len(known)} tokens"
     return len(recorder.guesses)
 
 
@@ -171,6 +169,20 @@ def test_guesses_are_the_definitions_and_tokens_are_the_targets(
         assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
     assert check_guesses(recorder, folder, draft, layers, plain) > 50
     assert (recorder.num_late > 50) is relay
+
+
+def test_a_page_is_found_by_who_goes_on_as_it_was_read(folder: Path, tmp_path: Path) -> None:
+    """The draft reads each position with the token after it, so the last entry of a page is another one where another token follows."""
+    draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4])
+    begin = prompts()[3][:32]
+    asked = [[*begin, 7], [*begin, 8], [*begin, 8, 9, 10], [*begin, 7, 9, 10]]  # two pages, and one token or three
+    plain = open_llm(folder).generate(asked, greedy(), use_tqdm=False)
+    llm = open_llm(folder, draft)
+    recorder = Recorder(llm, plain, acceptance=0.3)
+    found = [llm.generate([prompt], greedy(), use_tqdm=False)[0] for prompt in asked]
+    assert [one.num_cached_tokens for one in found] == [0, 16, 32, 32]
+    assert [one.outputs[0].token_ids for one in found] == [one.outputs[0].token_ids for one in plain]
+    assert check_guesses(recorder, folder, draft, (1, 2, 4), plain) > 50
 
 
 class Eager:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from l4core.kv.prefix import PageHashes, PrefixIndex
 
 
@@ -26,6 +28,19 @@ def test_salt_and_cut_matter() -> None:
     assert hashes(tokens)[0] != hashes(tokens, salt="tenant")[0]
     assert hashes([1, 2])[0] != hashes([1 << 32 | 2, 0])[0]
     assert hashes([7], page_size=1)[0] != hashes([7 << 8], page_size=1)[0]
+
+
+def test_what_a_page_depends_on_behind_it_is_part_of_its_hash() -> None:
+    """An EAGLE3 draft's last entry of a page was computed with the token after it."""
+
+    def ahead(tokens: list[int]) -> PageHashes:
+        return PageHashes("", 2, lambda begin, end: tokens[begin:end], num_ahead=1)
+
+    a, b, c = ahead([1, 2, 3, 4, 5]), ahead([1, 2, 3, 4, 6]), ahead([1, 2, 9, 9, 5])
+    assert a[0] == b[0] != c[0]
+    assert a[1] != b[1]
+    with pytest.raises(AssertionError, match="depends on is known"):
+        ahead([1, 2])[0]
 
 
 def test_only_what_is_asked_is_read() -> None:

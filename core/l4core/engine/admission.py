@@ -90,7 +90,7 @@ def take_prefix(seq: SequenceState, kv: KVManager) -> None:
     """Start behind the tokens whose pages are still there; the last known token is always computed, for its logits."""
     if seq.wants_prompt_logprobs:
         return
-    length = kv.find_prefix(seq.hashes, seq.num_tokens - 1)
+    length = kv.find_prefix(seq.hashes, min(seq.num_tokens - 1, seq.num_hashable))
     kv.take_prefix(seq.tables, seq.hashes, length)
     if not kv.fits_alone(seq.tables, length, seq.last_slot):  # too scattered to finish beside
         kv.release(seq.tables)
@@ -103,11 +103,14 @@ def is_computed_now(seq: SequenceState, parts: Iterable[Part], kv: KVManager) ->
     if not kv.prefix_cache or seq.wants_prompt_logprobs:
         return False
     page_size = kv.page_size
-    index = kv.find_prefix(seq.hashes, seq.num_tokens - 1, from_last=True) // page_size
-    if (index + 1) * page_size > seq.num_tokens - 1:
+    most = min(seq.num_tokens - 1, seq.num_hashable)
+    index = kv.find_prefix(seq.hashes, most, from_last=True) // page_size
+    end = (index + 1) * page_size
+    if end > most:
         return False
     return any(
         entry.start // page_size <= index < (entry.start + len(entry.token_ids)) // page_size
+        and end <= other.num_hashable
         and other.hashes[index] == seq.hashes[index]
         for other, entry in parts
         if not entry.is_decode and not other.finished

@@ -277,6 +277,7 @@ def _wire(
         plan.page_size,
         plan.num_superpages,
         prefix_cache=not config.disable_radix_cache,
+        num_ahead=int(speculation is not None and speculation.draft is not None),
         max_local=plan.max_local,
     )
     drafter = None

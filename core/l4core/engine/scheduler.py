@@ -80,7 +80,7 @@ class Scheduler:
             prompt_len=prompt_len,
             num_tokens=prompt_len,
         )
-        seq.hash_pages(request.cache_salt, self.kv.page_size)
+        seq.hash_pages(request.cache_salt, self.kv.page_size, self.kv.num_ahead)
         self._live[request.request_id] = seq
         self._waiting.add(seq)
 

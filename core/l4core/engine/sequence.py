@@ -66,9 +66,14 @@ class SequenceState:
         """Tokens that batches in flight draw."""
         return self.num_tokens - self.prompt_len - len(self.output_token_ids)
 
-    def hash_pages(self, salt: str, page_size: int) -> None:
+    def hash_pages(self, salt: str, page_size: int, num_ahead: int = 0) -> None:
         """Start the chain of hashes of its own tokens."""
-        self.hashes = PageHashes(salt, page_size, self.token_ids)
+        self.hashes = PageHashes(salt, page_size, self.token_ids, num_ahead=num_ahead)
+
+    @property
+    def num_hashable(self) -> int:
+        """Tokens whose pages have hashes: what comes after them is known as far as those depend on it."""
+        return self.prompt_len + len(self.output_token_ids) - self.hashes.num_ahead
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -28,10 +28,12 @@ class KVManager:
         num_superpages: int,
         *,
         prefix_cache: bool = True,
+        num_ahead: int = 0,
         max_local: int | None = None,
         on_empty: Callable[[str, Sequence[int]], None] | None = None,
     ) -> None:
         """num_superpages: in memory, the null one among them.  prefix_cache: whether computed pages can be found again.
+        num_ahead: tokens behind a page that its contents depend on: 1 with a draft that reads each position with the token after it.
         max_local: superpages of local pages at most, cached ones among them; None = as many as there are.
         on_empty(group name, pages) is told of every page whose contents nobody can reach any more (tests poison them).
         Raises ConfigError for a page size that does not divide a chunk."""
@@ -43,6 +45,7 @@ class KVManager:
         self.page_size = page_size
         self.chunk_size = chunks.pop() if chunks else None
         self.prefix_cache = prefix_cache
+        self.num_ahead = num_ahead
         self._on_empty = on_empty
         shape = superpage_shape(groups)
         self._pages_per = tuple(shape.pages[group.name] for group in groups)

@@ -2,6 +2,7 @@
 
 The hash of page i covers the salt and every token of pages 0 … i (SHA-256, chained), so equal hashes mean equal contents: keys and values of a
 token depend on the tokens before it and nothing else. A salt of its own keeps a tenant's pages from being found, or probed for, by another.
+A draft that reads each position with the token after it (EAGLE3) keeps its entries in the same pages: then a page's hash covers that token too.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from hashlib import sha256
 class PageHashes:
     """The chain of one sequence, computed as far as someone asked. Tokens of finished pages never change.
 
+    num_ahead: tokens behind a page that its contents depend on.
     num_found: the first pages, as many as the last search found in every group that keeps all; some may have been evicted since.
     """
 
-    __slots__ = ("_chain", "_page_size", "_seed", "_tokens", "num_found")
+    __slots__ = ("_chain", "_page_size", "_seed", "_tokens", "num_ahead", "num_found")
 
-    def __init__(self, salt: str, page_size: int, tokens: Callable[[int, int], Sequence[int]]) -> None:
+    def __init__(
+        self, salt: str, page_size: int, tokens: Callable[[int, int], Sequence[int]], *, num_ahead: int = 0
+    ) -> None:
         """tokens(begin, end): the sequence's own."""
+        self.num_ahead = num_ahead
         self._seed = sha256(b"l4 page" + salt.encode()).digest()
         self._page_size = page_size
         self._tokens = tokens
@@ -28,11 +33,12 @@ class PageHashes:
         self.num_found = 0
 
     def __getitem__(self, index: int) -> bytes:
-        """Hash of page `index`, whose tokens must all be known."""
+        """Hash of page `index`, whose tokens must all be known, and `num_ahead` behind them."""
         while len(self._chain) <= index:
             begin = len(self._chain) * self._page_size
-            tokens = array("q", self._tokens(begin, begin + self._page_size))
-            assert len(tokens) == self._page_size, "a page is hashed when all its tokens are known"
+            size = self._page_size + self.num_ahead
+            tokens = array("q", self._tokens(begin, begin + size))
+            assert len(tokens) == size, "a page is hashed when all that it depends on is known"
             self._chain.append(sha256((self._chain[-1] if self._chain else self._seed) + tokens.tobytes()).digest())
         return self._chain[index]
 

@@ -4,8 +4,8 @@
                writes its keys and values and leaves, for every sequence that drew a token, the hidden state that its next guesses start from
     propose    k guesses: the first from that hidden state, each further one from a pass of one row at the next position
 
-Draft keys and values lie in the sequence's own pages (layer `num_layers` of the global group), so prefix hits, preemption and release need nothing of
-their own. A shared page may hold the entry of another continuation at its last position: that can cost acceptance, never a token.
+Draft keys and values lie in the sequence's own pages (layer `num_layers` of the global group), so preemption and release need nothing of their own.
+The entry at a page's last position was computed with the token behind the page: only a sequence that goes on with it finds the page (kv.prefix).
 On a device with graphs both are replayed for batches of decodes; a step with prefill pieces is planned tensor by tensor, as the target's is.
 """
 
