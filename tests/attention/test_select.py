@@ -177,6 +177,14 @@ def test_running_on_the_reference_is_said_loudly(caplog) -> None:
     assert caplog.text == ""
 
 
+def test_a_tree_that_leaves_only_the_reference_is_named_with_its_flag(caplog) -> None:
+    """`l4 backends` knows nothing of the flag, and calls sdpa usable."""
+    selected = select_backend(BUILTINS, CPU, replace(SMALL, needs_tree=True, num_draft_tokens=4), device="cpu")
+    assert selected.entry.name == "reference"
+    assert "sdpa" in caplog.text
+    assert "--speculative-eagle-topk 1" in caplog.text
+
+
 # ---------------------------------------------------------------- options, context, page size
 
 

@@ -218,6 +218,14 @@ def test_the_command_prints_a_table_and_writes_json_and_charts(
     assert {path.name for path in (tmp_path / "p").iterdir()} == {"ttft.svg", "tpot.svg", "itl.svg", "e2e.svg"}
 
 
+def test_a_model_for_the_floor_that_does_not_exist_is_told_before_the_load(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(Fake()) as fake:
+        asked = ["--url", fake.url, "--num-prompts", "2", "--floor", "scuot", "--bandwidth", "3030"]
+        assert run_cli(l4, ["bench", "serve", *asked], program="l4") == 2
+        assert not fake.seen
+    assert "--floor is 'scuot'" in capsys.readouterr().err
+
+
 def test_a_run_without_any_answer_fails(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(Fake(misbehave=lambda number: "429" if number else "")) as fake:
         arguments = ["bench", "serve", "--url", fake.url, "--num-prompts", "2", "--output-len", "3", "--input-len", "4"]

@@ -12,7 +12,10 @@ from l4core.bench.steps import Bench
 from l4core.cli.errors import run
 from l4core.cli.main import l4
 from l4core.config import EngineConfig
+from l4core.engine.inbox import Inbox
+from l4core.engine.speculation.drafter import PluginSpeculation
 from l4core.errors import ConfigError
+from l4core.testing.recorded_drafter import RecordedDrafter
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,44 @@ def test_throughput_counts_every_token(made: Bench) -> None:
     assert (found["requests"], found["failed"]) == (9, 0)
     assert found["output_tokens"] == sum(sample.max_tokens for sample in samples)
     assert found["prefilled_tokens"] == found["input_tokens"] == sum(len(sample.prompt) for sample in samples)
+
+
+def test_tokens_that_guesses_bring_are_counted(tiny: Path) -> None:
+    """A drafter that is always right: four tokens of each request a step."""
+    config = EngineConfig(
+        model=tiny.as_posix(),
+        dtype="float32",
+        device="cpu",
+        context_length=256,
+        max_running_requests=4,
+        speculative_algorithm="NGRAM",
+        speculative_adaptive="off",
+    )
+    answers = dict[tuple[int, ...], list[int]]()
+    recorder, bench = (Bench(config, progress=False) for _ in range(2))
+    requests = recorder._requests(2, 20, 100)  # of the same seed, as the other makes them
+    inbox, names = Inbox(requests=requests), {r.request_id: tuple(r.prompt_token_ids) for r in requests}
+    while recorder._engine.has_work or inbox.requests:
+        for update in recorder._step(inbox).updates:
+            answers.setdefault(names[update.request_id], []).extend(update.new_token_ids)
+        inbox = Inbox()
+    size = bench.config.vocab_size
+    drafter = RecordedDrafter(
+        lambda row: answers[tuple(row.prompt_token_ids)], lambda row: 1.0, num_draft_tokens=3, vocab_size=size
+    )
+    bench._engine.speculation = PluginSpeculation("recorded", drafter, num_drafts=3, vocab_size=size)
+    row = bench.decode(2, 20, 5)
+    assert row["tokens_per_s"] == pytest.approx(2 * 4 / row["ms"] * 1e3)
+
+
+def test_throughput_counts_no_prompt_that_was_refused(made: Bench) -> None:
+    found = made.throughput([Sample(prompt=[1] * 250, max_tokens=50)])
+    assert (found["failed"], found["total_tokens_per_s"]) == (1, 0.0)
+
+
+def test_several_ranks_are_refused_with_what_measures_them(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="l4 bench predict --ranks 2"):
+        Bench(EngineConfig(model=tiny.as_posix(), device="cpu", tp=2), progress=False)
 
 
 def test_what_does_not_fit_is_a_sentence(made: Bench) -> None:

@@ -387,6 +387,7 @@ def test_flags_that_contradict_each_other_are_refused(folder: Path, tmp_path: Pa
         (ConfigError, {"speculative_num_steps": 3, "speculative_num_draft_tokens": 5}, "verifies steps \\+ 1"),
         (ConfigError, {"speculative_num_steps": 40}, "attention chunk of 32"),
         (ConfigError, {"speculative_eagle_topk": 4, "speculative_num_draft_tokens": 60}, "sees 36 guesses"),
+        (ConfigError, {"speculative_eagle_topk": 9, "speculative_num_draft_tokens": 40}, "fix: .*num-draft-tokens 32"),
         (BackendUnavailable, {"speculative_eagle_topk": 4, "attention_backend": "sdpa"}, "a tree mask is asked for"),
         (ConfigError, {"speculative_option": ("layers=1",)}, "unknown to EAGLE3; its options: aux_layers"),
         (CheckpointError, {"speculative_option": ("aux_layers=1,2,6",)}, "the target has layers 0 to 5"),

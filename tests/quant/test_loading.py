@@ -157,6 +157,20 @@ def test_only_layers_that_a_checkpoint_quantises_are_quantised(pairs: Mapping[st
     torch.testing.assert_close(logprobs, want, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_what_a_verify_costs_is_predicted_from_the_bytes_that_are_kept(source: Path, quantization: str | None) -> None:
+    """Experts of four bits are not counted as if they were plain: they would be all that a step reads."""
+    options = {"dtype": "float32", "device": "cpu", "max_model_len": 200, "progress": False}
+    with LLM(source.as_posix(), speculative_algorithm="NGRAM", quantization=quantization, **options) as llm:
+        assert llm._built.drafts is not None
+        costs = llm._built.drafts._costs
+        sizes = {name: p.nbytes for name, p in llm._built.engine.runner.model.named_parameters()}
+    routed = sum(size for name, size in sizes.items() if ".moe.experts." in name)
+    if quantization:
+        assert costs.expert * costs.num_experts == routed
+    assert costs.fixed + costs.expert * costs.num_experts == sum(sizes.values()) - sizes["embed.weight"]
+
+
 def copy_with(source: Path, out: Path, tensors: Tensors) -> Path:
     shutil.copytree(source, out / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, out / "copy" / "model.safetensors")

@@ -242,8 +242,11 @@ def _tell(
             "attention backends %s tie at tier %s; the name decides", ", ".join(tied), selected.verdict.tier.name
         )
     if selected.verdict.tier == Tier.REFERENCE:
+        why = "".join(
+            _reasons(found)
+        )  # `l4 backends` knows this machine, but not that a tree or a page size was asked for
         logger.warning(
-            "attention runs on %s: right, but slow; `l4 backends` tells why no other is usable", selected.entry.name
+            "attention runs on %s: right, but slow%s", selected.entry.name, f". Not usable:{why}" if why else ""
         )
 
 
@@ -255,6 +258,16 @@ def hint(found: Sequence[Candidate], platform: Platform) -> str:
     return f"{missing.package} is made for {platform.arch}: pip install {missing.package}" if missing else ""
 
 
+def _reasons(found: Sequence[Candidate]) -> list[str]:
+    """A line for each backend that is not usable."""
+    return [
+        f"\n  {c.entry.name} ({c.provided.source}): {c.verdict.reason}"
+        + (f" [{c.verdict.fix}]" if c.verdict.fix else "")
+        for c in found
+        if isinstance(c.verdict, Unusable)
+    ]
+
+
 def _nothing_left(
     found: Sequence[Candidate],
     refusals: Sequence[tuple[Candidate, BackendUnavailable]],
@@ -262,12 +275,7 @@ def _nothing_left(
     plugins: Plugins,
 ) -> BackendUnavailable:
     lines = [f"\n  {error.message}" for _, error in refusals]
-    lines += [
-        f"\n  {c.entry.name} ({c.provided.source}): {c.verdict.reason}"
-        + (f" [{c.verdict.fix}]" if c.verdict.fix else "")
-        for c in found
-        if isinstance(c.verdict, Unusable)
-    ]
+    lines += _reasons(found)
     lines += [
         f"\n  {c.entry.name} ({c.provided.source}): used only when named [--attention-backend {c.entry.name}]"
         for c in found

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 
 from l4core.engine.capacity import element_bytes
 from l4core.model.config import ModelConfig
-from l4core.model.layout import parameters
-
-ROUTED = ".moe.experts."
+from l4core.model.layout import ROUTED, parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

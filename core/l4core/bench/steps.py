@@ -31,7 +31,12 @@ class Bench:
     kv_bytes: of a stored key or value element."""
 
     def __init__(self, config: EngineConfig, *, progress: bool = True, model_config: ModelConfig | None = None) -> None:
-        """model_config: shapes that no folder holds, with dummy weights."""
+        """model_config: shapes that no folder holds, with dummy weights. ConfigError for more than one rank: this process is one."""
+        if config.tp > 1:
+            raise ConfigError(
+                f"--tp is {config.tp}, and one device is measured in this process",
+                fix=f"l4 serve --tp {config.tp} and l4 bench serve, or l4 bench predict --ranks {config.tp}",
+            )
         began = time.perf_counter()
         built = build_engine(config, progress=progress, model_config=model_config)
         self.ready_s = time.perf_counter() - began
@@ -57,16 +62,19 @@ class Bench:
 
     def decode(self, batch: int, context: int, steps: int) -> dict[str, Any]:
         """A step with `batch` requests of `context` tokens and growing: the mean of `steps`, and its floor, for which the distinct experts of one
-        more step are counted."""
-        self._fits(batch, context + WARMUP + steps + 8)
+        more step are counted. With speculation a step may bring a request several tokens; all count, and the floor is that of a plain step."""
+        speculation = self._engine.speculation
+        most = 1 if speculation is None else 1 + speculation.max_drafts
+        self._fits(batch, context + (WARMUP + steps + 8) * most)
         # As long as may be: the first decode while the last still wait for their prompts, and none may end.
         self._prefill(self._requests(batch, context, self.context_length - context))
         for _ in range(WARMUP):
             self._step(Inbox())
-        times = [time.perf_counter()]
+        times, num_tokens = [time.perf_counter()], 0
         for _ in range(steps):
             output = self._step(Inbox())
             times.append(time.perf_counter())
+            num_tokens += sum(len(update.new_token_ids) for update in output.updates)
             if output.stats.num_decode_tokens < batch:
                 raise L4Error(
                     f"only {output.stats.num_decode_tokens} of {batch} requests decoded in a step: KV memory is short",
@@ -93,7 +101,7 @@ class Bench:
             "p99_ms": percentile(gaps, 99),
             "floor_ms": read / self.rates.copy * 1e3,
             "bytes": read,
-            "tokens_per_s": batch / ms * 1e3,
+            "tokens_per_s": num_tokens / (times[-1] - times[0]),
             "experts": experts,
         }
 
@@ -137,7 +145,8 @@ class Bench:
         requests = [self._request(s.prompt, s.max_tokens) for s in samples if not isinstance(s.prompt, str)]
         if len(requests) < len(samples):
             raise ConfigError("prompts of text need a tokenizer", fix="l4 bench serve takes them, against a server")
-        left, inbox, errors = {r.request_id for r in requests}, Inbox(requests=requests), list[str]()
+        left = {r.request_id: len(r.prompt_token_ids) for r in requests}
+        inbox, errors, num_answered = Inbox(requests=requests), list[str](), 0
         began, num_output, prefill_tokens = time.perf_counter(), 0, 0
         step_times = []
         while left:
@@ -149,7 +158,8 @@ class Bench:
             for update in output.updates:
                 num_output += len(update.new_token_ids)
                 if update.finish_reason is not None:
-                    left.discard(update.request_id)
+                    num_prompt = left.pop(update.request_id)
+                    num_answered += 0 if update.error else num_prompt
                     errors += [update.error] if update.error else []
                     told(len(requests) - len(left))
         seconds = time.perf_counter() - began
@@ -164,7 +174,7 @@ class Bench:
             "prefilled_tokens": prefill_tokens,
             "output_tokens": num_output,
             "output_tokens_per_s": num_output / seconds,
-            "total_tokens_per_s": (num_input + num_output) / seconds,
+            "total_tokens_per_s": (num_answered + num_output) / seconds,
             "step_ms": summary(step_times),
         }
 

@@ -158,9 +158,14 @@ def serve(
     from l4core.bench.client import Target
     from l4core.bench.report import notes, serve_charts, serve_table
     from l4core.bench.serve import Plan, parse_ids, parse_limits, parse_loads, sweep, with_floor
+    from l4core.engine.capacity import load_config
 
     if (floor_model is None) != (bandwidth is None):
         raise ConfigError("a floor needs a model and a copy rate", fix="--floor scout --bandwidth 3030")
+    if floor_model is not None:
+        load_config(
+            floor_model, option="--floor"
+        )  # what is wrong with it is told before the load, not after hours of it
     target = Target(
         url=url,
         model=model,

@@ -51,7 +51,7 @@ from l4core.kv.manager import KVManager
 from l4core.kv.memory import KVMemory
 from l4core.kv.planner import KVPlan
 from l4core.model.config import ModelConfig
-from l4core.model.layout import parameters
+from l4core.model.layout import ROUTED, parameters
 from l4core.model.llama4 import Layer, Llama4
 from l4core.model.quantised import Formats, exchange_layers, expert_formats
 from l4core.model.repository import resolve_model
@@ -119,7 +119,8 @@ def build_engine(
     kernels = choose_experts(config, model_config, platform, plugins, dtype, formats, ranks)
     experts = next(iter(kernels.values()), None)
     make = ModelMaker(config=model_config, dtype=dtype, formats=formats, ranks=ranks, ep=config.ep)
-    weight_bytes = sum(p.nbytes for p in make(1).parameters())
+    sizes = {name: p.nbytes for name, p in make(1).named_parameters()}
+    weight_bytes, routed_bytes = sum(sizes.values()), sum(size for name, size in sizes.items() if ROUTED in name)
     draft = None if speculation is None else speculation.draft
     if draft is not None:
         weight_bytes += draft.elements_on(ranks.size) * dtype.itemsize
@@ -163,7 +164,7 @@ def build_engine(
         plugins=plugins,
         context_length=plan.max_context,
         budget=budget,
-        drafts=draft_pace(speculation, config, rank, weight_bytes, dtype.itemsize),
+        drafts=draft_pace(speculation, config, rank, weight_bytes, routed_bytes, dtype.itemsize),
     )
 
 

@@ -125,13 +125,13 @@ class Capacity:
         return int(self.budget.kv / cell) // page * page
 
 
-def load_config(model: str) -> ModelConfig:
-    """A preset by name, or a folder. Raises ConfigError for what is neither, CheckpointError for a folder whose config cannot be used."""
+def load_config(model: str, *, option: str = "--model") -> ModelConfig:
+    """A preset by name, or a folder. ConfigError, naming `option`, for what is neither; CheckpointError for a folder whose config cannot be used."""
     if model in PRESETS:
         text = (files("l4core.model") / "presets" / f"{model}.json").read_text()
         return ModelConfig.from_dict(json.loads(text))
     if not Path(model).is_dir():
-        raise ConfigError(f"--model is {model!r}; wanted a folder, {' or '.join(PRESETS)}", fix="--model scout")
+        raise ConfigError(f"{option} is {model!r}; wanted a folder, {' or '.join(PRESETS)}", fix=f"{option} scout")
     return ModelConfig.from_folder(Path(model))
 
 

@@ -26,6 +26,8 @@ from l4core.model.boxes import Shape
 from l4core.model.config import ModelConfig
 
 FUSED_EXPERTS = "experts.gate_up_proj"
+ROUTED = ".moe.experts."
+"""In our names of the routed experts' weights, and of their scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,9 +71,12 @@ def plan_speculation(config: EngineConfig, plugins: Plugins, model: ModelConfig)
     num_drafts = _num_drafts(config)
     chunk_size = model.attention_chunk_size if any(model.chunked_layers) else None
     if chunk_size is not None and num_drafts >= chunk_size:
+        is_tree = (config.speculative_eagle_topk or 1) > 1
         raise ConfigError(
             f"{num_drafts} guesses a step do not fit the model's attention chunk of {chunk_size} tokens",
-            fix=f"--speculative-num-steps {chunk_size - 1}",
+            fix=f"--speculative-num-draft-tokens {chunk_size}"
+            if is_tree
+            else f"--speculative-num-steps {chunk_size - 1}",
         )
     if config.speculative_algorithm == EAGLE3:
         tree = _tree(config) if (config.speculative_eagle_topk or 1) > 1 else None
@@ -119,17 +122,22 @@ def create_speculation(
 
 
 def draft_pace(
-    plan: SpeculationPlan | None, config: EngineConfig, model: ModelConfig, weight_bytes: int, itemsize: int
+    plan: SpeculationPlan | None,
+    config: EngineConfig,
+    model: ModelConfig,
+    weight_bytes: int,
+    routed_bytes: int,
+    itemsize: int,
 ) -> DraftPace | None:
-    """None without speculation, or with `--speculative-adaptive off`. weight_bytes: of the target, the draft's own among them."""
+    """None without speculation, or with `--speculative-adaptive off`. weight_bytes: of the target, the draft's own among them.
+    routed_bytes: of the routed experts of all layers, as they are stored here."""
     if plan is None or config.speculative_adaptive == "off":
         return None
-    num_moe = sum(model.moe_layers)
-    expert = 3 * model.hidden_size * model.intermediate_size * itemsize * num_moe
+    num_experts = model.num_experts if any(model.moe_layers) else 0
     embedding = model.vocab_size * model.hidden_size * itemsize * (not model.tie_word_embeddings)
     draft = 0 if plan.draft is None else plan.draft.elements_on(config.tp) * itemsize
-    fixed = max(weight_bytes - draft - expert * model.num_experts - embedding, 0)
-    costs = VerifyCosts(fixed=fixed, expert=expert, num_experts=model.num_experts if num_moe else 0, draft=draft)
+    fixed = max(weight_bytes - draft - routed_bytes - embedding, 0)
+    costs = VerifyCosts(fixed=fixed, expert=routed_bytes / max(num_experts, 1), num_experts=num_experts, draft=draft)
     return DraftPace(plan.algorithm, plan.num_levels, costs)
 
 
