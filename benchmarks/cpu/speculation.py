@@ -1,9 +1,10 @@
 """The demo checkpoint with and without its draft, in turns, `--batch` questions at a time: tokens a second and tokens a step.
 
-    python benchmarks/cpu/speculation.py TARGET DRAFT|NGRAM [--batch 1] [--rounds 3] [--tokens 80] [--temperature 0] [--device cpu] [--dtype float32]
-                                                      [--option aux_layers=2,5,8] [--misleading] [--json OUT]
+    python benchmarks/cpu/speculation.py TARGET DRAFT|NGRAM [--batch 1,4,16] [--temperature 0,0.7] [--rounds 3] [--tokens 80]
+        [--device cpu] [--dtype float32] [--engine OPTION=VALUE …] [--option aux_layers=2,5,8] [--misleading] [--json OUT]
 
 `l4 demo-model TARGET --draft-out DRAFT` makes both. The two engines answer the same questions one after the other, so that a busy machine slows both.
+Several batches and temperatures are rows of one result, in the order in which the same two engines answered them.
 NGRAM --misleading: questions in which whatever came before was followed by something else each time.
 --option aux_layers=…: what a draft does that reads the wrong layers; the result names the step of its warning and the pauses.
 """
@@ -11,10 +12,12 @@ NGRAM --misleading: questions in which whatever came before was followed by some
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +43,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
     parser.add_argument("draft")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=_numbers(int), default=[1])
     parser.add_argument("--misleading", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=80)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperature", type=_numbers(float), default=[0.0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--engine", action="append", default=[], metavar="OPTION=VALUE", help="as LLM takes it, for both"
+    )
     parser.add_argument("--option", action="append", default=[], help="--speculative-option of the draft")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -54,16 +60,30 @@ def main() -> None:
         "device": args.device,
         "dtype": args.dtype,
         "context_length": 1024,
-        "max_running_requests": max(4, args.batch),
+        "max_running_requests": max(4, *args.batch),
         "disable_radix_cache": True,
         "progress": False,
+        **{name: json.loads(value) for name, value in (option.split("=", 1) for option in args.engine)},
     }
     flags: dict[str, Any] = {"speculative_algorithm": "NGRAM"}
     if args.draft != "NGRAM":
         flags = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": args.draft}
     flags["speculative_option"] = tuple(args.option)
     engines = {"plain": LLM(args.target, **common), "draft": LLM(args.target, **common, **flags)}
-    params = SamplingParams(temperature=args.temperature, max_tokens=args.tokens, seed=1)
+    rows = []
+    for temperature, batch in itertools.product(args.temperature, args.batch):
+        rows.append({**compared(engines, args, batch, temperature), "device": args.device, "dtype": args.dtype})
+        print(json.dumps(rows[-1]), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps({"rows": rows} if len(rows) > 1 else rows[0], indent=1) + "\n")
+
+
+def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def compared(engines: Mapping[str, LLM], args: argparse.Namespace, batch: int, temperature: float) -> dict[str, Any]:
+    params = SamplingParams(temperature=temperature, max_tokens=args.tokens, seed=1)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     processor = dict.fromkeys(engines, 0.0)
     tokens = steps = made_in_all = differing = 0
@@ -71,7 +91,7 @@ def main() -> None:
     logging.getLogger("l4core").addHandler(said)
     logging.getLogger("l4core").setLevel(logging.INFO)
     asked = [question + MISLEADING * args.misleading for question in QUESTIONS]
-    groups = [[asked[(i + j) % len(asked)] for j in range(args.batch)] for i in range(0, len(asked), args.batch)]
+    groups = [[asked[(i + j) % len(asked)] for j in range(batch)] for i in range(0, len(asked), batch)]
     for number in range(args.rounds + 1):  # the first one is not counted
         for group in groups:
             answers = {}
@@ -92,23 +112,19 @@ def main() -> None:
                         tokens, steps = tokens + sum(map(len, answers[name])), steps + made
             differing += answers["plain"] != answers["draft"]
     ratios = [a / b for a, b in zip(seconds["plain"], seconds["draft"], strict=True)]
-    result = {
+    logging.getLogger("l4core").removeHandler(said)
+    return {
         "tokens_a_second": {name: round(tokens / sum(took), 2) for name, took in seconds.items()},
         "speed_up": round(sum(seconds["plain"]) / sum(seconds["draft"]), 3),
         "speed_up_median": round(statistics.median(ratios), 3),
         "speed_up_in_processor_time": round(processor["plain"] / processor["draft"], 3),  # others' load tells less here
         "tokens_a_step": round(tokens / steps, 3),
-        "batch": args.batch,
-        "temperature": args.temperature,
-        "device": args.device,
-        "dtype": args.dtype,
+        "batch": batch,
+        "temperature": temperature,
         "answers_that_differ": differing,
         "warned_by_step": said.warned_by,
         "said": said.lines,
     }
-    print(json.dumps(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 class Said(logging.Handler):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from l4core.demo.arch import LAYERS, STUDENT, VOCAB
 from l4core.demo.base import BaseModel
 from l4core.demo.build import CHECKOUT, build_draft, build_target, cached_folder, find_delta, new_folder
+from l4core.demo.draft import narrowed, restored, store_draft, write_draft
 from l4core.demo.folder import config
 from l4core.errors import CheckpointError
 
@@ -94,6 +95,32 @@ def test_draft(tmp_path: Path) -> None:
     assert tensors["lm_head.weight"].shape == (made["draft_vocab_size"], made["hidden_size"])
     target_ids = tensors["d2t"] + torch.arange(made["draft_vocab_size"])
     assert torch.equal(tensors["t2d"].nonzero().flatten(), target_ids)
+
+
+def test_a_stored_draft_is_the_draft(tmp_path: Path) -> None:
+    """Matrices within half a step of 1/127 of their row's largest weight (and bfloat16), all else to the bit; stored again it stays what it is."""
+    draw = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).to(torch.bfloat16)
+
+    made = {"fc.weight": some(4, 12), "lm_head.weight": some(9, 4), "midlayer.mlp.up_proj.weight": some(6, 4)}
+    made["lm_head.weight"][2] = 0
+    made |= {"norm.weight": some(4), "d2t": torch.arange(9), "t2d": torch.arange(20) % 2 == 0}
+    store_draft(made, "{}", tmp_path)
+    (tmp_path / "out").mkdir()
+    write_draft(tmp_path, tmp_path / "out")
+    read = load_file(tmp_path / "out" / "model.safetensors")
+    assert read.keys() == made.keys()
+    for name, tensor in made.items():
+        assert read[name].dtype == tensor.dtype
+        if name.endswith("_proj.weight") or name == "lm_head.weight":
+            largest = tensor.float().abs().amax(1, keepdim=True)
+            assert ((read[name].float() - tensor.float()).abs() <= largest * (0.5 / 127 + 2**-7)).all()
+        else:
+            assert torch.equal(read[name], tensor)
+    again = restored(narrowed(read))
+    assert all((again[name].float() - read[name].float()).abs().max() < 0.03 for name in made)
 
 
 def test_a_delta_without_a_draft(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_accepted_lengths_are_those_of_an_independent_computation(draft: Path) -
     expected = [spans_of(output, model, definition) for output in outputs]
     assert spans == expected
     steps = [span for own in spans for span in own[1:]]
-    assert 1.5 < sum(steps) / len(steps) < 3.0, "the card says 2.24 over 266 dialogs"
+    assert 2.0 < sum(steps) / len(steps) < 3.5, "the card says 2.9 over 266 dialogs"
 
 
 def spans_of(output: RequestOutput, model: Any, definition: Definition) -> list[int]:

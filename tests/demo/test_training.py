@@ -93,7 +93,7 @@ SMALL = replace(a.STUDENT, chunk=8, floor_scale=8)
 def test_all_commands_have_help() -> None:
     runner = CliRunner()
     assert runner.invoke(commands.main, ["--help"]).exit_code == 0
-    for name in ("corpus", "generate", "heal", "evaluate", "draft"):
+    for name in ("corpus", "generate", "heal", "evaluate", "draft", "keep"):
         assert runner.invoke(commands.main, [name, "--help"]).exit_code == 0
     assert set(evaluate.PARTS) == {"text", "answers", "experts", "copy", "recall", "long", "dialogs"}
 

@@ -1,4 +1,4 @@
-"""`python -m training corpus | generate | heal | evaluate | draft`, in this order; see README.md. Long steps stop by the clock (--seconds)."""
+"""`python -m training corpus | generate | heal | evaluate | draft | keep`, in this order; see README.md. Long steps stop by the clock (--seconds)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from l4core.demo.base import BaseModel
 from l4core.demo.tokenizer import make_tokenizer
-from training.draft import DraftOptions, train_draft
+from training.draft import DraftOptions, keep_draft, train_draft
 from training.evaluate import PARTS, EvaluateOptions, evaluate
 from training.generate import GenerateOptions, generate
 from training.heal import HealOptions, heal
@@ -130,6 +130,14 @@ def evaluate_command(**options: Any) -> None:
 def draft_command(**options: Any) -> None:
     """Train the EAGLE3 draft."""
     train_draft(DraftOptions(**options))
+
+
+@main.command("keep")
+@file("--draft", "folder that examples/eagle3_train wrote", required=True)
+@file("--out", "folder of the draft files", required=True)
+def keep_command(draft: Path, out: Path) -> None:
+    """Keep a draft that was trained further as the demo's."""
+    keep_draft(draft, out)
 
 
 if __name__ == "__main__":

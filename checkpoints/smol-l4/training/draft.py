@@ -29,7 +29,7 @@ from l4core.demo.arch import (
 )
 from l4core.demo.base import BaseModel
 from l4core.demo.delta import load_delta
-from l4core.demo.draft import CONFIG, FILES
+from l4core.demo.draft import store_draft
 from l4core.demo.merge import Weights
 from l4core.demo.tokenizer import make_tokenizer
 from training.acceptance import Rows, acceptance, concatenate, next_embeddings, target_outputs
@@ -196,17 +196,27 @@ def unrolled_loss(
 
 def save_draft(folder: Path, params: Mapping[str, torch.Tensor], keep: torch.Tensor, note: Mapping[str, Any]) -> None:
     """The two tensor files and the config that `l4 demo-model --draft-out` joins, and draft-training.json."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in params.items()}
-    head_file, layer_file = FILES
-    t2d = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, keep, True)
-    head = {"lm_head.weight": stored.pop("lm_head.weight"), "d2t": keep - torch.arange(len(keep)), "t2d": t2d}
-    save_file(head, folder / head_file)
-    save_file(stored, folder / layer_file)
-    (folder / CONFIG).write_text(json.dumps(draft_config(len(keep)), indent=1), encoding="utf-8")
+    tensors = {name: t.detach().to("cpu", torch.bfloat16) for name, t in params.items()}
+    tensors["d2t"] = keep - torch.arange(len(keep))
+    tensors["t2d"] = draft_mask(tensors["d2t"])
+    store_draft(tensors, json.dumps(draft_config(len(keep)), indent=1), folder)
     (folder / "draft-training.json").write_text(json.dumps(note), encoding="utf-8")
+
+
+def draft_mask(d2t: torch.Tensor) -> torch.Tensor:
+    """Offsets d2t, int64 [draft vocabulary] → t2d, bool [49216]: whether a target id is among the draft's."""
+    return torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, d2t + torch.arange(len(d2t)), True)
+
+
+def keep_draft(draft: Path, out: Path) -> None:
+    """A draft that examples/eagle3_train wrote into the demo's files: the folder `out` must be there."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(draft / "model.safetensors")
+    store_draft(
+        {**tensors, "t2d": draft_mask(tensors["d2t"])}, (draft / "config.json").read_text(encoding="utf-8"), out
+    )
 
 
 def draft_config(vocabulary: int) -> dict[str, Any]:

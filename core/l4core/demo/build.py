@@ -36,7 +36,7 @@ def find_delta(named: Path | None = None) -> Path:
         return folder
     where = f"{folder} has no {delta.FILES[0]}" if named else "the trained delta is not part of the installed package"
     raise CheckpointError(
-        f"{where}; it is 44 MB in the folder checkpoints/smol-l4 of the source repository",
+        f"{where}; it is 36 MB in the folder checkpoints/smol-l4 of the source repository",
         fix="clone the repository and pass --delta CLONE/checkpoints/smol-l4",
     )
 
