@@ -10,6 +10,7 @@ from l4core.errors import BackendUnavailable
 from l4core.experts.portable import TorchExperts
 from l4core.experts.select import SelectedExperts
 from l4core.experts.smoke import prepare_experts
+from l4core.ops.norm_route import norm_route
 from l4core.plugin_api import ExpertKernel, ExpertsUsable, ExpertWeights, Tier
 
 
@@ -37,6 +38,19 @@ class Changed(ExpertKernel):
             self.change, out
         )
 
+    def norm_route(
+        self, stream: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float, router: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        if self.change not in ("routes", "another expert", "keeps the stream", "no weight"):
+            return None
+        before = stream.clone()
+        normed, expert_ids, score = norm_route(stream, update, weight, eps, router)
+        if self.change == "another expert":
+            expert_ids = (expert_ids + 1) % router.shape[0]
+        if self.change == "keeps the stream":
+            stream.copy_(before)
+        return (normed / weight if self.change == "no weight" else normed), expert_ids, score
+
 
 def check(change: str, dtype: torch.dtype = torch.float32) -> None:
     selected = SelectedExperts(
@@ -46,8 +60,9 @@ def check(change: str, dtype: torch.dtype = torch.float32) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_right_kernel_passes(dtype: torch.dtype) -> None:
-    check("none", dtype)
+@pytest.mark.parametrize("change", ["none", "routes"])
+def test_a_right_kernel_passes(dtype: torch.dtype, change: str) -> None:
+    check(change, dtype)
 
 
 def test_a_kernel_that_reads_another_order_gets_it_before_it_is_asked() -> None:
@@ -69,6 +84,9 @@ def test_a_kernel_that_reads_another_order_gets_it_before_it_is_asked() -> None:
         ("nan", "differs from torch's by nan"),
         ("wide", "gave torch.float64"),
         ("short", "gave torch.float32"),
+        ("another expert", "its norm or router differs from torch's by"),
+        ("keeps the stream", "its norm or router differs from torch's by"),
+        ("no weight", "its norm or router differs from torch's by"),
     ],
 )
 def test_a_wrong_kernel_is_refused_by_name(change: str, text: str) -> None:

@@ -10,11 +10,13 @@ from l4core.errors import BackendUnavailable
 from l4core.experts.portable import TorchExperts
 from l4core.experts.quantised import TorchQuantisedExperts
 from l4core.experts.select import SelectedExperts
-from l4core.plugin_api import ExpertWeights
+from l4core.ops.norm import add_rms_norm_torch
+from l4core.plugin_api import ExpertKernel, ExpertWeights
 
 ROWS = 5
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 2e-2}
 """Largest difference, relative to the largest value: several times what rounding does."""
+ROUTING_EPS = 1e-5
 QUANTISED_TOLERANCE = 0.15
 """Kernels may also quantise activations."""
 
@@ -36,6 +38,7 @@ def prepare_experts(
         if given is None or wanted is None:
             return
         found = selected.kernel.forward(*given, layers[0])
+        routing_error = _routing_error(selected.kernel, given[0], layers[0].gate_up.shape[0])
     except Exception as failure:
         raise BackendUnavailable(
             f"{who} failed on {ROWS} tokens: {type(failure).__name__}: {failure}", fix=fix
@@ -45,10 +48,32 @@ def prepare_experts(
         raise BackendUnavailable(f"{who} gave {found.dtype} {shape}; wanted {dtype} {right}", fix=fix)
     error = float((found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
     most = TOLERANCE[dtype] if weight_format == "plain" else QUANTISED_TOLERANCE
+    if not routing_error <= TOLERANCE[dtype]:
+        raise BackendUnavailable(f"{who}: its norm or router differs from torch's by {routing_error:.2g}", fix=fix)
     if not error <= most:  # NaN too
         raise BackendUnavailable(
             f"{who} differs from torch's by {error:.2g} of the largest value; wanted {most:.2g}", fix=fix
         )
+
+
+def _routing_error(kernel: ExpertKernel, x: torch.Tensor, num_experts: int) -> float:
+    """Of `norm_route`, 0 for a kernel without one: the largest relative difference of the stream, the norm, the score, and of the chosen expert's
+    logit to the best one. NaN where something is NaN."""
+    weight = torch.linspace(0.5, 1.5, x.shape[1]).to(x)
+    router = torch.randn(num_experts, x.shape[1], generator=torch.Generator().manual_seed(1)).to(x) / x.shape[1] ** 0.5
+    stream, update = x.clone(), x.flip(0)
+    made = kernel.norm_route(stream, update, weight, ROUTING_EPS, router)
+    if made is None:
+        return 0.0
+    normed, expert_ids, score = made
+    wanted_stream = x.clone()
+    wanted = add_rms_norm_torch(wanted_stream, update, weight, ROUTING_EPS)
+    logits = wanted.double() @ router.double().t()
+    chosen, best = logits.gather(1, expert_ids.long().unsqueeze(1)).squeeze(1), logits.amax(1)
+    pairs = ((stream, wanted_stream), (normed, wanted), (score, best.sigmoid()), (chosen, best))
+    return float(
+        torch.stack([((a.double() - b.double()).abs() / (1 + b.double().abs())).max() for a, b in pairs]).max()
+    )
 
 
 def _tokens(weights: ExpertWeights, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -26,7 +26,6 @@ from l4core.model.slicing import rank_config
 from l4core.model.step_heap import packing_into_huge_pages
 from l4core.ops.heads import HeadRule, Heads, TorchHeads, has_heads_kernel
 from l4core.ops.linear import linear
-from l4core.ops.norm_route import norm_route
 from l4core.parallel.ranks import ALONE, Ranks
 from l4core.plugin_api import AttentionBackend, ExpertKernel
 
@@ -92,9 +91,7 @@ class Layer(nn.Module):
         norm = self.mlp_norm
         update: torch.Tensor
         if self.is_moe:
-            update = self.moe(
-                *norm_route(stream, self._attended(normed, step), norm.weight, norm.eps, self.moe.router.weight)
-            )
+            update = self.moe(*self.moe.norm_route(stream, self._attended(normed, step), norm.weight, norm.eps))
         else:
             update = self.mlp(norm(stream, self._attended(normed, step)))
         return self.ranks.all_reduce(update)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -11,6 +13,7 @@ from l4core.experts.select import SelectedExperts
 from l4core.model.config import ModelConfig
 from l4core.model.layers import Linear, SwiGLU, parameter
 from l4core.model.slicing import expert_share
+from l4core.ops.norm_route import norm_route
 from l4core.ops.packed import can_pack
 from l4core.ops.router import route
 from l4core.plugin_api import ExpertKernel, ExpertWeights
@@ -58,6 +61,7 @@ class MoE(nn.Module):
         self.world = world
         self.packed: PackedExperts | None = None
         self.skips = True
+        self._ready: ExpertWeights | None = None
 
     def forward(
         self, x: torch.Tensor, expert_ids: torch.Tensor | None = None, score: torch.Tensor | None = None
@@ -69,8 +73,15 @@ class MoE(nn.Module):
             expert_ids, score = self._held_here(expert_ids, score)
         if self.packed is not None:
             return self.packed(x, expert_ids, score)
-        out = self.kernel.forward(x, expert_ids, score, self.weights())
+        out = self.kernel.forward(x, expert_ids, score, self._ready or self.weights())
         return out if self.shared_in_kernel else out.add_(self.shared(x))
+
+    def norm_route(
+        self, stream: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Adds update [T, H] to the residual stream [T, H] in place; → what `forward` takes: the sum's RMS norm · weight [H], expert ids, score."""
+        found = self.kernel.norm_route(stream, update, weight, eps, self.router.weight)
+        return norm_route(stream, update, weight, eps, self.router.weight) if found is None else found
 
     def take_kernel(self, selected: SelectedExperts) -> None:
         """Use this kernel from now on."""
@@ -91,10 +102,10 @@ class MoE(nn.Module):
         return self.shared.gate_up.format == self.experts.format and self.held.world == self.world
 
     def linears_of_kernel(self) -> tuple[Linear, ...]:
-        """Parts whose weights the kernel reads, in an order that may be its own."""
-        if isinstance(self.kernel, TorchExperts) or not self.shared_in_kernel:
+        """Parts whose weights the kernel reads, those of the shared expert in an order that may be its own."""
+        if isinstance(self.kernel, TorchExperts):
             return ()
-        return self.shared.gate_up, self.shared.down
+        return (self.router, self.shared.gate_up, self.shared.down) if self.shared_in_kernel else (self.router,)
 
     def pack(self) -> None:
         """Torch's experts on a CPU, loaded before: their weights go into the order a CPU reads fastest, and the plain ones are let go."""
@@ -103,9 +114,16 @@ class MoE(nn.Module):
             self.shared.down.pack()
             self.packed = PackedExperts(self.weights())
             del self.experts
+        elif self.packed is None and self.router.weight.is_cpu:  # a GPU's steps are captured and ask once
+            self._ready = self.weights()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MoE:
+        self._ready = None  # parameters are moved
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def weights(self) -> ExpertWeights:
-        """This layer's weights as kernels read them; made at each call because a parameter may be moved."""
+        """This layer's weights as kernels read them."""
         (gate_up, gate_up_scale), (down, down_scale) = self.experts.matrices()
         shared = self.shared if self.shared_in_kernel else None
         return ExpertWeights(

@@ -118,6 +118,16 @@ class ExpertKernel(ABC):
         scales what the routed expert reads.
         → [T, H] in x's dtype; it may be a transposed view and may be changed by the caller. T ≥ 1."""
 
+    def norm_route(
+        self, stream: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float, router: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """What stands ahead of the experts, for a kernel that does it in one pass; None: core does it.
+
+        Adds update [T, H] to stream [T, H] in place. → (its RMS norm · weight [H], of which x will be made; expert_ids int32 [T], the arg-max of
+        that · router [E, H]ᵀ, the lowest of several; score [T], the sigmoid of that logit in float32). On one of several ranks E counts all experts.
+        """
+        return None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertKernelEntry:

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from l4_cpu.library import Experts, load
+from l4_cpu.library import Experts, NormRoute, load
 from l4core.plugin_api import ExpertContext, ExpertKernel, ExpertWeights
 
 
@@ -57,6 +57,33 @@ class CpuExperts(ExpertKernel):
         )
         self._kernels.l4_experts(ctypes.byref(call))
         return out
+
+    def norm_route(
+        self, stream: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float, router: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        num_rows, hidden = stream.shape
+        normed = torch.empty(num_rows, hidden, dtype=stream.dtype)
+        expert_ids, score = torch.empty(num_rows, dtype=torch.int32), torch.empty(num_rows)
+        added = update if update.stride(1) == 1 else update.contiguous()
+        call = NormRoute(
+            stream.data_ptr(),
+            added.data_ptr(),
+            weight.data_ptr(),
+            router.data_ptr(),
+            normed.data_ptr(),
+            expert_ids.data_ptr(),
+            score.data_ptr(),
+            stream.stride(0),
+            added.stride(0),
+            num_rows,
+            router.shape[0],
+            hidden,
+            eps,
+            stream.dtype == torch.bfloat16,
+            self._num_threads,
+        )
+        self._kernels.l4_norm_route(ctypes.byref(call))
+        return normed, expert_ids, score
 
 
 def create(context: ExpertContext) -> CpuExperts:

@@ -30,6 +30,17 @@ class Experts(ctypes.Structure):
     )
 
 
+class NormRoute(ctypes.Structure):
+    """`NormRoute` of csrc/api.h."""
+
+    _fields_ = (
+        *_fields(_POINTER, "stream update weight router normed expert_ids score"),
+        *_fields(_INT64, "stream_row update_row num_rows num_experts hidden"),
+        ("eps", ctypes.c_float),
+        *_fields(_INT, "is_bf16 num_threads"),
+    )
+
+
 class Attention(ctypes.Structure):
     """`Attention` of csrc/api.h."""
 
@@ -58,7 +69,8 @@ def load(instructions: str, folder: Path = PACKAGE) -> ctypes.CDLL:
         raise BackendUnavailable(f"torch {torch.__version__} was built without OpenMP, whose threads the kernels use")
     kernels.l4_pack.argtypes = (_POINTER, _INT64, _INT64, _INT64, ctypes.c_int, ctypes.c_int, ctypes.c_int)
     kernels.l4_experts.argtypes = (ctypes.POINTER(Experts),)
+    kernels.l4_norm_route.argtypes = (ctypes.POINTER(NormRoute),)
     kernels.l4_attend.argtypes = (ctypes.POINTER(Attention),)
-    for function in (kernels.l4_pack, kernels.l4_experts, kernels.l4_attend):
+    for function in (kernels.l4_pack, kernels.l4_experts, kernels.l4_norm_route, kernels.l4_attend):
         function.restype = None
     return kernels

@@ -67,6 +67,34 @@ def test_a_row_alone_gets_the_bits_it_gets_among_others(each: str, dtype: torch.
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_rows", "num_experts"), [(1, 8), (3, 5), (6, 1), (90, 130)])
+def test_norm_and_router_equal_the_definition(each: str, dtype: torch.dtype, num_rows: int, num_experts: int) -> None:
+    """The update is a transposed view, as core's products may give it; two experts are alike, and the lower one is chosen."""
+    generator = torch.Generator().manual_seed(num_rows)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    stream, update, weight = draw(num_rows, 80), draw(80, num_rows).t(), draw(80)
+    router = torch.cat([draw(num_experts, 80)] * 2)
+    wanted_stream = stream.clone().add_(update)
+    wide = wanted_stream.double()
+    wanted = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+    kernel = CpuExperts(load(each), 2)
+    normed, ids, score = kernel.norm_route(stream, update, weight, 1e-5, router)
+    assert torch.equal(stream, wanted_stream)
+    assert (normed - wanted).abs().max() < TOLERANCE[dtype]
+    logits, best = (normed.double() @ router[:num_experts].double().t()).max(-1)
+    assert torch.equal(ids, best.int())
+    assert (score - logits.sigmoid()).abs().max() < 1e-5
+    for row in range(0, num_rows, 13):
+        one = slice(row, row + 1)
+        nothing = torch.zeros(1, 80, dtype=dtype)
+        alone = kernel.norm_route(stream[one], nothing, weight, 1e-5, router)
+        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, (normed, ids, score), strict=True))
+
+
 @pytest.mark.parametrize("num_rows", [1, 9, 70])
 def test_bits_do_not_depend_on_the_number_of_threads(built: str, num_rows: int) -> None:
     problem = make(ids_of(num_rows, 4), 4, hidden=208, inter=112)

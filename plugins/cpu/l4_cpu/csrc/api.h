@@ -13,6 +13,19 @@ struct Experts {
     int32_t is_bf16, num_threads;
 };
 
+// The norm ahead of the experts, and their router, as ExpertKernel.norm_route. stream: [T, hidden], gets update added, rows stream_row and
+// update_row elements apart; router: [num_experts, hidden].  normed: contiguous.  expert_ids, score: [T].
+struct NormRoute {
+    void* stream;
+    const void *update, *weight, *router;
+    void* normed;
+    int32_t* expert_ids;
+    float* score;
+    int64_t stream_row, update_row, num_rows, num_experts, hidden;
+    float eps;
+    int32_t is_bf16, num_threads;
+};
+
 // One layer's attention, as AttentionBackend.attend. Strides are in elements; q, out: [rows, q_heads, head_dim], k, v: [pages, page_size,
 // kv_heads, head_dim], last stride 1, all float32 or all bfloat16.  cu_seqlens_q [num_seqs + 1], seq_lens [num_seqs], block_table
 // [num_seqs, ...].  ancestors [rows], sees_prefix [rows]: null unless there is a tree; the latter also where all see it.

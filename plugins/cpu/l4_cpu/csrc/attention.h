@@ -44,26 +44,9 @@ inline std::unique_ptr<float, void (*)(void*)> new_floats(int64_t count) {
     return {(float*)aligned_alloc(64, (size_t)(count * 4 + 127) / 64 * 64), free};
 }
 
-// scores[m][j] = rows[m] · keys[j] for four keys; the terms of a score are added in one order whatever M.
-template <int M, class T>
-inline void four_keys(const float* rows, const T* const* keys, int64_t dim, float* scores) {
-    Vec acc[M][4];
-    for (int m = 0; m < M; m++)
-        for (int j = 0; j < 4; j++) acc[m][j] = zero();
-    for (int64_t d = 0; d < dim; d += LANES) {
-        Vec k[4];
-        for (int j = 0; j < 4; j++) k[j] = load(keys[j] + d);
-        for (int m = 0; m < M; m++) {
-            const Vec q = load(rows + m * dim + d);
-            for (int j = 0; j < 4; j++) acc[m][j] = fma(q, k[j], acc[m][j]);
-        }
-    }
-    for (int m = 0; m < M; m++) _mm_store_ps(scores + m * KEYS, sums(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
-}
-
 template <int M, class T>
 __attribute__((noinline)) void score_rows(const float* rows, const T* const* keys, int count, int64_t dim, float* scores) {
-    for (int j = 0; j < count; j += 4) four_keys<M>(rows, keys + j, dim, scores + j);
+    for (int j = 0; j < count; j += 4) dots<M>(rows, keys + j, dim, scores + j, KEYS);
 }
 
 // sums[m][0 … NV·LANES) += Σ weights[m][j] · values[j]

@@ -2,6 +2,7 @@
 #include "api.h"
 #include "attention.h"
 #include "experts.h"
+#include "norm_route.h"
 #include "threads.h"
 
 extern "C" {
@@ -27,6 +28,13 @@ void l4_experts(const Experts* e) {
         run_experts<bf16>(e);
     else
         run_experts<float>(e);
+}
+
+void l4_norm_route(const NormRoute* n) {
+    if (n->is_bf16)
+        run_norm_route<bf16>(n);
+    else
+        run_norm_route<float>(n);
 }
 
 void l4_attend(const Attention* a) {

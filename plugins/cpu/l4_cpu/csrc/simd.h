@@ -187,6 +187,23 @@ inline void product(const bf16* const* rows, const bf16* panel, int64_t num_in, 
     }
 }
 
+// out[m][j] = rows[m] · keys[j] for four keys, rows of `out` `stride` apart; the terms of each are added in one order whatever M.
+template <int M, class T>
+inline void dots(const float* rows, const T* const* keys, int64_t dim, float* out, int64_t stride) {
+    Vec acc[M][4];
+    for (int m = 0; m < M; m++)
+        for (int j = 0; j < 4; j++) acc[m][j] = zero();
+    for (int64_t d = 0; d < dim; d += LANES) {
+        Vec k[4];
+        for (int j = 0; j < 4; j++) k[j] = load(keys[j] + d);
+        for (int m = 0; m < M; m++) {
+            const Vec q = load(rows + m * dim + d);
+            for (int j = 0; j < 4; j++) acc[m][j] = fma(q, k[j], acc[m][j]);
+        }
+    }
+    for (int m = 0; m < M; m++) _mm_storeu_ps(out + m * stride, sums(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
+}
+
 // CALL(M) for m rows, M at most ROWS, so that how many there are is known when it is compiled.
 #define L4_BY_ROWS(m, CALL) \
     switch (m) {            \
