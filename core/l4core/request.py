@@ -219,6 +219,10 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     num_drafted: int = 0
 
 
+SLOWER, NO_GUESSES = DRAFT_PAUSES = ("slower", "no_guesses")
+"""Why guessing pauses: plain steps are faster, or none was made for a while although some were wanted."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
     """Gauges and counters after a step; the server's /metrics and the logs are made of these. Pages are counted per KV group.
@@ -226,6 +230,7 @@ class StepStats:
     pages_total: were all memory that group's.  pages_cached: held by nobody, still findable.  num_prefix_hits: tokens that started sequences
     found computed in this step.
     drafted_at[i]: sequences that had a guess number i + 1 verified in this step; accepted_at[i]: those whose guesses up to it were right.
+    num_drafted_tokens: guesses verified; of a tree there are several at one depth.  draft_pause: one of DRAFT_PAUSES where guessing has paused.
     num_prefill_scores: tokens that the prompt tokens looked at, summed, of a layer without chunks.
     """
 
@@ -241,11 +246,8 @@ class StepStats:
     num_prefix_hits: Mapping[str, int] = field(default_factory=dict)
     drafted_at: tuple[int, ...] = ()
     accepted_at: tuple[int, ...] = ()
-
-    @property
-    def num_drafted_tokens(self) -> int:
-        """Guesses verified."""
-        return sum(self.drafted_at)
+    num_drafted_tokens: int = 0
+    draft_pause: str = ""
 
     @property
     def num_accepted_tokens(self) -> int:

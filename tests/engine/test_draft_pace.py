@@ -118,6 +118,7 @@ def test_a_wrong_draft_is_named_within_fifty_steps(caplog: pytest.LogCaptureFixt
     (pause,) = [r for r in caplog.records if "pauses" in r.message]
     assert "at about 1 sequences" in pause.message
     assert machine.pace.num_pauses == 1
+    assert (machine.pace.take_pause(), machine.pace.take_pause()) == ("slower", "")
 
 
 def test_a_pause_is_tried_again_when_requests_come() -> None:
@@ -152,6 +153,7 @@ def test_steps_that_bring_no_guess_are_left_in_peace() -> None:
     machine = Machine(0.0, lambda k, _: 1.0)
     asked = [machine.barren_step() for _ in range(1000)]
     assert sum(wanted > 0 for wanted in asked[500:]) < 50
+    assert machine.pace.take_pause() == "no_guesses"
     assert machine.barren_step(requests=[request("new")]) > 0
     machine.barren_step()
     assert sum(machine.barren_step() > 0 for _ in range(8)) == 8

@@ -204,6 +204,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.answers[update.request_id].take(update)
         if output.stats.num_preemptions:
             event("a request was preempted")
+        assert output.stats.num_drafted_tokens == sum(update.num_drafted for update in output.updates)
         if output.stats.num_accepted_tokens:
             event("a guess was accepted")
 

@@ -45,7 +45,8 @@ def paced(engine: Stepped, target_ms: float | None, drafts: DraftPace | None = N
         output = engine.step(inbox)
         for pace in paces:
             pace.observe(output.stats, busy=engine.has_work)
-        return output
+        pause = "" if drafts is None else drafts.take_pause()
+        return replace(output, stats=replace(output.stats, draft_pause=pause)) if pause else output
 
     return step
 

@@ -19,6 +19,7 @@ class StepCounts:
         self._num_prefill = self._num_decode = 0
         self._scores = 0.0
         self._hits = dict.fromkeys(groups, 0)
+        self._num_drafted = 0
         self._drafted: list[int] = []
         self._accepted: list[int] = []
 
@@ -36,6 +37,7 @@ class StepCounts:
     def verified(self, entry: ScheduledSequence, num_tokens: int) -> None:
         """Guesses of `entry` brought `num_tokens` tokens, the one behind the last right guess among them. Counted by depth."""
         depth = max(depths(entry.num_drafts, entry.parents)) if entry.parents else entry.num_drafts
+        self._num_drafted += entry.num_drafts
         for counts in (self._drafted, self._accepted):
             counts += [0] * (depth - len(counts))
         for i in range(depth):
@@ -57,4 +59,5 @@ class StepCounts:
             num_prefix_hits=self._hits,
             drafted_at=tuple(self._drafted),
             accepted_at=tuple(self._accepted),
+            num_drafted_tokens=self._num_drafted,
         )

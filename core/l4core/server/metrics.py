@@ -14,7 +14,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput, StepStats
+from l4core.request import DRAFT_PAUSES, FinishReason, Request, SequenceUpdate, StepOutput, StepStats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -139,7 +139,12 @@ TABLE = (
         "vllm:spec_decode_num_accepted_tokens",
     ),
     _row("l4_spec_decode_guesses", "gauge", "guesses made for a sequence in the last step with decodes, 0 in a pause"),
-    _row("l4_spec_decode_pauses", "counter", "steps with guesses followed by one without"),
+    _row(
+        "l4_spec_decode_pauses",
+        "counter",
+        "times that guessing paused; reason is slower (than plain steps) or no_guesses (none was made for a while)",
+        labels=("reason",),
+    ),
     _row("l4_engine_up", "gauge", "1 while the engine process runs with a loaded model"),
     _row("l4_engine_restarts", "counter", "times the engine process was started again"),
     _row("l4_http_responses", "counter", "HTTP replies", labels=("route", "status")),
@@ -174,6 +179,8 @@ class Metrics(Collector):
                 self._made[row.name].labels(**self._labels)
         for name in ("l4_spec_decode_position_drafted", "l4_spec_decode_position_accepted"):
             self._counter(name, position="1")
+        for reason in DRAFT_PAUSES:
+            self._counter("l4_spec_decode_pauses", reason=reason)
         self._first_token = self._histogram("l4_time_to_first_token_seconds")
         self._next_token = self._histogram("l4_inter_token_latency_seconds")
         self._generated = self._counter("l4_generation_tokens")
@@ -273,11 +280,11 @@ class Metrics(Collector):
 
     def _count_drafts(self, stats: StepStats) -> None:
         """Acceptance length = 1 + accepted tokens / drafts."""
+        if stats.draft_pause:
+            self._counter("l4_spec_decode_pauses", reason=stats.draft_pause).inc()
         if not stats.num_decode_tokens:
             return
         depth = len(stats.drafted_at)
-        if self._num_guesses and not depth:
-            self._counter("l4_spec_decode_pauses").inc()
         if self._num_guesses != depth:
             self._num_guesses = depth
             self._set("l4_spec_decode_guesses", depth)

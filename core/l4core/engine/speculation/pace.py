@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from l4core.engine.inbox import Inbox
-from l4core.request import StepStats
+from l4core.request import NO_GUESSES, SLOWER, StepStats
 
 FEW = 4
 """Steps of a kind that must have been timed before its time is believed."""
@@ -88,7 +88,8 @@ class DraftPace:
         self._barren = self._left = 0
         self._break = BARREN
         self._rest = REST
-        self._warned = False
+        self._warned = self._told_barren = False
+        self._pause = ""
 
     def stamp(self, inbox: Inbox) -> Inbox:
         """The same inbox with the number of guesses wanted. Call it just before the step."""
@@ -127,6 +128,11 @@ class DraftPace:
         self._rested = 0 if made else self._rested + 1
         self._warn()
 
+    def take_pause(self) -> str:
+        """Why guessing paused since the last call: one of DRAFT_PAUSES, "" = it did not."""
+        pause, self._pause = self._pause, ""
+        return pause
+
     def _look_for_guesses(self, any_made: bool, *, alone: bool) -> None:
         """alone: the step had no prompt in it, whose sequence may be guessed for later."""
         self._left = max(0, self._left - 1)
@@ -136,6 +142,8 @@ class DraftPace:
             self._barren += 1
             if self._barren >= BARREN:
                 self._barren, self._left, self._break = 0, self._break, min(2 * self._break, LONGEST_BREAK)
+                self._pause = NO_GUESSES
+                self._say_barren()
 
     # --- the choice --------------------------------------------------------------------------------------------------------------------
 
@@ -187,6 +195,7 @@ class DraftPace:
         if before is pauses:
             return
         self.num_pauses += pauses
+        self._pause = SLOWER if pauses else self._pause
         self._rest = self._rest if pauses else REST
         k = self._max if pauses else best
         logger.info(
@@ -199,6 +208,16 @@ class DraftPace:
             self._slowdown(bucket, k),
             self._acceptance.text(),
         )
+
+    def _say_barren(self) -> None:
+        """Once: text that repeats nothing, or contexts beyond the draft's, come and go."""
+        if not self._told_barren:
+            self._told_barren = True
+            logger.info(
+                "speculation (%s) found nothing to guess in %d steps in a row; it is asked less often until it does",
+                self._name,
+                BARREN,
+            )
 
     def _warn(self) -> None:
         if self._warned or not self._acceptance.is_sure or self._acceptance.first >= FLOOR:
