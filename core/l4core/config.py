@@ -209,7 +209,7 @@ class EngineConfig:
     )
     speculative_num_draft_tokens: int | None = _opt(
         None,
-        "tokens verified per sequence and step, the last committed one among them (a chain's: steps + 1; a tree's: 2 · topk · steps + 1)",
+        "tokens verified per sequence and step, the last committed one among them (a chain's: steps + 1; a tree's: 2 · topk · steps + 1, at most 64)",
         SPECULATION,
         unit="tokens",
         minimum=2,

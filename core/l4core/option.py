@@ -72,7 +72,8 @@ def check(config: Any) -> None:
             continue
         if value in option.later:
             raise NotBuiltError(
-                f"--{name.replace('_', '-')} {value} {LATER}", fix=f"leave it out, or: {', '.join(option.choices)}"
+                f"--{name.replace('_', '-')} {value} {LATER}",
+                fix=f"leave it out, or: {', '.join(option.choices) or option.help}",
             )
         if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
             raise ConfigError(f"{name} is {list(value)!r}; wanted a list of strings")

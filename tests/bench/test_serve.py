@@ -226,6 +226,18 @@ def test_a_model_for_the_floor_that_does_not_exist_is_told_before_the_load(capsy
     assert "--floor is 'scuot'" in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with serving(Fake()) as fake:
+        for option, place in (("--out", "file/r.json"), ("--plot", "file/p")):
+            asked = ["bench", "serve", "--url", fake.url, "--num-prompts", "2", option, f"{tmp_path}/{place}"]
+            assert run_cli(l4, asked, program="l4") == 2
+            assert f"error: {option} " in capsys.readouterr().err
+        assert not fake.seen
+
+
 def test_a_run_without_any_answer_fails(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(Fake(misbehave=lambda number: "429" if number else "")) as fake:
         arguments = ["bench", "serve", "--url", fake.url, "--num-prompts", "2", "--output-len", "3", "--input-len", "4"]

@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
+from l4core import LLM
 from l4core.engine.inbox import Inbox
 from l4core.engine.speculation.pace import DraftPace, VerifyCosts
 from l4core.request import Request, SamplingParams, StepStats
@@ -25,12 +27,18 @@ class Machine:
     ahead: a step launches a batch and brings what the one before launched, as on a device that works beside the host."""
 
     def __init__(
-        self, right: float, slowdown: Callable[[int, int], float], costs: VerifyCosts = SCOUT, *, ahead: bool = False
+        self,
+        right: float,
+        slowdown: Callable[[int, int], float],
+        costs: VerifyCosts = SCOUT,
+        *,
+        ahead: bool = False,
+        fixed: bool = False,
     ) -> None:
         self.right, self.slowdown, self.ahead = right, slowdown, ahead
         self.in_flight = 0
         self.now = 0.0
-        self.pace = DraftPace("test", MAX, costs, clock=lambda: self.now)
+        self.pace = DraftPace("test", MAX, costs, clock=lambda: self.now, fixed=fixed)
         self.random = random.Random(0)
         self.tokens = 0
 
@@ -119,6 +127,23 @@ def test_a_wrong_draft_is_named_within_fifty_steps(caplog: pytest.LogCaptureFixt
     assert "at about 1 sequences" in pause.message
     assert machine.pace.num_pauses == 1
     assert (machine.pace.take_pause(), machine.pace.take_pause()) == ("slower", "")
+
+
+def test_a_wrong_draft_is_named_where_guessing_is_fixed_on(caplog: pytest.LogCaptureFixture) -> None:
+    machine = Machine(0.03, lambda k, _: 1.0 + 0.2 * k, fixed=True)
+    for _ in range(50):
+        assert machine.pace.stamp(Inbox()).num_drafts is None
+        machine.pace.observe(StepStats(num_decode_tokens=1, drafted_at=(1,), accepted_at=(0,)), busy=True)
+    (warning,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert "0 % of first guesses are right" in warning.message
+    assert machine.pace.num_pauses == 0
+
+
+def test_an_ngram_drafter_is_not_told_to_be_trained(tiny: Path) -> None:
+    """plan.draft_pace says which advice fits."""
+    with LLM(tiny.as_posix(), device="cpu", progress=False, speculative_algorithm="NGRAM") as llm:
+        assert llm._built.drafts is not None
+        assert "trained" not in llm._built.drafts._advice
 
 
 def test_a_pause_is_tried_again_when_requests_come() -> None:

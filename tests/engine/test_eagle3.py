@@ -392,6 +392,8 @@ def test_flags_that_contradict_each_other_are_refused(folder: Path, tmp_path: Pa
         (ConfigError, {"speculative_option": ("layers=1",)}, "unknown to EAGLE3; its options: aux_layers"),
         (CheckpointError, {"speculative_option": ("aux_layers=1,2,6",)}, "the target has layers 0 to 5"),
         (CheckpointError, {"speculative_option": ("aux_layers=1,2",)}, "fc.weight is"),
+        (CheckpointError, {"speculative_draft_model_path": "/nowhere"}, "^--speculative-draft-model-path '/nowhere'"),
+        (ConfigError, {"speculative_eagle_topk": 16}, "63 guesses a step do not fit"),  # not 96: a tree has at most 63
     ):
         with pytest.raises(error, match=words):
             open_llm(folder, draft, **options)
@@ -400,6 +402,11 @@ def test_flags_that_contradict_each_other_are_refused(folder: Path, tmp_path: Pa
         ({"speculative_num_steps": 3}, "without --speculative-algorithm"),
         ({"speculative_algorithm": "NGRAM", "speculative_draft_model_path": draft.as_posix()}, "is for EAGLE3"),
         ({"speculative_algorithm": "MEDUSA"}, "there are EAGLE3, NGRAM"),
+        (
+            {"speculative_algorithm": "eagle3", "speculative_draft_model_path": draft.as_posix()},
+            "fix: --speculative-algorithm EAGLE3",
+        ),
+        ({"speculative_algorithm": "EAGLE"}, "fix: leave it out, or: .*EAGLE3, NGRAM"),
     ):
         with pytest.raises(ConfigError, match=words):
             LLM(folder.as_posix(), **OPTIONS, **options)  # type: ignore[arg-type]

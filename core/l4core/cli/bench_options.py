@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from l4core.errors import ConfigError
 
 if TYPE_CHECKING:
     from l4core.bench.datasets import Lengths
@@ -48,13 +51,41 @@ def lengths(input_len: int, output_len: int, *, spread: bool = True) -> Callable
     return decorate
 
 
+def _makes_room(_: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Folders are made, and what cannot be written is told, before the measurement and not after it. ConfigError."""
+    if path is not None:
+        folder = path if param.name == "plot" else path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{param.opts[0]} {path}: {error.strerror}", fix="a folder that can be written"
+            ) from error
+        if not os.access(path if path.exists() else folder, os.W_OK):
+            raise ConfigError(f"{param.opts[0]} {path} cannot be written", fix="a folder that can be written")
+    return path
+
+
+out_option = click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_makes_room,
+    metavar="FILE",
+    help="results as JSON, too",
+)
+
+
 def output_options(function: F) -> F:
     """Where results go."""
     for option in (
-        click.option("--plot", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="charts as SVG"),
         click.option(
-            "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="results as JSON, too"
+            "--plot",
+            type=click.Path(file_okay=False, path_type=Path),
+            callback=_makes_room,
+            metavar="DIR",
+            help="charts as SVG",
         ),
+        out_option,
         click.option("--json", "as_json", is_flag=True, help="results as JSON instead of a table"),
     ):
         function = option(function)
@@ -75,9 +106,7 @@ def deliver(
 
     click.echo(encode(found) if as_json else text, nl=not as_json)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(encode(found), encoding="utf-8")
     if plot is not None:
-        plot.mkdir(parents=True, exist_ok=True)
         for name, svg in charts.items():
             (plot / name).write_text(svg, encoding="utf-8")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from l4core.cli.bench_options import POSITIVE, deliver, out_option
 from l4core.cli.command import L4Command
 from l4core.cli.log import configure_logging
 from l4core.cli.options import table_options
@@ -17,7 +19,6 @@ from l4core.errors import ConfigError
 if TYPE_CHECKING:
     from l4core.bench.predict import Measured, Prediction, Published
 
-POSITIVE = click.IntRange(min=1)
 LATENCIES_US = (10, 40)
 """Other latencies of a sum over ranks, to see what hangs on the one that is assumed."""
 
@@ -38,7 +39,7 @@ LATENCIES_US = (10, 40)
 @click.option(
     "--all-reduce-us", type=click.FloatRange(min=0), metavar="X", help="least time of a sum over ranks, µs [20]"
 )
-@click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="results as JSON, too")
+@out_option
 @click.option("--json", "as_json", is_flag=True, help="results as JSON instead of a table")
 @click.pass_context
 def predict(
@@ -52,7 +53,7 @@ def predict(
     layers: int | None,
     link_gbs: float | None,
     all_reduce_us: float | None,
-    out: str | None,
+    out: Path | None,
     as_json: bool,
     **_: Any,
 ) -> None:
@@ -61,7 +62,6 @@ def predict(
     from l4core.bench.predict import NVLINK, Link, Load, assumptions, published
     from l4core.bench.predict import predict as predicted
     from l4core.bench.rank import measure
-    from l4core.bench.serve import as_json as encode
 
     engine, server = read_configs(ctx)
     configure_logging(server.log_level)
@@ -101,10 +101,7 @@ def predict(
     sources = sorted({each["published"]["source"] for each in results if each["published"]})
     text = [*made.report, "", title, _here(measured), "", text_table(_HEAD, rows), ""]
     text += ["Assumed:", *(f"  - {line}" for line in said), *(f"Published: {source}" for source in sources)]
-    click.echo(encode(result) if as_json else "\n".join(text), nl=not as_json)
-    if out is not None:
-        with open(out, "w", encoding="utf-8") as file:
-            file.write(encode(result))
+    deliver(result, "\n".join(text), {}, out=out, plot=None, as_json=as_json)
 
 
 def _cards(text: str) -> list[str]:

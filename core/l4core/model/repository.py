@@ -21,17 +21,18 @@ NEVER = ("*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.gguf")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def resolve_model(config: EngineConfig) -> Path:
+def resolve_model(config: EngineConfig, *, what: str = "MODEL") -> Path:
     """Folder of config.model. A hub id is downloaded, or taken from the cache, at config.revision into config.download_dir.
 
+    what: the option or argument that named it, for errors.
     Raises CheckpointError with the command that helps: no such folder, no such model or revision, access to be asked for, offline and
     not cached. Raises ConfigError for a revision of a local folder.
     """
     if is_local(config):
-        return _local(Path(config.model).expanduser(), config)
+        return _local(Path(config.model).expanduser(), config, what)
     if not HUB_ID.fullmatch(config.model) or config.model.split("/")[0] in (".", ".."):
         raise CheckpointError(
-            f"MODEL {config.model!r} is no folder on this machine, and no hub id (owner/name) either",
+            f"{what} {config.model!r} is no folder on this machine, and no hub id (owner/name) either",
             fix="check the path, or give a hub id such as meta-llama/Llama-4-Scout-17B-16E-Instruct",
         )
     return _download(config)
@@ -42,15 +43,15 @@ def is_local(config: EngineConfig) -> bool:
     return bool(config.model) and Path(config.model).expanduser().exists()
 
 
-def _local(path: Path, config: EngineConfig) -> Path:
+def _local(path: Path, config: EngineConfig, what: str) -> Path:
     if not path.is_dir():
         raise CheckpointError(
-            f"MODEL {config.model!r} is a file; wanted the folder with config.json and *.safetensors",
+            f"{what} {config.model!r} is a file; wanted the folder with config.json and *.safetensors",
             fix=f"give its folder: {path.parent}",
         )
     if config.revision is not None:
         raise ConfigError(
-            f"--revision {config.revision} names a revision of a hub id, but MODEL {config.model!r} is a folder here",
+            f"--revision {config.revision} names a revision of a hub id, but {what} {config.model!r} is a folder here",
             fix="leave --revision out, or rename the folder so that the hub id is meant",
         )
     return path

@@ -81,6 +81,9 @@ class NgramDrafter(Drafter):
 
 def create(context: DraftContext) -> Drafter:
     """What the entry of the drafter `NGRAM` names. ValueError for an option that is no whole number or out of range."""
+    for name, value in context.options.items():
+        if not value.isdecimal():
+            raise ValueError(f"--speculative-option {name}={value}; wanted a whole number of tokens")
     return NgramDrafter(
         num_draft_tokens=context.num_draft_tokens, **{name: int(value) for name, value in context.options.items()}
     )

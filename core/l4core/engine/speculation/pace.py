@@ -70,14 +70,29 @@ class VerifyCosts:
         return self.fixed + self.expert * self.distinct(num_tokens)
 
 
+TRAINED = (
+    "a draft that fits has 50 to 80 %. Was it trained for this model and template? Does it read the layers it was trained on (the start-up block "
+    "names them; --speculative-option aux_layers=…)? Is this its kind of text (a chat-only draft is of little use on /v1/completions)?"
+)
+UNTRAINED = "it is of no use for this kind of text"
+
+
 class DraftPace:
     """`stamp` what goes into a step, `observe` what came out. num_pauses: times that guessing stopped being worth it."""
 
     def __init__(
-        self, name: str, max_drafts: int, costs: VerifyCosts, clock: Callable[[], float] = time.perf_counter
+        self,
+        name: str,
+        max_drafts: int,
+        costs: VerifyCosts,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        fixed: bool = False,
+        advice: str = TRAINED,
     ) -> None:
-        """clock: seconds."""
+        """clock: seconds.  fixed: guess always; a draft that is wrong is named all the same.  advice: what to say of one."""
         self.num_pauses = 0
+        self._fixed, self._advice = fixed, advice
         self._name, self._max, self._costs, self._clock = name, max_drafts, costs, clock
         self._acceptance = _Acceptance(max_drafts)
         self._times: dict[tuple[int, int], _Mean] = {}
@@ -93,6 +108,8 @@ class DraftPace:
 
     def stamp(self, inbox: Inbox) -> Inbox:
         """The same inbox with the number of guesses wanted. Call it just before the step."""
+        if self._fixed:
+            return inbox
         if (
             self._paused.get(self._bucket)
             and not self._trial
@@ -112,8 +129,9 @@ class DraftPace:
         began, self._since = self._since, now if busy else None
         if stats.drafted_at:
             self._acceptance.add(stats.drafted_at, stats.accepted_at)
+            self._warn()
         decodes = stats.num_decode_tokens
-        if not decodes:
+        if not decodes or self._fixed:
             return
         self._bucket = decodes.bit_length()
         self._look_for_guesses(bool(stats.drafted_at), alone=not stats.num_prefill_tokens)
@@ -126,7 +144,6 @@ class DraftPace:
         self._since_plain = self._since_plain + 1 if made else 0
         self._trial = max(0, self._trial - 1)
         self._rested = 0 if made else self._rested + 1
-        self._warn()
 
     def take_pause(self) -> str:
         """Why guessing paused since the last call: one of DRAFT_PAUSES, "" = it did not."""
@@ -224,11 +241,10 @@ class DraftPace:
             return
         self._warned = True
         logger.warning(
-            "speculation (%s): %.0f %% of first guesses are right; a draft that fits has 50 to 80 %%. Was it trained for this model and template? "
-            "Does it read the layers it was trained on (the start-up block names them; --speculative-option aux_layers=…)? Is this its kind of "
-            "text (a chat-only draft is of little use on /v1/completions)?",
+            "speculation (%s): %.0f %% of first guesses are right; %s",
             self._name,
             100 * self._acceptance.first,
+            self._advice,
         )
 
 

@@ -12,7 +12,7 @@ from l4core.engine.key_values import parse_key_values
 from l4core.engine.speculation.draft_model import DraftModel
 from l4core.engine.speculation.draft_tree import TreeShape
 from l4core.engine.speculation.drafter import PluginSpeculation, Speculation
-from l4core.engine.speculation.pace import DraftPace, VerifyCosts
+from l4core.engine.speculation.pace import TRAINED, UNTRAINED, DraftPace, VerifyCosts
 from l4core.errors import ConfigError, NotBuiltError
 from l4core.model.config import ModelConfig
 from l4core.model.draft_size import rank_draft
@@ -68,6 +68,7 @@ def plan_speculation(config: EngineConfig, plugins: Plugins, model: ModelConfig)
     if config.speculative_algorithm is None:
         _refuse_orphans(config)
         return None
+    drafter = None if config.speculative_algorithm == EAGLE3 else _find(config.speculative_algorithm, plugins)
     num_drafts = _num_drafts(config)
     chunk_size = model.attention_chunk_size if any(model.chunked_layers) else None
     if chunk_size is not None and num_drafts >= chunk_size:
@@ -86,7 +87,6 @@ def plan_speculation(config: EngineConfig, plugins: Plugins, model: ModelConfig)
             f"--speculative-draft-model-path is for EAGLE3; --speculative-algorithm is {config.speculative_algorithm}",
             fix="drop one of the two",
         )
-    drafter = _find(config.speculative_algorithm, plugins)
     return SpeculationPlan(algorithm=config.speculative_algorithm, num_drafts=num_drafts, drafter=drafter)
 
 
@@ -129,16 +129,22 @@ def draft_pace(
     routed_bytes: int,
     itemsize: int,
 ) -> DraftPace | None:
-    """None without speculation, or with `--speculative-adaptive off`. weight_bytes: of the target, the draft's own among them.
+    """None without speculation. weight_bytes: of the target, the draft's own among them.
     routed_bytes: of the routed experts of all layers, as they are stored here."""
-    if plan is None or config.speculative_adaptive == "off":
+    if plan is None:
         return None
     num_experts = model.num_experts if any(model.moe_layers) else 0
     embedding = model.vocab_size * model.hidden_size * itemsize * (not model.tie_word_embeddings)
     draft = 0 if plan.draft is None else plan.draft.elements_on(config.tp) * itemsize
     fixed = max(weight_bytes - draft - routed_bytes - embedding, 0)
     costs = VerifyCosts(fixed=fixed, expert=routed_bytes / max(num_experts, 1), num_experts=num_experts, draft=draft)
-    return DraftPace(plan.algorithm, plan.num_levels, costs)
+    return DraftPace(
+        plan.algorithm,
+        plan.num_levels,
+        costs,
+        fixed=config.speculative_adaptive == "off",
+        advice=UNTRAINED if plan.draft is None else TRAINED,
+    )
 
 
 def _dummy_seed(config: EngineConfig) -> int | None:
@@ -183,7 +189,7 @@ def _tree(config: EngineConfig) -> TreeShape:
     """Of EAGLE3 with topk > 1."""
     steps, topk = config.speculative_num_steps or DEFAULT_STEPS, config.speculative_eagle_topk or 1
     most = topk + (steps - 1) * topk * topk
-    guesses = (config.speculative_num_draft_tokens or min(2 * topk * steps, most) + 1) - 1
+    guesses = (config.speculative_num_draft_tokens or min(2 * topk * steps, most, MAX_GUESSES) + 1) - 1
     if config.speculative_algorithm != EAGLE3:
         raise ConfigError(
             f"--speculative-eagle-topk {topk} is for EAGLE3; --speculative-algorithm is {config.speculative_algorithm}",
@@ -205,7 +211,7 @@ def _read_draft(config: EngineConfig, model: ModelConfig) -> DraftModel:
             "--speculative-algorithm EAGLE3 needs a draft",
             fix="--speculative-draft-model-path DIR, or --speculative-algorithm NGRAM, which needs none",
         )
-    folder = resolve_model(replace(config, model=path, revision=None))
+    folder = resolve_model(replace(config, model=path, revision=None), what="--speculative-draft-model-path")
     target = Target(num_layers=model.num_layers, hidden_size=model.hidden_size, vocab_size=model.vocab_size)
     options = parse_key_values("--speculative-option", config.speculative_option)
     draft = DraftConfig.from_folder(folder, target=target, options=options)
@@ -228,8 +234,9 @@ def _find(name: str, plugins: Plugins) -> Provided[DrafterEntry]:
     for provided in plugins.drafters:
         if provided.entry.name == name:
             return provided
-    known = ", ".join((EAGLE3, *(provided.entry.name for provided in plugins.drafters)))
+    known = (EAGLE3, *(provided.entry.name for provided in plugins.drafters))
+    meant = next((each for each in known if each.casefold() == name.casefold()), None)
     raise ConfigError(
-        f"--speculative-algorithm {name!r} is unknown; there are {known}{quote_failures(plugins.failures)}",
-        fix="l4 plugins",
+        f"--speculative-algorithm {name!r} is unknown; there are {', '.join(known)}{quote_failures(plugins.failures)}",
+        fix=f"--speculative-algorithm {meant}" if meant else "l4 plugins",
     )
