@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 FEW_TOKENS = 16
 """Up to this many tokens nothing is sorted, and the shared expert is one more expert of the same launch."""
+DOWN_REGISTERS = 96
+"""With which all 1,280 programs of one token's down product fit on an H200 at once; the compiler takes 98, and 92 programs wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
     """rows: tokens.  columns: outputs, of gate and of up each.  parts: programs that share the inputs of an output.  warps, stages: as Triton counts
-    them.  ratio: for 4 bits, see int4_gate_up.  inputs: for 8 bits, of one step."""
+    them.  ratio: for 4 bits, see int4_gate_up.  inputs: for 8 bits, of one step.  registers: of a thread, at most, for bfloat16 on NVIDIA's
+    devices."""
 
     rows: int
     columns: int = 64
@@ -21,6 +24,7 @@ class Tile:
     stages: int = 3
     ratio: bool = False
     inputs: int = 128
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +45,7 @@ def int4_tiles(num_tokens: int, num_experts: int) -> Tiles:
     """Few rows: small tiles and many programs, to have much of the memory on its way. Many rows: tiles that read a weight for many rows."""
     if num_tokens <= FEW_TOKENS:
         rows = 8 if num_tokens <= 8 else 16
-        few = Tile(rows=rows, parts=4), Tile(rows=rows, parts=8)
+        few = Tile(rows=rows, parts=4), Tile(rows=rows, parts=8, registers=DOWN_REGISTERS if rows == 8 else None)
         return _tiles(few, few)
     return _tiles(_int4_pair(num_tokens / num_experts), _int4_pair(num_tokens))
 

@@ -208,6 +208,8 @@ class _Call:
             "MODE": mode, "E": num_experts, "SHARED": shared is not None, "BLOCK_E": triton.next_power_of_2(num_experts + 1),
             "BLOCK_N": columns, "BLOCK_T": tile.rows, "PARTS": parts, "num_warps": tile.warps, "num_stages": tile.stages,
         }  # fmt: skip
+        if tile.registers is not None and self.constants["ASM"]:
+            constants["maxnreg"] = tile.registers
         either = shared or weight
         return _Launch(
             grid=(tiles * blocks, parts),

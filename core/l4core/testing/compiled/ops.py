@@ -37,7 +37,8 @@ STARTS_EARLY = ("sm90", "sm100", "sm120")
 class CoreKernel:
     """One way a kernel is launched. pointers: argument → element type.  scalars: argument → type, i32 where not named.
     constants: compile-time arguments, None for what is absent.  stages: of the pipelined loop, None = Triton's default.
-    descriptors: arguments that are tensor descriptors → (element type, block).  archs: where it is launched, empty = everywhere."""
+    descriptors: arguments that are tensor descriptors → (element type, block).  archs: where it is launched, empty = everywhere.
+    registers: of a thread, at most, on NVIDIA's devices."""
 
     name: str
     kernel: Any
@@ -48,6 +49,7 @@ class CoreKernel:
     stages: int | None = None
     descriptors: Mapping[str, tuple[str, Sequence[int]]] = field(default_factory=dict)
     archs: tuple[str, ...] = ()
+    registers: int | None = None
 
 
 def _norm(name: str, dtype: str, **absent: None) -> CoreKernel:
@@ -193,6 +195,7 @@ def compile_kernels(arch: str, kernels: Sequence[CoreKernel] = KERNELS) -> Itera
                 divisible[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(one.kernel, signature, constexprs, divisible)
         options |= {} if one.stages is None else {"num_stages": one.stages}
+        options |= {"maxnreg": one.registers} if one.registers is not None and target.backend == "cuda" else {}
         done = triton.compile(source, target=target, options=options)
         binary = done.asm["cubin" if target.backend == "cuda" else "hsaco"]
         yield {

@@ -84,6 +84,7 @@ def _kernel(
         scalars={},
         warps=tile.warps,
         stages=tile.stages,
+        registers=tile.registers,
     )
 
 
