@@ -66,7 +66,7 @@ def few(
 ) -> None:
     problem = make(kept, *routing, hidden=hidden, inter=192, dtype=dtype, shared=shared, device=DEVICE)
     tile = Tile(rows=16, columns=64, parts=parts, ratio=ratio)
-    tiles = Tiles(gate_up=tile, down=tile, shared_gate_up=tile, shared_down=tile)
+    tiles = Tiles(gate_up=tile, down=tile, shared_gate_up=tile, shared_down=tile, few=True)
     assert error(problem, KERNELS[kept](DEVICE), tiles) < TOLERANCE[dtype]
 
 
@@ -94,6 +94,16 @@ def many(
     one, sharing = Tile(rows=rows, ratio=ratio), Tile(rows=rows, parts=2, ratio=ratio)
     tiles = Tiles(gate_up=sharing, down=sharing, shared_gate_up=sharing, shared_down=one)
     assert error(problem, KERNELS[kept](DEVICE), tiles) < TOLERANCE[dtype]
+
+
+def chosen_tiles(kept: str, shared: bool) -> None:
+    """The tiles that are chosen on either side of every limit, registers with them."""
+    for tokens in (1, 5, 9, 17, 33, 130):
+        ids = [(7 * i) % 3 for i in range(tokens)]
+        problem = make(kept, ids, 4, hidden=256, inter=128, dtype=torch.bfloat16, shared=shared, device=DEVICE)
+        kernel = KERNELS[kept](DEVICE)
+        tiles = kernel.tiles(tokens, 4)
+        assert error(problem, kernel, tiles) < (0.08 if tiles.eight else TOLERANCE[torch.bfloat16]), tokens
 
 
 @few_examples
@@ -139,12 +149,13 @@ if __name__ == "__main__":
     wanted = sys.argv[2:] or [
         "few",
         "many",
+        "chosen_tiles",
         "rows_in_eight_bits",
         "linear_layers",
         *(["rows"] if DEVICE == "cuda" else []),
     ]
     for name in wanted:
         check = globals()[name]
-        for chosen in itertools.product(KERNELS, (False, True)) if name in ("few", "many") else [()]:
+        for chosen in itertools.product(KERNELS, (False, True)) if name in ("few", "many", "chosen_tiles") else [()]:
             check(*chosen)
         print(name)

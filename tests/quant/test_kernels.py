@@ -21,7 +21,7 @@ from quant.expert_problem import make
 SCRIPT = Path(__file__).with_name("kernels_script.py")
 
 
-CHECKS = ["few", "many", "rows_in_eight_bits", "linear_layers"]
+CHECKS = ["few", "many", "chosen_tiles", "rows_in_eight_bits", "linear_layers"]
 
 
 def test_the_kernels_compute_the_definition() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FEW_TOKENS = 16
+INT4_FEW_TOKENS, FP8_FEW_TOKENS = 8, 16
 """Up to this many tokens nothing is sorted, and the shared expert is one more expert of the same launch."""
+SPLIT_TOKENS = 32
+"""Up to this many, sorted, two programs share the inputs of a 4-bit weight: an expert has a row or two, so there are few blocks."""
 DOWN_REGISTERS = 96
 """With which all 1,280 programs of one token's down product fit on an H200 at once; the compiler takes 98, and 92 programs wait."""
 
@@ -29,12 +31,14 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """gate_up, down: of the routed experts.  shared_*: of the shared one where it has launches of its own.  eight: for 8 bits, x is quantised too."""
+    """gate_up, down: of the routed experts.  shared_*: of the shared one where it has launches of its own.  few: nothing is sorted, and the shared
+    expert is one more expert of the same launch.  eight: for 8 bits, x is quantised too."""
 
     gate_up: Tile
     down: Tile
     shared_gate_up: Tile
     shared_down: Tile
+    few: bool = False
     eight: bool = False
 
 
@@ -43,11 +47,23 @@ Pair = tuple[Tile, Tile]
 
 def int4_tiles(num_tokens: int, num_experts: int) -> Tiles:
     """Few rows: small tiles and many programs, to have much of the memory on its way. Many rows: tiles that read a weight for many rows."""
-    if num_tokens <= FEW_TOKENS:
-        rows = 8 if num_tokens <= 8 else 16
-        few = Tile(rows=rows, parts=4), Tile(rows=rows, parts=8, registers=DOWN_REGISTERS if rows == 8 else None)
-        return _tiles(few, few)
+    if num_tokens <= INT4_FEW_TOKENS:
+        parts = 4 if num_tokens <= 4 else 2
+        few = Tile(rows=8, parts=parts), Tile(rows=8, parts=2 * parts, registers=DOWN_REGISTERS)
+        return _tiles(few, few, few=True)
+    if num_tokens <= SPLIT_TOKENS:
+        routed = Tile(rows=8, parts=2)
+        shared = _int4_split(num_tokens)
+        return _tiles((routed, routed), shared)
     return _tiles(_int4_pair(num_tokens / num_experts), _int4_pair(num_tokens))
+
+
+def _int4_split(rows: int) -> Pair:
+    """The shared expert's, of at most SPLIT_TOKENS rows."""
+    if rows <= 16:
+        return Tile(rows=16, parts=4), Tile(rows=16, parts=8)
+    tile = Tile(rows=32, parts=4, ratio=True, warps=4)
+    return tile, tile
 
 
 def _int4_pair(rows: float) -> Pair:
@@ -71,10 +87,10 @@ def _int4_pair(rows: float) -> Pair:
 
 def fp8_tiles(num_tokens: int, num_experts: int) -> Tiles:
     """The same for 8 bits. From some rows on it pays to quantise them too."""
-    if num_tokens <= FEW_TOKENS:
+    if num_tokens <= FP8_FEW_TOKENS:
         rows = 8 if num_tokens <= 8 else 16
         few = Tile(rows=rows, parts=4, warps=4), Tile(rows=rows, parts=8, warps=4)
-        return _tiles(few, few)
+        return _tiles(few, few, few=True)
     eight = num_tokens > 128
     return _tiles(_fp8_pair(num_tokens / num_experts, eight=eight), _fp8_pair(num_tokens, eight=eight), eight=eight)
 
@@ -92,5 +108,6 @@ def _fp8_pair(rows: float, *, eight: bool) -> Pair:
     return tile, tile
 
 
-def _tiles(routed: Pair, shared: Pair, *, eight: bool = False) -> Tiles:
-    return Tiles(gate_up=routed[0], down=routed[1], shared_gate_up=shared[0], shared_down=shared[1], eight=eight)
+def _tiles(routed: Pair, shared: Pair, *, few: bool = False, eight: bool = False) -> Tiles:
+    pairs = {"gate_up": routed[0], "down": routed[1], "shared_gate_up": shared[0], "shared_down": shared[1]}
+    return Tiles(**pairs, few=few, eight=eight)

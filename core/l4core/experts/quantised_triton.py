@@ -11,7 +11,7 @@ import torch
 import triton
 
 from l4core.errors import BackendUnavailable
-from l4core.experts.quantised_tiles import FEW_TOKENS, Tile, Tiles, fp8_tiles, int4_tiles
+from l4core.experts.quantised_tiles import Tile, Tiles, fp8_tiles, int4_tiles
 from l4core.experts.sorted_triton import sort_by_expert
 from l4core.ops.dots_triton import dot_type, unpacks_inline
 from l4core.ops.expert_rows_triton import ALL, FEW, MANY
@@ -68,7 +68,7 @@ class QuantisedExperts(ExpertKernel):
         out = make(x, memory_format=torch.contiguous_format)
         call = _Call(self, expert_ids, score, x, eight=tiles.eight)
         rows = call.rows(x)
-        if x.shape[0] <= FEW_TOKENS:
+        if tiles.few:
             inner = call.gate_up(FEW, rows, gate_up, shared and shared[0], tiles.gate_up)
             call.down(FEW, call.rows(inner), down, shared and shared[1], out, tiles.down)
             return out

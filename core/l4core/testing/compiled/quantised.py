@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from l4core.builtin_plugins import has_fp8
-from l4core.experts.quantised_tiles import FEW_TOKENS, Tile, fp8_tiles, int4_tiles
+from l4core.experts.quantised_tiles import Tile, fp8_tiles, int4_tiles
 from l4core.ops.expert_rows_triton import ALL, FEW, MANY
 from l4core.ops.experts_fp8_triton import fp8_down, fp8_gate_up
 from l4core.ops.experts_int4_triton import int4_down, int4_gate_up
@@ -38,14 +38,15 @@ _FP8 = {"x_scale": "fp32", "weight": "fp8e4nv", "scales": "fp32", "shared_weight
 def kernels_for(arch: str, experts: int = 16) -> Iterator[CoreKernel]:
     """Both kernels of each format with the tiles that a launch of these numbers of tokens chooses."""
     for count in TOKENS:
-        mode = FEW if count <= FEW_TOKENS else MANY
         tiles = int4_tiles(count, experts)
+        mode = FEW if tiles.few else MANY
         for kernel, tile in ((int4_gate_up, tiles.gate_up), (int4_down, tiles.down)):
             extra: dict[str, Any] = {"RATIO": tile.ratio, "EVEN_K": True}
             yield _kernel(f"int4, {count} tokens", arch, kernel, _INT4, mode, experts, tile, extra)
         if not has_fp8(arch):
             continue
         tiles = fp8_tiles(count, experts)
+        mode = FEW if tiles.few else MANY
         pointers = _FP8 | {"x": "fp8e4nv" if tiles.eight else "bf16"}
         for kernel, tile in ((fp8_gate_up, tiles.gate_up), (fp8_down, tiles.down)):
             extra = {"BLOCK_K": tile.inputs, "EVEN_K": True, "A8": tiles.eight}
