@@ -37,7 +37,7 @@ OPTIONS: Mapping[str, Any] = {
     "progress": False,
     "page_size": 16,
 }
-COUNT, TOKENS, STEPS = (60, 100, 3) if FULL else (8, 50, 3)
+COUNT, TOKENS, STEPS, LONGEST = (60, 100, 3, 192) if FULL else (8, 50, 3, 140)
 DRAFTS: Sequence[Mapping[str, Any]] = (
     {"layout": "eagle", "draft_vocab": 200},
     {"layout": "speculators", "norm_before_residual": True, "norm_before_fc": True, "norm_output": True},
@@ -228,7 +228,7 @@ def test_steps_of_fixed_shape(folder: Path, plain: list[RequestOutput], tmp_path
 def test_preempted_and_evicted(folder: Path, plain: list[RequestOutput], tmp_path: Path, relay: bool) -> None:
     """Memory for two requests at best: the draft's entries are computed again with the target's."""
     draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4])
-    options = {"max_total_tokens": 260, "context_length": 140, "max_running_requests": 4}
+    options = {"max_total_tokens": 2 * LONGEST - 20, "context_length": LONGEST, "max_running_requests": 4}
     llm = open_llm(folder, draft, relay=relay, **options)
     recorder, evicted = Recorder(llm, plain, acceptance=0.6), evict_every(llm._built.engine, 9)
     for mine, theirs in zip(llm.generate(prompts(), greedy(), use_tqdm=False), plain, strict=True):
@@ -241,7 +241,9 @@ def test_overlapped_while_nothing_is_guessed(folder: Path, plain: list[RequestOu
     """Guesses are wanted for five steps, then not for four: those are queued ahead of the tokens before them, and the draft still reads them all.
     Requests end and are evicted while their last batch is in flight."""
     draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4])
-    llm = open_llm(folder, draft, relay=True, max_total_tokens=300, context_length=140, max_running_requests=3)
+    llm = open_llm(
+        folder, draft, relay=True, max_total_tokens=2 * LONGEST + 20, context_length=LONGEST, max_running_requests=3
+    )
     engine = llm._built.engine
     recorder, ahead, step, count = Recorder(llm, plain, acceptance=0.6), 0, engine.step, 0
 
