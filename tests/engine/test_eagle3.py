@@ -263,7 +263,7 @@ def test_overlapped_while_nothing_is_guessed(folder: Path, plain: list[RequestOu
 
     engine.step, speculation.observe = stepped, observed  # type: ignore[method-assign]
     evicted = evict_every(engine, 13)
-    ends = [output.outputs[0].token_ids[14 + 3 * n] for n, output in enumerate(plain)]
+    ends = [output.outputs[0].token_ids[(14 + 3 * n) % TOKENS] for n, output in enumerate(plain)]
     params = [
         SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True, stop_token_ids=(ends[n],) if n % 2 else ())
         for n in range(COUNT)
