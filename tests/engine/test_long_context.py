@@ -51,6 +51,7 @@ def built() -> BuiltEngine:
         dtype="float32",
         device="cpu",
         attention_backend="sdpa",
+        expert_kernel="torch",  # the definition reads the model's own weights
         page_size=PAGE,
         max_running_requests=2,
         max_total_tokens=1_300_000,

@@ -81,7 +81,13 @@ def small(model: str, **changes: int) -> ModelConfig:
 def engine_of(config: ModelConfig) -> BuiltEngine:
     built = build_engine(
         EngineConfig(
-            model="-", load_format="dummy", dtype="float32", device="cpu", max_total_tokens=8192, max_running_requests=8
+            model="-",
+            load_format="dummy",
+            dtype="float32",
+            device="cpu",
+            expert_kernel="torch",  # another's memory is its `workspace_bytes`
+            max_total_tokens=8192,
+            max_running_requests=8,
         ),
         progress=False,
         model_config=config,
