@@ -1,4 +1,5 @@
-"""Which variants of its Triton kernels a serving engine would have compiled, and when. A variant is compiled in front of waiting requests.
+"""Which variants of its Triton kernels a serving engine would have compiled, and when: in the rehearsal that shows what to compile ahead, when graphs
+are captured, or in front of waiting requests.
 
     python tests/engine/kernel_variants_script.py [--prompts 131072,131072] [--steps 500]
 
@@ -26,10 +27,11 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import l4core.platform
 
-l4core.platform.has_triton = lambda device_type: device_type == "meta"  # type: ignore[assignment]  # before it is imported by name
+l4core.platform.has_triton = lambda device_type: device_type in ("meta", "cuda")  # type: ignore[assignment]  # before it is imported by name
 torch.Tensor.is_cuda = property(lambda self: self.is_meta)  # type: ignore[assignment,method-assign]
 
 import l4core.engine.runner  # noqa: E402
+import l4core.ops.overlap_triton  # noqa: E402
 import l4core.ops.skinny_triton  # noqa: E402
 from l4_triton import launch  # noqa: E402
 from l4_triton.backend import TritonBackend  # noqa: E402
@@ -39,6 +41,7 @@ from l4core.engine.engine import Engine  # noqa: E402
 from l4core.engine.fixed_step import Computed, FixedStep, StepOutputs, StepShape  # noqa: E402
 from l4core.engine.graph_sizes import batch_sizes  # noqa: E402
 from l4core.engine.inbox import Inbox  # noqa: E402
+from l4core.engine.rehearsal import WithoutMemory, first_batches, one_layer_of_each_kind, rehearse  # noqa: E402
 from l4core.engine.runner import Runner  # noqa: E402
 from l4core.engine.scheduler import Scheduler, SchedulerLimits  # noqa: E402
 from l4core.engine.step_costs import StepCosts  # noqa: E402
@@ -46,7 +49,7 @@ from l4core.experts.fused import TritonExperts  # noqa: E402
 from l4core.experts.tiles import tiles_for as expert_tiles  # noqa: E402
 from l4core.kv.manager import KVManager  # noqa: E402
 from l4core.kv.memory import KVMemory  # noqa: E402
-from l4core.kv.planner import plan_kv  # noqa: E402
+from l4core.kv.planner import KVPlan, plan_kv  # noqa: E402
 from l4core.model.config import ModelConfig  # noqa: E402
 from l4core.model.llama4 import Llama4  # noqa: E402
 from l4core.plugin_api import AttentionContext, AttentionRequirements, Platform  # noqa: E402
@@ -56,7 +59,8 @@ from l4core.sampling.pipeline import SamplingPipeline  # noqa: E402
 
 LAYERS = 4
 """The last ones: three local, one global."""
-RUNNING, PAGE, PROCESSORS = 48, 64, 132
+RUNNING, PAGE, PROCESSORS, MAX_TOKENS = 48, 64, 132, 8192
+SHAPES = [StepShape(n, 1) for n in batch_sizes(RUNNING)]
 CARD = Platform(device_type="cuda", vendor="nvidia", arch="sm90", memory_bytes=141 * 10**9)
 BACKEND = CUDABackend(GPUTarget("cuda", 90, 32))
 
@@ -140,11 +144,12 @@ def scout() -> ModelConfig:
     return replace(whole, num_layers=LAYERS, **cut)
 
 
-def make_engine(context: int, launches: Launches) -> Engine:
+def make_runner(context: int, device: torch.device) -> tuple[Runner, KVPlan]:
+    """device: meta, or cuda within rehearsal.WithoutMemory."""
     config, dtype = scout(), torch.bfloat16
-    device, name, heads = torch.device("meta"), "bfloat16", {"num_kv_heads": config.num_kv_heads}
+    name, heads = "bfloat16", {"num_kv_heads": config.num_kv_heads}
     tiles = expert_tiles(CARD.arch, config.num_experts, config.hidden_size, config.intermediate_size, name)
-    with device:
+    with torch.device("meta"):
         model = Llama4(config, max_positions=context, experts=TritonExperts(tiles)).to(dtype).requires_grad_(False)
     groups = config.kv_groups()
     plan = plan_kv(
@@ -167,7 +172,7 @@ def make_engine(context: int, launches: Launches) -> Engine:
         page_size=PAGE,
         chunk_size=config.attention_chunk_size,
         max_num_seqs=RUNNING,
-        max_num_tokens=8192,
+        max_num_tokens=MAX_TOKENS,
         **heads,
     )
     backend = TritonBackend(
@@ -195,14 +200,29 @@ def make_engine(context: int, launches: Launches) -> Engine:
         device=device,
         native_chunk=True,
     )
+    return runner, plan
+
+
+def rehearse_start(context: int) -> None:
+    """As engine.build does it, for the card."""
+    device = torch.device("cuda")
+    with WithoutMemory(device), torch.inference_mode():
+        runner, _ = make_runner(context, device)
+        one_layer_of_each_kind(runner.model)
+        rehearse(runner, SHAPES, first_batches(MAX_TOKENS, RUNNING, runner.model.config.attention_chunk_size))
+
+
+def make_engine(context: int, launches: Launches) -> Engine:
+    runner, plan = make_runner(context, torch.device("meta"))
+    config = runner.model.config
     limits = SchedulerLimits(
         max_running=RUNNING,
-        max_tokens_per_step=8192,
+        max_tokens_per_step=MAX_TOKENS,
         chunk_size=config.attention_chunk_size,
         max_context=plan.max_context,
     )
-    kv = KVManager(groups, PAGE, plan.num_superpages, prefix_cache=False, max_local=plan.max_local)
-    runner.graphs = Replayed(runner, [StepShape(n, 1) for n in batch_sizes(RUNNING)], launches)  # type: ignore[assignment]
+    kv = KVManager(config.kv_groups(), PAGE, plan.num_superpages, prefix_cache=False, max_local=plan.max_local)
+    runner.graphs = Replayed(runner, SHAPES, launches)  # type: ignore[assignment]
     return Engine(Scheduler(limits, kv), runner, overlap=True)
 
 
@@ -266,8 +286,13 @@ def main() -> None:
     JITFunction.run = lambda kernel, *a, **options: launches.note(kernel, *a, **options)
     l4core.engine.runner.Download = Arrived  # type: ignore[misc,assignment,attr-defined]
     l4core.ops.skinny_triton.gains = lambda device: True  # type: ignore[assignment]
-    engine = make_engine(max(prompts) + 64, launches)
-    _report("graphs", launches, 0)
+    l4core.ops.overlap_triton._starts_early = lambda device: True  # type: ignore[assignment]
+    context = max(prompts) + 64
+    rehearse_start(context)
+    _report("rehearsal", launches, 0)
+    before = len(launches.seen)
+    engine = make_engine(context, launches)
+    _report("graphs", launches, before)
     for number, length in enumerate(prompts, 1):
         before, traffic = len(launches.seen), Traffic(engine, number)
         steps = sum(1 for work in (traffic.long_prompt(length), traffic.chats(args.steps)) for _ in work)

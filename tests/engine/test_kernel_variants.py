@@ -15,7 +15,7 @@ if importlib.util.find_spec("triton") is None or importlib.util.find_spec("l4_tr
 # Not imported here: the first import of Triton in a process decides whether its interpreter is used, and other tests want it.
 
 
-def test_a_prompt_that_grows_longer_than_any_before_compiles_nothing() -> None:
+def test_what_was_rehearsed_is_all_that_requests_launch() -> None:
     script = Path(__file__).with_name("kernel_variants_script.py")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), "--prompts", "24576,65536", "--steps", "0"],
@@ -25,10 +25,13 @@ def test_a_prompt_that_grows_longer_than_any_before_compiles_nothing() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    graphs, short, last = done.stdout.splitlines()
-    assert int(graphs.split()[1]) > 40, "the script saw hardly any launch"
-    assert "prefill_kernel 2" in short, (
-        "wanted one for global layers and one for local ones, wherever a step's pieces begin"
+    rehearsal, graphs, short, last = done.stdout.splitlines()
+    assert int(rehearsal.split()[1]) > 40, "the script saw hardly any launch"
+    assert "prefill_kernel 4" in rehearsal, (
+        "wanted one for global layers and one for local ones, wherever a step's pieces begin, for few sequences and for many"
     )
+    assert graphs == "graphs: 0 variants", "captured steps launch what was not rehearsed, so compiled ahead in vain"
+    assert short.startswith("round 1")
+    assert short.endswith(": 0 variants")
     assert last.startswith("round 2")
     assert last.endswith(": 0 variants")

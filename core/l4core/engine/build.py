@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -15,14 +16,15 @@ import torch
 from l4core.attention.select import Selected
 from l4core.config import EngineConfig
 from l4core.engine.engine import Engine
+from l4core.engine.first_kernels import compile_first_kernels
 from l4core.engine.fixed_step import StepShape
 from l4core.engine.graph_sizes import GraphSizes
 from l4core.engine.memory_budget import Budget, device_budget
 from l4core.engine.resolve import (
-    LARGEST_VERIFIED,
     choose_dtype,
     choose_experts,
     choose_loop,
+    chunk_size_of,
     dtype_name,
     graph_shapes,
     kv_groups,
@@ -33,6 +35,7 @@ from l4core.engine.resolve import (
     select_attention,
     sizes_of_graphs,
     torch_dtype,
+    verified_shapes,
 )
 from l4core.engine.runner import Runner
 from l4core.engine.samplers import sampling_pipeline
@@ -62,6 +65,7 @@ from l4core.parallel.agree import check_sums, least
 from l4core.parallel.ranks import ALONE, Ranks
 from l4core.platform import detect
 from l4core.plugin_manager import Plugins, load_plugins
+from l4core.sampling.pipeline import SamplingPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -134,10 +138,37 @@ def build_engine(
     aux_layers = () if draft is None else draft.config.aux_layers
     model = _load_model(config, make, folder, device, plan.max_context, progress, kernels, aux_layers)
     scales = kv_scales(config, model_config, folder, kv_dtype)
-    engine = _wire(config, model_config, groups, model, plan, selected, plugins, device, kv_dtype, scales, speculation)
+    pipeline = sampling_pipeline(config, plugins, model_config.vocab_size)
+    runner_of = partial(
+        _make_runner,
+        config,
+        groups,
+        plan=plan,
+        selected=selected,
+        pipeline=pipeline,
+        device=device,
+        kv_dtype=kv_dtype,
+        scales=scales,
+        speculation=speculation,
+    )
+    engine = _wire(config, model_config, groups, runner_of(model), plan, device, speculation)
     if device.type == "cpu":
         keep_step_memory(budget.needs.step)
-    captured = _capture(engine, graphs, speculation, plan.max_running, progress=progress and sys.stderr.isatty())
+    bar = progress and sys.stderr.isatty()
+    shapes = _captured_shapes(graphs, speculation, plan.max_running)
+    compiled = compile_first_kernels(
+        make,
+        kernels,
+        selected,
+        runner_of,
+        speculation,
+        shapes,
+        plan=plan,
+        max_tokens=config.chunked_prefill_size,
+        device=device,
+        progress=bar,
+    )
+    captured = _capture(engine, graphs, shapes, progress=bar)
     report = start_report(
         Choices(
             config=config,
@@ -151,6 +182,7 @@ def build_engine(
             dtype=dtype_name(dtype),
             kv_dtype=dtype_name(kv_dtype) + _scales_text(kv_dtype, scales),
             speculation="off" if speculation is None else speculation.describe(),
+            kernels=compiled,
             graphs=captured,
             loop=choose_loop(config, device, speculation),
             seconds=time.perf_counter() - began,
@@ -228,35 +260,35 @@ def _prepare_experts(
         prepare_experts(selected, [moe.weights() for moe in mine], pair[0], mine[0].router.weight.dtype)
 
 
-def _wire(
+def _make_runner(
     config: EngineConfig,
-    model_config: ModelConfig,
     groups: Sequence[KVGroup],
     model: Llama4,
     plan: KVPlan,
     selected: Selected,
-    plugins: Plugins,
+    pipeline: SamplingPipeline,
     device: torch.device,
     kv_dtype: torch.dtype,
     scales: Mapping[int, tuple[float, float]],
     speculation: SpeculationPlan | None,
-) -> Engine:
+) -> Runner:
+    """With its memory for keys and values."""
     memory = KVMemory(
         groups,
         plan,
-        num_kv_heads=rank_config(model_config, model.ranks.size).num_kv_heads,
-        head_dim=model_config.head_dim,
+        num_kv_heads=rank_config(model.config, model.ranks.size).num_kv_heads,
+        head_dim=model.config.head_dim,
         dtype=kv_dtype,
         device=device,
         dense=selected.verdict.page_stride == "dense",
         clear=selected.verdict.finite_tail,
         scales=scales,
     )
-    runner = Runner(
+    return Runner(
         model,
         memory,
         selected.backend,
-        sampling_pipeline(config, plugins, model_config.vocab_size),
+        pipeline,
         groups=groups,
         page_size=plan.page_size,
         max_running=plan.max_running,
@@ -266,10 +298,21 @@ def _wire(
         empty_rows=selected.verdict.empty_rows,
         max_drafts=0 if speculation is None else speculation.num_levels,
     )
+
+
+def _wire(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    groups: Sequence[KVGroup],
+    runner: Runner,
+    plan: KVPlan,
+    device: torch.device,
+    speculation: SpeculationPlan | None,
+) -> Engine:
     limits = SchedulerLimits(
         max_running=plan.max_running,
         max_tokens_per_step=config.chunked_prefill_size,
-        chunk_size=model_config.attention_chunk_size if any(model_config.chunked_layers) else None,
+        chunk_size=chunk_size_of(model_config),
         max_context=plan.max_context,
         draft_floor=DRAFT_FLOOR if config.speculative_adaptive == "on" else 0.0,
     )
@@ -298,17 +341,20 @@ def _scales_text(kv_dtype: torch.dtype, scales: Mapping[int, tuple[float, float]
     return f", scales of {len(scales)} layers from the checkpoint" if scales else ", scale 1 (the checkpoint has none)"
 
 
-def _capture(
-    engine: Engine, graphs: GraphSizes, speculation: SpeculationPlan | None, max_running: int, *, progress: bool
-) -> str:
+def _captured_shapes(graphs: GraphSizes, speculation: SpeculationPlan | None, max_running: int) -> list[StepShape]:
+    """Smallest first."""
+    wanted = graph_shapes(graphs, speculation)
+    return sorted({StepShape(min(s.num_seqs, max_running), s.num_tokens) for s in wanted})
+
+
+def _capture(engine: Engine, graphs: GraphSizes, shapes: Sequence[StepShape], *, progress: bool) -> str:
     """Captures what there is to capture → the line of the report."""
     runner, drafter = engine.runner, engine.speculation
-    shapes = sorted({StepShape(min(s.num_seqs, max_running), s.num_tokens) for s in graph_shapes(graphs, speculation)})
     if not shapes:
         return f"off ({graphs.off})"
     made = runner.capture(shapes, progress=progress)
     if isinstance(drafter, Eagle3Speculation):
-        drafter.capture([s for s in shapes if s.num_seqs <= LARGEST_VERIFIED], progress=progress)
+        drafter.capture(verified_shapes(shapes), progress=progress)
     verifies = [s.num_seqs for s in shapes if s.num_tokens > 1]
     drafts = f" and {len(verifies)} of up to {verifies[-1]} drafts" if verifies else ""
     decodes = f"{len(shapes) - len(verifies)} batches of up to {shapes[-1].num_seqs} decodes"

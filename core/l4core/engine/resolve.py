@@ -70,7 +70,7 @@ def requirements(
         q_dtype=dtype_name(q_dtype),
         kv_dtype=dtype_name(kv_dtype),
         page_size=config.page_size,
-        chunk_size=model.attention_chunk_size if any(model.chunked_layers) else None,
+        chunk_size=chunk_size_of(model),
         max_num_seqs=config.max_running_requests * (num_drafts + 1),
         max_num_tokens=max(config.chunked_prefill_size, config.max_running_requests),
         num_draft_tokens=num_drafts,
@@ -258,6 +258,16 @@ def choose_loop(config: EngineConfig, device: torch.device, speculation: Specula
         if speculation is None
         else "overlapped, a relay while guesses are made (they follow from the last tokens)"
     )
+
+
+def chunk_size_of(model: ModelConfig) -> int | None:
+    """Tokens of a chunk of the local layers; None without such layers."""
+    return model.attention_chunk_size if any(model.chunked_layers) else None
+
+
+def verified_shapes(shapes: Sequence[StepShape]) -> list[StepShape]:
+    """Those whose rows a draft on the device reads, in a graph too."""
+    return [s for s in shapes if s.num_seqs <= LARGEST_VERIFIED]
 
 
 def graph_shapes(graphs: GraphSizes, speculation: SpeculationPlan | None) -> list[StepShape]:

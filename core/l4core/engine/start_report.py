@@ -16,7 +16,7 @@ from l4core.platform import Platform
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """What `build_engine` decided. dtype, kv_dtype, speculation, graphs, loop: as they are printed.  seconds: until the engine was ready."""
+    """What `build_engine` decided. dtype, kv_dtype, speculation, kernels, graphs, loop: as they are printed.  seconds: until the engine was ready."""
 
     config: EngineConfig
     model: ModelConfig
@@ -29,6 +29,7 @@ class Choices:
     dtype: str
     kv_dtype: str
     speculation: str
+    kernels: str
     graphs: str
     loop: str
     seconds: float
@@ -61,6 +62,7 @@ def start_report(made: Choices) -> tuple[str, ...]:
         ("largest context", f"{made.plan.max_context:,} tokens"),
         ("speculation", made.speculation),
         ("prefix cache", "off (--disable-radix-cache)" if made.config.disable_radix_cache else "on"),
+        *([("kernels", made.kernels)] if made.kernels else []),
         ("graphs", made.graphs),
         ("loop", made.loop),
         ("loaded in", f"{made.seconds:.1f} s"),

@@ -17,6 +17,8 @@ from l4core.plugin_api import ExpertContext, ExpertKernel, ExpertWeights
 class TritonExperts(ExpertKernel):
     """Plain weights of bfloat16, float16 or float32 (IEEE products). Reads nothing back to the host, so it may be captured."""
 
+    without_memory = True
+
     def __init__(self, tiles: Tiles) -> None:
         self.tiles = tiles
 

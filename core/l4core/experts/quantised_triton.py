@@ -45,6 +45,8 @@ class Rows:
 class QuantisedExperts(ExpertKernel):
     """counters: int32, all zero whenever no kernel runs."""
 
+    without_memory = True
+
     def __init__(self, device: torch.device | str) -> None:
         self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 

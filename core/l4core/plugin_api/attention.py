@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from l4core.platform import Platform
 from l4core.plugin_api.verdict import Tier, Unusable
@@ -172,7 +172,12 @@ class AttentionBackend(ABC):
     """Attention over paged KV. Reads KV only; core alone writes it. Knows nothing of chunks unless it declared `native_chunk`.
 
     `scale` of the scores is head_dim ** −0.5. Two live backends in one process must not share state.
+
+    without_memory: `plan` and `attend` are torch's operations and Triton launches alone, so both can be called with tensors on the meta device that
+    pass for the device's, to learn which kernels to compile before the first step.
     """
+
+    without_memory: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, meta: AttentionMetadata) -> Plan:

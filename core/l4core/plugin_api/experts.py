@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from l4core.platform import Platform
 from l4core.plugin_api.verdict import Tier, Unusable
@@ -104,7 +104,10 @@ class ExpertKernel(ABC):
     """out = down_e(silu(s · gate_e(x)) · (s · up_e(x))) + down(silu(gate(x)) · up(x)), the second term for the shared expert where given.
 
     One object serves all layers of a model and keeps nothing of a call. A row's result may depend on the number of rows, never on their values.
+    without_memory: as AttentionBackend has it, of `forward`.
     """
+
+    without_memory: ClassVar[bool] = False
 
     def prepare(self, weights: ExpertWeights) -> None:  # noqa: B027  (most kernels read weights as they are loaded)
         """Called once for each layer when its weights are loaded, before the first `forward`: a kernel that reads another order writes it over the

@@ -29,6 +29,8 @@ class TritonPlan:
 class TritonBackend(AttentionBackend):
     """Keeps memory for partial results, used within a single `attend`."""
 
+    without_memory = True
+
     def __init__(self, context: AttentionContext, tiles: Tiles, processors: int, traits: launch.Traits) -> None:
         """processors: multiprocessors (compute units) of the device."""
         req = context.requirements

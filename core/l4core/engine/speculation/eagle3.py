@@ -76,19 +76,28 @@ class Eagle3Speculation:
 
     def capture(self, shapes: Sequence[StepShape], *, progress: bool) -> None:
         """shapes: those of the target's steps, (sequences, rows)."""
-        state = self._state
-        weight = state.draft.norm.weight
-        config = state.draft.config
-        width = len(config.aux_layers) * config.target_hidden_size
-        aux = torch.zeros(
-            max(s.num_seqs * s.num_tokens for s in shapes), width, dtype=weight.dtype, device=state.device
-        )
+        state, aux = self._state, self._new_aux(shapes)
         self._extends = Graphs(lambda shape: FixedExtend(shape, state, aux), shapes, progress=progress)
-        guesses = sorted({StepShape(s.num_seqs, s.num_tokens - 1) for s in shapes if s.num_tokens > 1})
         self._guesses = {
-            sampled: Graphs(partial(FixedGuess, state=state, sampled=sampled), guesses, progress=progress)
+            sampled: Graphs(partial(FixedGuess, state=state, sampled=sampled), _guess_shapes(shapes), progress=progress)
             for sampled in (False, True)
         }
+
+    def rehearse(self, shapes: Sequence[StepShape]) -> None:
+        """Runs once, largest first, what `capture` with these shapes would capture."""
+        aux = self._new_aux(shapes)
+        for shape in reversed(shapes):
+            FixedExtend(shape, self._state, aux).run()
+        for shape in reversed(_guess_shapes(shapes)):
+            for sampled in (False, True):
+                FixedGuess(shape, self._state, sampled=sampled).run()
+
+    def _new_aux(self, shapes: Sequence[StepShape]) -> torch.Tensor:
+        """Memory for the rows of the largest shape."""
+        config, weight = self._state.draft.config, self._state.draft.norm.weight
+        width = len(config.aux_layers) * config.target_hidden_size
+        num_rows = max(s.num_seqs * s.num_tokens for s in shapes)
+        return torch.zeros(num_rows, width, dtype=weight.dtype, device=self._state.device)
 
     @torch.inference_mode()
     def observe(self, batch: ScheduledBatch, aux: torch.Tensor, verified: Sequence[Verified]) -> None:
@@ -264,6 +273,11 @@ class Eagle3Speculation:
         return self._state.planner.plan(tokens, step, phases, positions[:0], longest=int((starts + lengths).max()))
 
 
+def _guess_shapes(shapes: Sequence[StepShape]) -> list[StepShape]:
+    """(sequences, guesses) for the target's steps with guesses."""
+    return sorted({StepShape(s.num_seqs, s.num_tokens - 1) for s in shapes if s.num_tokens > 1})
+
+
 def _paths_only(
     sequences: Sequence[ScheduledSequence], aux: torch.Tensor, verified: Sequence[Verified]
 ) -> tuple[Sequence[ScheduledSequence], torch.Tensor]:
@@ -316,14 +330,34 @@ def create_eagle3(
 ) -> Eagle3Speculation:
     """The draft on the runner's device, in its dtype, with its weights (random ones of `dummy_seed`, if that is given)."""
     target, config = runner.model, model.config
-    weight = target.embed.weight
     shapes = Target(
         num_layers=target.config.num_layers, hidden_size=target.config.hidden_size, vocab_size=target.config.vocab_size
     )
+    draft = _new_draft(model, runner, max_context)
+    if dummy_seed is None:
+        load_draft(model.folder, config, shapes, draft, model.plan)
+    else:
+        fill_dummy(dict(draft.named_parameters()), dummy_seed, target.ranks.rank)
+    for module in list(draft.modules()):
+        if isinstance(module, Linear):
+            module.pack()
+    return _speculation(draft, runner, num_drafts, tree, max_context)
+
+
+def eagle3_without_weights(
+    model: DraftModel, runner: Runner, *, num_drafts: int, tree: TreeShape | None, max_context: int
+) -> Eagle3Speculation:
+    """The same before its weights are read, for a rehearsal."""
+    return _speculation(_new_draft(model, runner, max_context), runner, num_drafts, tree, max_context)
+
+
+def _new_draft(model: DraftModel, runner: Runner, max_context: int) -> Eagle3:
+    target = runner.model
+    weight = target.embed.weight
     head = target.embed if target.config.tie_word_embeddings else target.lm_head
     with torch.device("meta"):
         draft = Eagle3(
-            config,
+            model.config,
             layer_id=target.config.num_layers,
             max_positions=max_context,
             embed=None if model.plan.own_embed else target.embed,
@@ -332,15 +366,11 @@ def create_eagle3(
         )
     draft = draft.to(weight.dtype).to_empty(device=weight.device).requires_grad_(False).eval()
     draft.d2t.zero_()  # type: ignore[operator]
-    if dummy_seed is None:
-        load_draft(model.folder, config, shapes, draft, model.plan)
-    else:
-        fill_dummy(dict(draft.named_parameters()), dummy_seed, target.ranks.rank)
-    for module in list(draft.modules()):
-        if isinstance(module, Linear):
-            module.pack()
-    return Eagle3Speculation(
-        DraftState(draft, runner.planner_of(GROUP), runner.pending, max_context=max_context),
-        num_drafts=num_drafts,
-        tree=tree,
-    )
+    return draft
+
+
+def _speculation(
+    draft: Eagle3, runner: Runner, num_drafts: int, tree: TreeShape | None, max_context: int
+) -> Eagle3Speculation:
+    state = DraftState(draft, runner.planner_of(GROUP), runner.pending, max_context=max_context)
+    return Eagle3Speculation(state, num_drafts=num_drafts, tree=tree)
