@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-INT4_FEW_TOKENS, FP8_FEW_TOKENS = 8, 16
+FEW_TOKENS = 8
 """Up to this many tokens nothing is sorted, and the shared expert is one more expert of the same launch."""
 SPLIT_TOKENS = 32
 """Up to this many, sorted, two programs share the inputs of a 4-bit weight: an expert has a row or two, so there are few blocks."""
@@ -47,7 +47,7 @@ Pair = tuple[Tile, Tile]
 
 def int4_tiles(num_tokens: int, num_experts: int) -> Tiles:
     """Few rows: small tiles and many programs, to have much of the memory on its way. Many rows: tiles that read a weight for many rows."""
-    if num_tokens <= INT4_FEW_TOKENS:
+    if num_tokens <= FEW_TOKENS:
         parts = 4 if num_tokens <= 4 else 2
         few = Tile(rows=8, parts=parts), Tile(rows=8, parts=2 * parts, registers=DOWN_REGISTERS)
         return _tiles(few, few, few=True)
@@ -87,10 +87,12 @@ def _int4_pair(rows: float) -> Pair:
 
 def fp8_tiles(num_tokens: int, num_experts: int) -> Tiles:
     """The same for 8 bits. From some rows on it pays to quantise them too."""
-    if num_tokens <= FP8_FEW_TOKENS:
-        rows = 8 if num_tokens <= 8 else 16
-        few = Tile(rows=rows, parts=4, warps=4), Tile(rows=rows, parts=8, warps=4)
-        return _tiles(few, few, few=True)
+    if num_tokens <= FEW_TOKENS:
+        few = Tile(rows=8, parts=4, warps=4, stages=4)
+        return _tiles((few, few), (few, few), few=True)
+    if num_tokens <= 16:
+        routed = Tile(rows=8, parts=4, warps=4)
+        return _tiles((routed, routed), (Tile(rows=16, parts=4, warps=4), Tile(rows=16, parts=8, warps=4)))
     eight = num_tokens > 128
     return _tiles(_fp8_pair(num_tokens / num_experts, eight=eight), _fp8_pair(num_tokens, eight=eight), eight=eight)
 
