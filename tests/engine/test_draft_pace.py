@@ -14,7 +14,7 @@ import pytest
 
 from l4core import LLM
 from l4core.engine.inbox import Inbox
-from l4core.engine.speculation.pace import DraftPace, VerifyCosts
+from l4core.engine.speculation.pace import GRACE, DraftPace, VerifyCosts
 from l4core.request import Request, SamplingParams, StepStats
 
 SCOUT = VerifyCosts(fixed=11e9, expert=12.1e9, num_experts=16, draft=1.5e9)
@@ -24,7 +24,7 @@ MAX = 3
 
 class Machine:
     """A plain step of `batch` sequences takes one millisecond; one with k guesses `slowdown(k, batch)`. right: probability of each guess.
-    ahead: a step launches a batch and brings what the one before launched, as on a device that works beside the host."""
+    reading: milliseconds of a plain step in which the draft reads along.  ahead: a step launches a batch and brings what the one before launched, as on a device that works beside the host."""
 
     def __init__(
         self,
@@ -34,13 +34,21 @@ class Machine:
         *,
         ahead: bool = False,
         fixed: bool = False,
+        reading: float = 1.0,
     ) -> None:
+        self.reading, self.idle = reading, 0
         self.right, self.slowdown, self.ahead = right, slowdown, ahead
         self.in_flight = 0
         self.now = 0.0
         self.pace = DraftPace("test", MAX, costs, clock=lambda: self.now, fixed=fixed)
         self.random = random.Random(0)
         self.tokens = 0
+
+    def prompts(self, num: int) -> None:
+        """One step that computes the prompts of a group which comes to an idle engine."""
+        self.pace.stamp(Inbox(requests=[request(str(n)) for n in range(num)]))
+        self.now += 3e-3
+        self.pace.observe(StepStats(num_running=num, num_prefill_tokens=40 * num), busy=True)
 
     def run(self, steps: int, batch: int, requests: Sequence[Request] = ()) -> list[int]:
         """→ guesses made in each step."""
@@ -50,7 +58,9 @@ class Machine:
             assert inbox.num_drafts is not None
             k, self.in_flight = (self.in_flight if self.ahead else inbox.num_drafts), inbox.num_drafts
             accepted = [self.accepted(k) for _ in range(batch)]
-            self.now += 1e-3 * (self.slowdown(k, batch) if k else 1.0) * self.random.uniform(0.97, 1.03)
+            self.idle = 0 if k else self.idle + 1
+            plain = 1.0 if self.idle > GRACE else self.reading
+            self.now += 1e-3 * (self.slowdown(k, batch) if k else plain) * self.random.uniform(0.97, 1.03)
             self.tokens += batch + sum(accepted)
             stats = StepStats(
                 num_decode_tokens=batch,
@@ -154,6 +164,32 @@ def test_a_pause_is_tried_again_when_requests_come() -> None:
     made = machine.run(300, 1, [request("new")])
     assert made[0] > 0
     assert made[-50:].count(MAX) >= 45
+
+
+def test_a_group_is_judged_by_its_own_size() -> None:
+    """Groups of 16 whose last answers end one after the other: guessing pays at one sequence and costs 1.5 plain steps at 16."""
+    machine = Machine(0.7, lambda k, batch: 1.0 + (0.1 if batch < 4 else 0.5) * k)
+    for _ in range(3):
+        machine.prompts(16)
+        machine.run(60, 16)
+        machine.run(20, 1)
+    machine.prompts(16)
+    assert machine.run(30, 16) == [0] * 30
+
+
+def test_reading_along_is_told_from_a_plain_step() -> None:
+    """A small target, in whose plain steps the draft takes as long: beside those guessing would pay, beside steps without the draft it does not."""
+    machine = Machine(0.5, lambda k, _: 1.0 + 1.2 * k / MAX, reading=1.6)
+    machine.run(4000, 16)
+    assert machine.rate >= 16 * 965
+    assert machine.pace.num_pauses <= 3
+
+
+def test_a_trial_of_many_sequences_is_short() -> None:
+    machine = Machine(0.4, lambda k, _: 1.0 + 1.5 * k / MAX)
+    machine.run(300, 16)
+    made = machine.run(3000, 16)
+    assert 0 < sum(k > 0 for k in made) <= 5 * 3
 
 
 def test_steps_with_prompts_tell_nothing_of_time() -> None:

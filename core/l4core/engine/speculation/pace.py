@@ -24,8 +24,8 @@ SURE = 40
 """Drafts verified before acceptance is believed …"""
 FLOOR = 0.15
 """… and the share of first guesses below which a draft is not merely weak but wrong."""
-MEMORY = 0.98
-"""Weight of a draft after one more."""
+MEMORY, MANY = 0.98, 4
+"""Weight of a draft after one more; a step of more than MANY counts as that many, or a large batch would forget what it saw a few steps ago."""
 REFRESH = 200
 """Speculating steps between two plain ones, which keep the plain time true."""
 BARREN, LONGEST_BREAK = 12, 256
@@ -34,9 +34,15 @@ for guesses does not overlap."""
 GRACE = 8
 """Plain steps in a row for which a draft still reads what the target computes, so that it can go on guessing."""
 TRIAL = 12
-"""Steps for which a pause is broken off: after …"""
+"""Steps for which a pause is broken off, fewer where each brings more than MANY drafts: after …"""
 REST, LONGEST_REST = 256, 4096
 """… so many plain steps, twice as many after each trial in vain; a quarter of it when requests come."""
+
+READING, FREE = -1, -2
+"""Plain steps apart, beside numbers of guesses: in which the draft reads along, and in which it does not."""
+CROWD = 3
+"""Batches of 2 ** (CROWD - 1) sequences and more are first timed without the draft, though it can then guess for later sequences only: where reading along
+takes long (a small target) guessing would seem to pay beside it."""
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +102,7 @@ class DraftPace:
         self._name, self._max, self._costs, self._clock = name, max_drafts, costs, clock
         self._acceptance = _Acceptance(max_drafts)
         self._times: dict[tuple[int, int], _Mean] = {}
+        self._shares: dict[int, float] = {}
         self._since: float | None = None
         self._asked = self._bucket = 0
         self._paused: dict[int, bool] = {}
@@ -131,19 +138,36 @@ class DraftPace:
             self._acceptance.add(stats.drafted_at, stats.accepted_at)
             self._warn()
         decodes = stats.num_decode_tokens
+        self._bucket = (stats.num_running or decodes).bit_length() or self._bucket  # the next step's, whose prompts decode by then
         if not decodes or self._fixed:
             return
-        self._bucket = decodes.bit_length()
         self._look_for_guesses(bool(stats.drafted_at), alone=not stats.num_prefill_tokens)
         self._idle = 0 if self._asked else self._idle + 1
         is_clean = began is not None and not stats.num_prefill_tokens
         made = len(stats.drafted_at)
         if is_clean and began is not None and (made or not self._asked):
-            share = 1.0 if made or self._idle > GRACE else self._costs.share_of_target(decodes)
-            self._time(self._bucket, made).add((now - began) * 1e3 * share)
+            self._learn(decodes, made, (now - began) * 1e3)
         self._since_plain = self._since_plain + 1 if made else 0
-        self._trial = max(0, self._trial - 1)
+        self._trial = max(0, self._trial - max(1, sum(stats.drafted_at[:1]) // MANY))
         self._rested = 0 if made else self._rested + 1
+
+    def _learn(self, decodes: int, made: int, ms: float) -> None:
+        """What a plain step takes without the draft is put down to bytes until it was measured."""
+        bucket = decodes.bit_length()
+        if made:
+            self._time(bucket, made).add(ms)
+            return
+        plain, reading, free = (self._time(bucket, kind) for kind in (0, READING, FREE))
+        if self._idle <= GRACE:
+            reading.add(ms)
+            plain.add(ms * self._shares.get(bucket, self._costs.share_of_target(decodes)))
+            return
+        free.add(ms)
+        plain.add(ms)
+        if free.count >= FEW and reading.count >= FEW:
+            if bucket not in self._shares:
+                plain.value = free.value
+            self._shares[bucket] = min(1.0, free.value / reading.value)
 
     def take_pause(self) -> str:
         """Why guessing paused since the last call: one of DRAFT_PAUSES, "" = it did not."""
@@ -171,8 +195,9 @@ class DraftPace:
         plain = self._time(bucket, 0)
         if self._trial and plain.count >= FEW:
             return max(range(1, self._max + 1), key=lambda k: self._gain(bucket, k))
-        if plain.count < FEW or self._since_plain >= REFRESH:
-            return 0 if self._acceptance.is_sure or plain.count < FEW else self._max
+        is_new = plain.count < FEW or (bucket >= CROWD and self._time(bucket, FREE).count < FEW)
+        if is_new or self._since_plain >= REFRESH:
+            return 0 if self._acceptance.is_sure or is_new else self._max
         if not self._acceptance.is_sure:
             return self._max
         margin = 1.0 if self._paused.get(bucket) is False else GAIN
@@ -261,7 +286,7 @@ class _Acceptance:
         before = drafted_at[0]
         for i, (drafted, accepted) in enumerate(zip(drafted_at, accepted_at, strict=True)):
             reached = min(before, drafted)
-            fade = MEMORY**reached
+            fade = MEMORY ** min(reached, MANY)
             self._reached[i] = self._reached[i] * fade + reached
             self._right[i] = self._right[i] * fade + accepted
             before = accepted
