@@ -24,7 +24,8 @@ MAX = 3
 
 class Machine:
     """A plain step of `batch` sequences takes one millisecond; one with k guesses `slowdown(k, batch)`. right: probability of each guess.
-    reading: milliseconds of a plain step in which the draft reads along.  ahead: a step launches a batch and brings what the one before launched, as on a device that works beside the host."""
+    reading: milliseconds of a plain step in which the draft reads along.  ahead: a step launches a batch and brings what the one before launched, as
+    on a device that works beside the host."""
 
     def __init__(
         self,

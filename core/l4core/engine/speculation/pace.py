@@ -41,8 +41,8 @@ REST, LONGEST_REST = 256, 4096
 READING, FREE = -1, -2
 """Plain steps apart, beside numbers of guesses: in which the draft reads along, and in which it does not."""
 CROWD = 3
-"""Batches of 2 ** (CROWD - 1) sequences and more are first timed without the draft, though it can then guess for later sequences only: where reading along
-takes long (a small target) guessing would seem to pay beside it."""
+"""Batches of 2 ** (CROWD - 1) sequences and more are first timed without the draft, though it can then guess for later sequences only: where
+reading along takes long (a small target) guessing would seem to pay beside it."""
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,9 @@ class DraftPace:
             self._acceptance.add(stats.drafted_at, stats.accepted_at)
             self._warn()
         decodes = stats.num_decode_tokens
-        self._bucket = (stats.num_running or decodes).bit_length() or self._bucket  # the next step's, whose prompts decode by then
+        self._bucket = (
+            stats.num_running or decodes
+        ).bit_length() or self._bucket  # the next step's, whose prompts decode by then
         if not decodes or self._fixed:
             return
         self._look_for_guesses(bool(stats.drafted_at), alone=not stats.num_prefill_tokens)
