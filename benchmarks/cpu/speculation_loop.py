@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-import l4core.engine.build as build
-import l4core.engine.runner as runner_module
+import l4core.engine.run.runner as runner_module
 import l4core.engine.speculation.late as late_module
+import l4core.engine.start.build as build
 from l4core.config import from_mapping
 from l4core.engine.engine import Engine
-from l4core.engine.fixed_step import Computed, StepShape
 from l4core.engine.inbox import Inbox
-from l4core.engine.messages import Stepped, frame
+from l4core.engine.process.messages import Stepped, frame
+from l4core.engine.run.fixed_step import Computed, StepShape
 from l4core.engine.speculation.draft_steps import FixedExtend, FixedGuess
 from l4core.request import Request, SamplingParams
 from l4core.testing.models.eagle3 import make_tiny_draft

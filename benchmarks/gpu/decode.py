@@ -27,13 +27,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import l4core.engine.build as build
-import l4core.engine.resolve as resolve
+import l4core.engine.start.build as build
+import l4core.engine.start.resolve as resolve
 from l4core import EngineConfig, SamplingParams
 from l4core.bench.floor import decode_bytes, prefill_floor_ms, weights_by_config
 from l4core.engine.engine import Engine
-from l4core.engine.graph_sizes import GraphSizes
 from l4core.engine.inbox import Inbox
+from l4core.engine.start.graph_sizes import GraphSizes
 from l4core.model.slicing import rank_config
 from l4core.parallel.ranks import ALONE, Ranks
 from l4core.request import Request

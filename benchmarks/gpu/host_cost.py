@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 
-import l4core.engine.build as build
-import l4core.engine.resolve as resolve
+import l4core.engine.start.build as build
+import l4core.engine.start.resolve as resolve
 from l4core.config import from_mapping
-from l4core.engine.draws import PendingDraws
 from l4core.engine.engine import Engine
-from l4core.engine.fixed_step import Computed
-from l4core.engine.graph_sizes import GraphSizes
 from l4core.engine.inbox import Inbox
+from l4core.engine.run.draws import PendingDraws
+from l4core.engine.run.fixed_step import Computed
+from l4core.engine.start.graph_sizes import GraphSizes
 from l4core.request import Request, SamplingParams
 
 WARMUP, STEPS = 30, 300
@@ -148,7 +148,7 @@ class _Arrived:
 
 def leave_the_device_out(engine: Engine) -> None:
     """On a machine without an accelerator: the batch is built as for a graph, and everything after that costs nothing."""
-    from l4core.engine.fixed_step import StepShape
+    from l4core.engine.run.fixed_step import StepShape
 
     runner: Any = engine.runner
     steps: dict[int, Any] = {}

@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
-import l4core.engine.resolve as resolve
+import l4core.engine.start.resolve as resolve
 from l4core.bench.stats import summary
 from l4core.config import EngineConfig
-from l4core.engine.build import build_engine
-from l4core.engine.capacity import load_config
 from l4core.engine.engine import Engine
-from l4core.engine.graph_sizes import GraphSizes
 from l4core.engine.inbox import Inbox
 from l4core.engine.pace import paced
+from l4core.engine.start.build import build_engine
+from l4core.engine.start.capacity import load_config
+from l4core.engine.start.graph_sizes import GraphSizes
 from l4core.model.config import ModelConfig
 from l4core.request import Request, SamplingParams
 

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import torch
 
 from l4core.config import EngineConfig
-from l4core.engine import graph_sizes
-from l4core.engine.build import BuiltEngine, build_engine
-from l4core.engine.capacity import load_config
 from l4core.engine.inbox import Inbox
+from l4core.engine.start import graph_sizes
+from l4core.engine.start.build import BuiltEngine, build_engine
+from l4core.engine.start.capacity import load_config
 from l4core.kv.memory import KVMemory
 from l4core.model.batch import ForwardBatch
 from l4core.model.config import ModelConfig

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from timing import Call, graph_us
 
 from l4core.config import from_mapping
-from l4core.engine.build import build_engine
 from l4core.engine.inbox import Inbox
+from l4core.engine.start.build import build_engine
 from l4core.model.config import ModelConfig
 from l4core.ops.heads import HeadRule
 from l4core.ops.heads_triton import TritonHeads

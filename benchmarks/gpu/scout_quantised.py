@@ -20,8 +20,8 @@ import torch
 from one_rank import admit, build, copy_rate, kernel_ms, requests, shapes, step_ms
 
 from l4core.bench.floor import decode_bytes, weights_by_config
-from l4core.engine.build import BuiltEngine
 from l4core.engine.inbox import Inbox
+from l4core.engine.start.build import BuiltEngine
 
 WARMUP, STEPS = 6, 32
 

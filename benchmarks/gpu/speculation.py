@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from decode import Bench, Rates, _profiler, measure_rates
 
-import l4core.engine.resolve as resolve
 import l4core.engine.speculation.eagle3 as drafter
-from l4core.engine.fixed_step import StepRequests, StepShape
-from l4core.engine.graphs import Graphs
+import l4core.engine.start.resolve as resolve
+from l4core.engine.run.fixed_step import StepRequests, StepShape
+from l4core.engine.run.graphs import Graphs
 from l4core.engine.speculation.draft_steps import FixedGuess
 from l4core.plugin_ops.masks import share
 

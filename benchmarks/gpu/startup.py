@@ -33,8 +33,8 @@ def one_start(layers: int, options: dict[str, str]) -> dict[str, float]:
     """In a fresh process: seconds of each part, and of the whole since the interpreter was started."""
     began = time.perf_counter()
     from l4core.config import from_mapping
-    from l4core.engine.build import build_engine
     from l4core.engine.inbox import Inbox
+    from l4core.engine.start.build import build_engine
     from l4core.model.config import ModelConfig
     from l4core.request import Request, SamplingParams
 

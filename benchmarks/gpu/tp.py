@@ -36,7 +36,7 @@ from collectives import microseconds
 from decode import Bench, measure_rates
 from direct_sums import DirectRanks
 
-from l4core.engine.build import build_engine
+from l4core.engine.start.build import build_engine
 from l4core.parallel.ranks import ALONE, Ranks
 from l4core.testing.models.checkpoints import make_tiny_checkpoint
 from l4core.testing.models.eagle3 import make_tiny_draft

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from l4core.engine.batch import ScheduledBatch, ScheduledSequence
 from l4core.engine.inbox import Inbox
-from l4core.engine.step_costs import StepCosts
-from l4core.engine.turns import Turn, _encoder, checksum
+from l4core.engine.process.turns import Turn, _encoder, checksum
+from l4core.engine.schedule.step_costs import StepCosts
 from l4core.parallel.connect import Crew
 from l4core.parallel.place import local_layout
 from l4core.request import Request, SamplingParams, SequenceUpdate, StepOutput

@@ -1,6 +1,6 @@
 """What machine this is, as plain data: the only thing a backend's probe may look at.
 
-`detect` is the one place (beside engine/graphs.py and Triton files) that asks `torch.cuda`. A `Platform` built by hand is a
+`detect` is the one place (beside engine/run/graphs.py and Triton files) that asks `torch.cuda`. A `Platform` built by hand is a
 fake machine; selection tests use dozens of them.
 """
 

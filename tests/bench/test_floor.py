@@ -16,7 +16,7 @@ from l4core.bench.floor import (
     prefill_floor_ms,
     weights_by_config,
 )
-from l4core.engine.capacity import load_config
+from l4core.engine.start.capacity import load_config
 from l4core.model.config import ModelConfig
 
 

@@ -14,7 +14,7 @@ from l4core.bench.predict import CARDS, NVLINK, Link, Load, Measured, Rank, assu
 from l4core.bench.rank import cut
 from l4core.cli.errors import run
 from l4core.cli.main import l4
-from l4core.engine.capacity import load_config
+from l4core.engine.start.capacity import load_config
 from l4core.errors import ConfigError
 from l4core.model.slicing import rank_config
 

@@ -17,8 +17,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from l4core.engine.compile_ahead import _place, compile_ahead
-from l4core.engine.rehearsal import WithoutMemory
+from l4core.engine.start.compile_ahead import _place, compile_ahead
+from l4core.engine.start.rehearsal import WithoutMemory
 from l4core.parallel.ranks import ALONE, Ranks
 
 DEVICE = torch.device("cuda")

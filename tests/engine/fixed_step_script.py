@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 
 from l4core import LLM, SamplingParams
-from l4core.engine.fixed_step import Computed, FixedStep, StepShape
-from l4core.engine.runner import Runner
+from l4core.engine.run.fixed_step import Computed, FixedStep, StepShape
+from l4core.engine.run.runner import Runner
 
 SIZES = (2, 5, 8)
 

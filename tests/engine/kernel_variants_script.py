@@ -30,21 +30,21 @@ import l4core.platform
 l4core.platform.has_triton = lambda device_type: device_type in ("meta", "cuda")  # type: ignore[assignment]  # before it is imported by name
 torch.Tensor.is_cuda = property(lambda self: self.is_meta)  # type: ignore[assignment,method-assign]
 
-import l4core.engine.runner  # noqa: E402
+import l4core.engine.run.runner  # noqa: E402
 import l4core.ops.overlap_triton  # noqa: E402
 import l4core.ops.skinny_triton  # noqa: E402
 from l4_triton import launch  # noqa: E402
 from l4_triton.backend import TritonBackend  # noqa: E402
 from l4_triton.tiles import tiles_for as attention_tiles  # noqa: E402
-from l4core.engine.capacity import load_config  # noqa: E402
 from l4core.engine.engine import Engine  # noqa: E402
-from l4core.engine.fixed_step import Computed, FixedStep, StepOutputs, StepShape  # noqa: E402
-from l4core.engine.graph_sizes import batch_sizes  # noqa: E402
 from l4core.engine.inbox import Inbox  # noqa: E402
-from l4core.engine.rehearsal import WithoutMemory, first_batches, one_layer_of_each_kind, rehearse  # noqa: E402
-from l4core.engine.runner import Runner  # noqa: E402
-from l4core.engine.scheduler import Scheduler, SchedulerLimits  # noqa: E402
-from l4core.engine.step_costs import StepCosts  # noqa: E402
+from l4core.engine.run.fixed_step import Computed, FixedStep, StepOutputs, StepShape  # noqa: E402
+from l4core.engine.run.runner import Runner  # noqa: E402
+from l4core.engine.schedule.scheduler import Scheduler, SchedulerLimits  # noqa: E402
+from l4core.engine.schedule.step_costs import StepCosts  # noqa: E402
+from l4core.engine.start.capacity import load_config  # noqa: E402
+from l4core.engine.start.graph_sizes import batch_sizes  # noqa: E402
+from l4core.engine.start.rehearsal import WithoutMemory, first_batches, one_layer_of_each_kind, rehearse  # noqa: E402
 from l4core.experts.fused import TritonExperts  # noqa: E402
 from l4core.experts.tiles import tiles_for as expert_tiles  # noqa: E402
 from l4core.kv.manager import KVManager  # noqa: E402
@@ -284,7 +284,7 @@ def main() -> None:
     prompts = [int(length) for length in args.prompts.split(",")]
     launches = Launches()
     JITFunction.run = lambda kernel, *a, **options: launches.note(kernel, *a, **options)
-    l4core.engine.runner.Download = Arrived  # type: ignore[misc,assignment,attr-defined]
+    l4core.engine.run.runner.Download = Arrived  # type: ignore[misc,assignment,attr-defined]
     l4core.ops.skinny_triton.gains = lambda device: True  # type: ignore[assignment]
     l4core.ops.overlap_triton._starts_early = lambda device: True  # type: ignore[assignment]
     context = max(prompts) + 64

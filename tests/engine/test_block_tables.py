@@ -7,7 +7,7 @@ import torch
 from l4core import SamplingParams
 from l4core.attention.step_rows import StepRows
 from l4core.engine.batch import NewPages, ScheduledSequence
-from l4core.engine.block_tables import BlockTables
+from l4core.engine.run.block_tables import BlockTables
 from l4core.kv.blocks import KVGroup
 from l4core.request import Request
 

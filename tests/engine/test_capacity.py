@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from l4core import LLM
-from l4core.engine.capacity import DEVICES, GIB, Capacity, Setup, capacity, load_config, rank_weight_bytes
+from l4core.engine.start.capacity import DEVICES, GIB, Capacity, Setup, capacity, load_config, rank_weight_bytes
 from l4core.errors import CapacityError, ConfigError
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from l4core.engine.compile_ahead import _Workers
-from l4core.engine.rehearsal import ADDRESS, WithoutMemory, first_batches
+from l4core.engine.start.compile_ahead import _Workers
+from l4core.engine.start.rehearsal import ADDRESS, WithoutMemory, first_batches
 
 CUDA = torch.device("cuda")
 

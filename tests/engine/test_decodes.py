@@ -8,7 +8,7 @@ import pytest
 from hypothesis import event, given
 
 from l4core.engine.batch import Decodes, DecodesFirst, NewPages, ScheduledBatch, ScheduledSequence, StepTokens
-from l4core.engine.turns import checksum
+from l4core.engine.process.turns import checksum
 from l4core.kv.blocks import KVGroup
 from l4core.kv.planner import Footprint
 from l4core.kv.superpages import superpage_shape

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from l4core.engine.batch import Decodes, DecodesFirst, ScheduledBatch, ScheduledSequence
-from l4core.engine.draws import PendingDraws
+from l4core.engine.run.draws import PendingDraws
 from l4core.request import Request, SamplingParams, TokenLogprobs
 from l4core.sampling.records import Draw
 

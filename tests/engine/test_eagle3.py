@@ -22,8 +22,8 @@ from helpers.profile import FULL
 from l4core import LLM, SamplingParams
 from l4core.engine.batch import PENDING, Draft, DraftRequest, ScheduledBatch
 from l4core.engine.engine import EMPTY
-from l4core.engine.fixed_step import StepShape
 from l4core.engine.inbox import Inbox
+from l4core.engine.run.fixed_step import StepShape
 from l4core.engine.speculation.draft_steps import FixedExtend, FixedGuess
 from l4core.errors import BackendUnavailable, CheckpointError, ConfigError
 from l4core.request import RequestOutput, StepOutput

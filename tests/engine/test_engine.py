@@ -11,7 +11,7 @@ from l4core import SamplingParams
 from l4core.engine.batch import StepTokens
 from l4core.engine.engine import Engine
 from l4core.engine.inbox import Inbox
-from l4core.engine.scheduler import Scheduler, SchedulerLimits
+from l4core.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from l4core.errors import RequestError
 from l4core.kv.blocks import KVGroup
 from l4core.kv.manager import KVManager

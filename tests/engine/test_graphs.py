@@ -10,8 +10,8 @@ import torch
 
 from helpers.recording import greedy
 from l4core import LLM, SamplingParams
-from l4core.engine.fixed_step import FixedStep, StepShape
 from l4core.engine.inbox import Inbox
+from l4core.engine.run.fixed_step import FixedStep, StepShape
 from l4core.request import Request
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +23,7 @@ SIZES = (1, 3, 10, 14)
 @pytest.fixture(autouse=True)
 def few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captures take most of these tests' time; four sizes have padding and none."""
-    monkeypatch.setattr("l4core.engine.graph_sizes.batch_sizes", lambda largest: list(SIZES))
+    monkeypatch.setattr("l4core.engine.start.graph_sizes.batch_sizes", lambda largest: list(SIZES))
 
 
 def build(folder: Path, **options: object) -> LLM:

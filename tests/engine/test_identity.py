@@ -7,7 +7,7 @@ import importlib.metadata
 import pytest
 
 from l4core.config import EngineConfig
-from l4core.engine.identity import device_identity, program_identity
+from l4core.engine.process.identity import device_identity, program_identity
 from l4core.parallel.rendezvous import difference
 
 

@@ -10,8 +10,8 @@ import torch
 
 from l4core.config import EngineConfig
 from l4core.engine.batch import ScheduledBatch
-from l4core.engine.build import BuiltEngine, build_engine
 from l4core.engine.inbox import Inbox
+from l4core.engine.start.build import BuiltEngine, build_engine
 from l4core.kv.memory import KVMemory
 from l4core.model.batch import ForwardBatch
 from l4core.model.config import ModelConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from l4core.engine.memory_budget import RUNTIME_BYTES, Needs, device_budget, share_out
+from l4core.engine.start.memory_budget import RUNTIME_BYTES, Needs, device_budget, share_out
 from l4core.errors import CapacityError
 from l4core.platform import Platform, free_memory
 

@@ -9,8 +9,8 @@ from zlib import crc32
 import pytest
 
 from l4core.engine.batch import DrawnTokens, StepTokens
-from l4core.engine.scheduler import LOOKS_PER_STEP, Scheduler, SchedulerLimits
-from l4core.engine.sequence import NO_ROW
+from l4core.engine.schedule.scheduler import LOOKS_PER_STEP, Scheduler, SchedulerLimits
+from l4core.engine.schedule.sequence import NO_ROW
 from l4core.kv.blocks import KVGroup
 from l4core.kv.manager import KVManager
 from l4core.kv.prefix import PageHashes

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.small_engine import GROUPS, ask, engine, run, turns
 from l4core.engine.batch import Draft, DrawnTokens, StepTokens
-from l4core.engine.scheduler import Scheduler, SchedulerLimits
+from l4core.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from l4core.errors import RequestError
 from l4core.kv.manager import KVManager
 from l4core.request import FinishReason, Request, SequenceUpdate, TokenLogprobs

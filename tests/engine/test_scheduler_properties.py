@@ -10,7 +10,7 @@ from hypothesis import event, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from l4core.engine.batch import PENDING, ScheduledBatch
-from l4core.engine.sequence import NO_ROW, SequenceState
+from l4core.engine.schedule.sequence import NO_ROW, SequenceState
 from l4core.kv.blocks import KVGroup
 from l4core.kv.planner import Footprint
 from l4core.kv.superpages import superpage_shape

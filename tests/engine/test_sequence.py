@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from l4core.engine.sequence import RankedQueue, SequenceState
-from l4core.engine.stops import StopRule
+from l4core.engine.schedule.sequence import RankedQueue, SequenceState
+from l4core.engine.schedule.stops import StopRule
 from l4core.kv.tables import PageTables
 from l4core.request import Request, SamplingParams, TokenLogprobs
 

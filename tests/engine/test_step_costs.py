@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from l4core.engine.batch import ScheduledBatch, ScheduledSequence
 from l4core.engine.inbox import Inbox
 from l4core.engine.pace import FIRST_PREFILL_TOKENS, Fit, Pace
-from l4core.engine.step_costs import MIN_PREFILL_TOKENS, StepBudget, StepCosts, even_piece, piece_scores
+from l4core.engine.schedule.step_costs import MIN_PREFILL_TOKENS, StepBudget, StepCosts, even_piece, piece_scores
 from l4core.kv.blocks import KVGroup
 from l4core.request import Request, SamplingParams, StepStats
 from l4core.testing.simulation import SimulatedEngine

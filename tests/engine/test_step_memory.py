@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from l4core.config import EngineConfig
-from l4core.engine.build import BuiltEngine, build_engine
-from l4core.engine.capacity import load_config
 from l4core.engine.inbox import Inbox
-from l4core.engine.step_memory import graph_bytes, needs_of, step_bytes, table_bytes
+from l4core.engine.start.build import BuiltEngine, build_engine
+from l4core.engine.start.capacity import load_config
+from l4core.engine.start.step_memory import graph_bytes, needs_of, step_bytes, table_bytes
 from l4core.model.config import ModelConfig
 from l4core.request import Request, SamplingParams
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from l4core.engine.stops import StopRule, forbidden_token_ids
+from l4core.engine.schedule.stops import StopRule, forbidden_token_ids
 from l4core.request import Request, SamplingParams
 
 

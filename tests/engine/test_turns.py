@@ -1,4 +1,4 @@
-"""engine/turns.py without processes: what rank 0 says is what the others do, and a step that differs is found."""
+"""engine/process/turns.py without processes: what rank 0 says is what the others do, and a step that differs is found."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from l4core.config import EngineConfig
 from l4core.engine.batch import NewPages, ScheduledBatch, ScheduledSequence
-from l4core.engine.build import build_engine
 from l4core.engine.engine import Engine
 from l4core.engine.inbox import Inbox
-from l4core.engine.step_costs import StepCosts
-from l4core.engine.turns import LeadEngine, Turn, _decoder, _encoder, checksum, follow
+from l4core.engine.process.turns import LeadEngine, Turn, _decoder, _encoder, checksum, follow
+from l4core.engine.schedule.step_costs import StepCosts
+from l4core.engine.start.build import build_engine
 from l4core.errors import EngineDeadError
 from l4core.parallel.place import Place
 from l4core.request import Request, SamplingParams, SequenceUpdate, StepOutput

@@ -6,8 +6,8 @@ import torch
 
 from l4core import LLM, SamplingParams
 from l4core.engine.batch import ScheduledBatch
-from l4core.engine.fixed_step import Computed
-from l4core.engine.runner import Forward, Runner
+from l4core.engine.run.fixed_step import Computed
+from l4core.engine.run.runner import Forward, Runner
 
 
 class Recorder:

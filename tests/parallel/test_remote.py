@@ -17,7 +17,7 @@ PROMPTS = [list(range(1, 150)), [3, 4], [9] * 70]
 
 def workers() -> set[psutil.Process]:
     """Children of this process that hold an engine: other modules' fixtures may keep theirs for the whole run."""
-    return {child for child in psutil.Process().children() if "l4core.engine.worker" in child.cmdline()}
+    return {child for child in psutil.Process().children() if "l4core.engine.process.worker" in child.cmdline()}
 
 
 @pytest.fixture(scope="module")

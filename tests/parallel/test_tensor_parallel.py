@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from helpers.rank_processes import run_processes
-from l4core.engine.build import ModelMaker, build_engine
-from l4core.engine.capacity import load_config, rank_weight_bytes
+from l4core.engine.start.build import ModelMaker, build_engine
+from l4core.engine.start.capacity import load_config, rank_weight_bytes
 from l4core.errors import ConfigError
 from l4core.model.layout import parameters
 from l4core.parallel.agree import ROWS

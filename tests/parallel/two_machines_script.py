@@ -91,7 +91,7 @@ def launched(
 
 def kill_a_rank(launcher: subprocess.Popen[bytes]) -> None:
     """The process that computes, on that machine."""
-    ranks = [process for process in family(launcher) if "l4core.engine.worker" in process.cmdline()]
+    ranks = [process for process in family(launcher) if "l4core.engine.process.worker" in process.cmdline()]
     ranks[-1].kill()
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l4core.engine.capacity import load_config, rank_weight_bytes
+from l4core.engine.start.capacity import load_config, rank_weight_bytes
 from l4core.model.layout import parameters
 from l4core.quant import fp8, int4
 from l4core.quant.formats import FP8, INT4, PLAIN, format_of, stored_bytes

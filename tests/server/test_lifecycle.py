@@ -201,7 +201,7 @@ def test_the_server_process_loads_no_torch(checkpoint: Path) -> None:
     """The engine has torch; the server's share of the memory stays small."""
     code = (
         "import sys; from pathlib import Path; import l4core.server.app; from l4core.config import EngineConfig;"
-        "from l4core.engine.messages import Ready; from l4core.server.service import load_frontend;"
+        "from l4core.engine.process.messages import Ready; from l4core.server.service import load_frontend;"
         f"load_frontend(EngineConfig(model='x'), Ready(report=[], folder={str(checkpoint)!r}, context_length=9));"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )

@@ -42,7 +42,7 @@ def answers(url: str) -> bool:
 def engines(served: Served) -> list[psutil.Process]:
     """The processes of the ranks that it started itself."""
     found = psutil.Process(served.process.pid).children(recursive=True)
-    return [process for process in found if "l4core.engine.worker" in process.cmdline()]
+    return [process for process in found if "l4core.engine.process.worker" in process.cmdline()]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""engine/worker.py and engine/messages.py without a process: the loop, the frames, the last words."""
+"""engine/process/worker.py and engine/process/messages.py without a process: the loop, the frames, the last words."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from l4core import errors
 from l4core.config import EngineConfig
-from l4core.engine import worker
 from l4core.engine.inbox import Inbox
-from l4core.engine.messages import (
+from l4core.engine.process import worker
+from l4core.engine.process.messages import (
     Failed,
     Log,
     Ready,

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from l4core.engine.batch import NewPages, ScheduledSequence
-from l4core.engine.scheduler import SchedulerLimits
+from l4core.engine.schedule.scheduler import SchedulerLimits
 from l4core.kv.blocks import KVGroup
 from l4core.request import Request, SamplingParams
 from l4core.testing.simulation import SimulatedMemory, next_token, output_alone

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from l4core.engine.capacity import element_bytes
+from l4core.engine.start.capacity import element_bytes
 from l4core.model.config import ModelConfig
 from l4core.model.layout import ROUTED, parameters
 

@@ -13,7 +13,7 @@ import torch
 
 from l4core.attention.chunked import ring_width, single_chunk_metadata
 from l4core.bench.device import Rates, seconds_each
-from l4core.engine.runner import Runner
+from l4core.engine.run.runner import Runner
 from l4core.kv.blocks import KVGroup
 from l4core.model.config import ModelConfig
 from l4core.model.llama4 import Layer

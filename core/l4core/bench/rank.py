@@ -8,7 +8,7 @@ from l4core.bench.floor import weights_by_config
 from l4core.bench.predict import Load, Measured, Rank
 from l4core.bench.steps import WARMUP, Bench
 from l4core.config import EngineConfig
-from l4core.engine.capacity import load_config
+from l4core.engine.start.capacity import load_config
 from l4core.errors import ConfigError
 from l4core.model.config import ModelConfig
 from l4core.model.slicing import rank_config

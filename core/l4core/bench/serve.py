@@ -13,7 +13,7 @@ from l4core.bench.client import Record, Target, ask, first_model
 from l4core.bench.datasets import Lengths, Sample, conversations, random_tokens, shared_prefix
 from l4core.bench.floor import decode_bytes, weights_by_config
 from l4core.bench.load import LIMITS, Load, Run, point, run
-from l4core.engine.capacity import load_config
+from l4core.engine.start.capacity import load_config
 from l4core.errors import ConfigError, L4Error
 
 DATASETS = ("random", "shared-prefix", "sharegpt")

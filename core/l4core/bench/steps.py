@@ -14,9 +14,9 @@ from l4core.bench.floor import Weights, decode_bytes, prefill_floor_ms, weights_
 from l4core.bench.kernels import measure
 from l4core.bench.stats import percentile, summary
 from l4core.config import EngineConfig
-from l4core.engine.build import build_engine
 from l4core.engine.inbox import Inbox
 from l4core.engine.pace import paced
+from l4core.engine.start.build import build_engine
 from l4core.errors import ConfigError, L4Error
 from l4core.model.config import ModelConfig
 from l4core.model.moe import MoE

@@ -74,7 +74,7 @@ def requirements_of(folder: Path) -> AttentionRequirements:
     import torch
 
     from l4core.config import EngineConfig
-    from l4core.engine.resolve import requirements
+    from l4core.engine.start.resolve import requirements
     from l4core.model.config import ModelConfig
 
     config = ModelConfig.from_folder(folder)
@@ -87,7 +87,7 @@ def expert_requirements_of(folder: Path) -> ExpertRequirements:
     import torch
 
     from l4core.config import EngineConfig
-    from l4core.engine.resolve import expert_requirements
+    from l4core.engine.start.resolve import expert_requirements
     from l4core.model.config import ModelConfig
 
     config = ModelConfig.from_folder(folder)

@@ -158,7 +158,7 @@ def serve(
     from l4core.bench.client import Target
     from l4core.bench.report import notes, serve_charts, serve_table
     from l4core.bench.serve import Plan, parse_ids, parse_limits, parse_loads, sweep, with_floor
-    from l4core.engine.capacity import load_config
+    from l4core.engine.start.capacity import load_config
 
     if (floor_model is None) != (bandwidth is None):
         raise ConfigError("a floor needs a model and a copy rate", fix="--floor scout --bandwidth 3030")

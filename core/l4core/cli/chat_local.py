@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from l4core.config import EngineConfig
-from l4core.engine.build import build_engine
 from l4core.engine.frontend import Frontend
 from l4core.engine.inbox import Inbox
+from l4core.engine.start.build import build_engine
 from l4core.errors import RequestError
 from l4core.request import FinishReason, SamplingParams
 

@@ -16,7 +16,7 @@ from l4core.errors import ConfigError
 
 if TYPE_CHECKING:
     from l4core.attention.select import Candidate
-    from l4core.engine.capacity import Capacity, Setup
+    from l4core.engine.start.capacity import Capacity, Setup
     from l4core.model.config import ModelConfig
     from l4core.plugin_api import Usable
 
@@ -114,9 +114,9 @@ def plan(
 
     The same arithmetic sizes the engine at start-up. Text half only: the vision encoder is not loaded yet.
     """
-    from l4core.engine.capacity import LENGTHS, Setup, capacity, load_config
-    from l4core.engine.graph_sizes import LARGEST, batch_sizes
     from l4core.engine.speculation.plan import DEFAULT_STEPS
+    from l4core.engine.start.capacity import LENGTHS, Setup, capacity, load_config
+    from l4core.engine.start.graph_sizes import LARGEST, batch_sizes
     from l4core.model.eagle3_config import DraftConfig, Target
 
     model = one_model(model_argument, model)
@@ -174,7 +174,7 @@ def one_model(positional: str | None, option: str | None) -> str:
 
 def memory_of(gpu: str | None, memory: float | None) -> int:
     """Bytes of one device. ConfigError unless just one of the two is given and known."""
-    from l4core.engine.capacity import DEVICES
+    from l4core.engine.start.capacity import DEVICES
 
     if (gpu is None) == (memory is None):
         raise ConfigError(
@@ -191,7 +191,7 @@ def memory_of(gpu: str | None, memory: float | None) -> int:
 def formats_of(model: str, config: ModelConfig, quantization: str | None) -> Mapping[str, str] | None:
     """Parameter → format of a folder that holds quantised weights, None for any other model. Raises as the loader would."""
     from l4core.config import EngineConfig
-    from l4core.engine.weight_formats import weight_formats
+    from l4core.engine.start.weight_formats import weight_formats
     from l4core.model.layout_quant import with_folder_scheme
 
     folder = Path(model)
@@ -220,7 +220,7 @@ def backend_of(
 ) -> tuple[str, Usable | None]:
     """Name and verdict of the attention backend that such a device would take, of those installed here. ("", None) for a device without a name."""
     from l4core.attention.select import candidates
-    from l4core.engine.capacity import DEVICES
+    from l4core.engine.start.capacity import DEVICES
     from l4core.kv.dtypes import kv_dtype_name
     from l4core.model.slicing import rank_config
     from l4core.plugin_api import AttentionRequirements, Usable
@@ -249,7 +249,7 @@ def backend_of(
 
 
 def _rows(found: Capacity, backend: str) -> Iterator[tuple[str, str, str]]:
-    from l4core.engine.memory_budget import RUNTIME_BYTES
+    from l4core.engine.start.memory_budget import RUNTIME_BYTES
 
     kv, setup, needs = found.kv, found.setup, found.budget.needs
     cut = " or ".join(f"{count} {name}" for name, count in kv.shape.pages.items())
@@ -273,7 +273,7 @@ def _rows(found: Capacity, backend: str) -> Iterator[tuple[str, str, str]]:
 
 def _changes(config: ModelConfig, setup: Setup) -> Iterator[tuple[str, str, str]]:
     """The largest context, and requests of the first length, as asked and with one flag changed at a time."""
-    from l4core.engine.capacity import capacity
+    from l4core.engine.start.capacity import capacity
     from l4core.errors import CapacityError
 
     free = dataclasses.replace(setup, context_length=None)
@@ -301,7 +301,7 @@ def _changes(config: ModelConfig, setup: Setup) -> Iterator[tuple[str, str, str]
 
 
 def _splits(found: Capacity) -> Iterator[tuple[str, str]]:
-    from l4core.engine.capacity import RATIOS
+    from l4core.engine.start.capacity import RATIOS
 
     for ratio in RATIOS:
         note = {1.0: " (every layer keeps every token)", 0.8: " (SGLang's default)"}.get(ratio, "")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from l4core.engine.capacity import Setup
+    from l4core.engine.start.capacity import Setup
     from l4core.model.config import ModelConfig
 
 GIB = 1 << 30
@@ -17,7 +17,7 @@ LENGTHS = (*(int(base * 10**power) for power in range(3, 7) for base in (1, 2, 3
 def memory_chart(title: str, config: ModelConfig, setup: Setup) -> str:
     """An SVG document. Lines end where a request does not fit any more; dashed: what the device has for KV."""
     from l4core.bench.svg import Axis, Series, line_chart
-    from l4core.engine.capacity import capacity
+    from l4core.engine.start.capacity import capacity
 
     free = dataclasses.replace(setup, context_length=None, lengths=())
     budget = capacity(config, free).budget.kv / GIB
@@ -41,7 +41,7 @@ def memory_chart(title: str, config: ModelConfig, setup: Setup) -> str:
 
 
 def _points(config: ModelConfig, setup: Setup) -> Sequence[tuple[float, float]]:
-    from l4core.engine.capacity import capacity
+    from l4core.engine.start.capacity import capacity
     from l4core.kv.planner import Footprint
 
     found = capacity(config, setup)

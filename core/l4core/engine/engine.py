@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from l4core.engine.batch import Draft, ScheduledBatch, StepTokens
-from l4core.engine.draws import PendingDraws
 from l4core.engine.inbox import Inbox
-from l4core.engine.runner import Runner
-from l4core.engine.scheduler import NO_DRAFTS, Scheduler
+from l4core.engine.run.draws import PendingDraws
+from l4core.engine.run.runner import Runner
+from l4core.engine.schedule.scheduler import NO_DRAFTS, Scheduler
 from l4core.engine.speculation.drafter import SettledDraws, Speculation
 from l4core.errors import RequestError
 from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from l4core.engine.step_costs import StepCosts
+from l4core.engine.schedule.step_costs import StepCosts
 from l4core.request import Request
 
 

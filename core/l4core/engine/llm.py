@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from l4core.chat.assemble import Assembler
 from l4core.config import EngineConfig, from_mapping
-from l4core.engine.build import BuiltEngine, build_engine
 from l4core.engine.engine import Engine
 from l4core.engine.frontend import Frontend
 from l4core.engine.inbox import Inbox
 from l4core.engine.pace import paced
-from l4core.engine.remote import RemoteBuilt, build_remotely
+from l4core.engine.process.remote import RemoteBuilt, build_remotely
+from l4core.engine.start.build import BuiltEngine, build_engine
 from l4core.errors import ConfigError, RequestError
 from l4core.request import CompletionOutput, Request, RequestOutput, SamplingParams, SequenceUpdate
 

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from l4core.config import EngineConfig
 from l4core.engine.inbox import Inbox
-from l4core.engine.messages import Failed, Log, Ready, Refused, Stepped, Submit
+from l4core.engine.process.messages import Failed, Log, Ready, Refused, Stepped, Submit
 from l4core.errors import EngineDeadError, L4Error, RequestError
 from l4core.parallel.place import Layout
 from l4core.request import Request, SequenceUpdate, StepOutput

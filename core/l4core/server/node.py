@@ -9,7 +9,7 @@ import signal
 import time
 
 from l4core.config import EngineConfig, ServerConfig
-from l4core.engine.messages import Failed, Log, Ready
+from l4core.engine.process.messages import Failed, Log, Ready
 from l4core.errors import EngineDeadError, L4Error, RankLostError
 from l4core.parallel.place import Layout
 from l4core.server.bridge import RestartPolicy

@@ -1,7 +1,7 @@
 """The processes of one engine on this machine, seen from the server as if they were one: start, write, read, end. Knows nothing of requests.
 
-One rank is one process. Several are forked by a nursery (engine/nursery.py), which ends all when one ends; the first of them is spoken with, the
-others are heard only when they log, or fail.
+One rank is one process. Several are forked by a nursery (engine/process/nursery.py), which ends all when one ends; the first of them is spoken
+with, the others are heard only when they log, or fail.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import msgspec
 
 from l4core.config import EngineConfig
-from l4core.engine.last_words import LastWords
-from l4core.engine.messages import (
+from l4core.engine.process.last_words import LastWords
+from l4core.engine.process.messages import (
     TRACE_SIGNAL,
     Alive,
     Ended,
@@ -32,7 +32,7 @@ from l4core.engine.messages import (
     decode_for_server,
     frame,
 )
-from l4core.engine.spawn import worker_command, worker_environment
+from l4core.engine.process.spawn import worker_command, worker_environment
 from l4core.errors import EngineDeadError
 from l4core.parallel.place import Place
 from l4core.parallel.wire import HEADER
@@ -49,7 +49,7 @@ ALONE = (Place(),)
 
 
 class EngineProcess:
-    """A running `python -m l4core.engine.worker` and our ends of its sockets, one a rank."""
+    """A running `python -m l4core.engine.process.worker` and our ends of its sockets, one a rank."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, places: Sequence[Place], lines: Sequence[_Line], report: _Line | None

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from l4core.engine.messages import Ready
+from l4core.engine.process.messages import Ready
 from l4core.errors import EngineDeadError, RequestError
 from l4core.request import Request, SequenceUpdate, StepOutput, StepStats
 from l4core.server.bridge import Bridge, EngineState, Observer, full, not_ready

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from l4core.engine.spawn import API_KEY_VARIABLE
+from l4core.engine.process.spawn import API_KEY_VARIABLE
 from l4core.errors import ConfigError, RequestError
 from l4core.server.failures import error_response
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from l4core import __version__
 from l4core.config import EngineConfig, ServerConfig
-from l4core.engine.messages import Ready
+from l4core.engine.process.messages import Ready
 from l4core.errors import RequestError
 from l4core.request import Request
 from l4core.server.bridge import EngineState

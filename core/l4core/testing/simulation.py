@@ -14,8 +14,8 @@ from hashlib import blake2b
 import msgspec
 
 from l4core.engine.batch import PENDING, Draft, DraftRequest, DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
-from l4core.engine.scheduler import Scheduler, SchedulerLimits
-from l4core.engine.stops import forbidden_token_ids
+from l4core.engine.schedule.scheduler import Scheduler, SchedulerLimits
+from l4core.engine.schedule.stops import forbidden_token_ids
 from l4core.kv.blocks import NULL_PAGE, KVGroup
 from l4core.kv.manager import KVManager
 from l4core.kv.superpages import superpage_shape

@@ -49,10 +49,10 @@ def main() -> None:
             url = f"http://{first.outside}:{PORT}"
             until(lambda: health(url) == 200, "ready", started)
             found["ready_s"] = time.monotonic() - began
-            found["engines"] = [len(named(machine, "l4core.engine.worker")) for machine in machines]
+            found["engines"] = [len(named(machine, "l4core.engine.process.worker")) for machine in machines]
             found["same"] = answers(url) == expected
             for name, machine, what in (
-                ("engine of rank 1", second, "l4core.engine.worker"),
+                ("engine of rank 1", second, "l4core.engine.process.worker"),
                 ("actor of rank 1", second, "ray::RankActor"),
                 ("actor of rank 0", first, "ray::RankActor"),
             ):
@@ -61,7 +61,9 @@ def main() -> None:
         finally:
             launcher.send_signal(signal.SIGTERM)
             found["exit"] = launcher.wait(60)
-        found["left"] = sum(len(named(m, "l4core.engine.worker")) + len(named(m, "l4_ray.leash")) for m in machines)
+        found["left"] = sum(
+            len(named(m, "l4core.engine.process.worker")) + len(named(m, "l4_ray.leash")) for m in machines
+        )
     print("RESULT " + json.dumps(found), flush=True)
 
 

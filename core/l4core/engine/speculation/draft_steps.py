@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from l4core.attention.step_rows import StepRows
-from l4core.engine.fixed_step import StepShape
-from l4core.engine.forward import ForwardPlanner, Phase
+from l4core.engine.run.fixed_step import StepShape
+from l4core.engine.run.forward import ForwardPlanner, Phase
 from l4core.model.eagle3 import Eagle3
 from l4core.ops.device import has_kernels
 from l4core.platform import copies_ahead

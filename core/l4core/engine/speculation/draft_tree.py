@@ -13,7 +13,7 @@ import torch
 
 from l4core.attention.step_rows import StepRows
 from l4core.engine.batch import Draft
-from l4core.engine.forward import Phase, TreeRows
+from l4core.engine.run.forward import Phase, TreeRows
 from l4core.engine.speculation.draft_steps import DraftState, Ints
 from l4core.plugin_ops.upload import upload_many
 

@@ -14,9 +14,9 @@ from l4core.engine.batch import NO_DRAFT, Draft, DraftRequest, ScheduledBatch, S
 from l4core.plugin_api import Drafter, DraftRow
 
 if TYPE_CHECKING:
-    from l4core.engine.draws import PendingDraws
-    from l4core.engine.runner import Runner
-    from l4core.engine.verify_rows import Verified
+    from l4core.engine.run.draws import PendingDraws
+    from l4core.engine.run.runner import Runner
+    from l4core.engine.run.verify_rows import Verified
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from l4core.engine.batch import PENDING, Draft, DraftRequest, ScheduledBatch, ScheduledSequence
-from l4core.engine.fixed_step import StepShape
-from l4core.engine.forward import lay_out_step
-from l4core.engine.graphs import Graphs
+from l4core.engine.run.fixed_step import StepShape
+from l4core.engine.run.forward import lay_out_step
+from l4core.engine.run.graphs import Graphs
 from l4core.engine.speculation.draft_steps import DraftState, FixedExtend, FixedGuess, Ints
 from l4core.engine.speculation.draft_tree import TreeShape, grow
 from l4core.engine.speculation.late import LateGuesses
@@ -36,9 +36,9 @@ from l4core.model.weights import fill_dummy
 from l4core.plugin_ops.upload import upload_many
 
 if TYPE_CHECKING:
-    from l4core.engine.runner import Runner
+    from l4core.engine.run.runner import Runner
+    from l4core.engine.run.verify_rows import Verified
     from l4core.engine.speculation.draft_model import DraftModel
-    from l4core.engine.verify_rows import Verified
     from l4core.model.batch import ForwardBatch
 
 logger = logging.getLogger(__name__)

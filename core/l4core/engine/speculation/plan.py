@@ -23,7 +23,7 @@ from l4core.plugin_api import DraftContext, Drafter, DrafterEntry
 from l4core.plugin_entries import Plugins, Provided, create_object, quote_failures
 
 if TYPE_CHECKING:
-    from l4core.engine.runner import Runner
+    from l4core.engine.run.runner import Runner
 
 EAGLE3 = "EAGLE3"
 MAX_GUESSES = 63

@@ -13,11 +13,11 @@ import torch
 
 from l4core.config import EngineConfig
 from l4core.engine.batch import Draft, DraftRequest, ScheduledBatch
-from l4core.engine.build import BuiltEngine, build_engine
-from l4core.engine.fixed_step import Computed
 from l4core.engine.inbox import Inbox
-from l4core.engine.runner import Forward, Runner
+from l4core.engine.run.fixed_step import Computed
+from l4core.engine.run.runner import Forward, Runner
 from l4core.engine.speculation.drafter import Speculation
+from l4core.engine.start.build import BuiltEngine, build_engine
 from l4core.parallel.ranks import Ranks
 from l4core.request import Request, SamplingParams, TokenLogprobs
 from l4core.testing.ranks.threads import run_ranks

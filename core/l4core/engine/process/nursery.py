@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from l4core.engine.messages import Ended, frame
+from l4core.engine.process.messages import Ended, frame
 
 LAST_WORDS_SECONDS = 0.3
 """What the other ranks have to say why they end, after one has died …"""

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from l4core.engine.batch import DrawnTokens, ScheduledSequence
-from l4core.engine.choice import Decoded
-from l4core.engine.sequence import NO_ROW, SequenceState
-from l4core.engine.step_counts import StepCounts
+from l4core.engine.schedule.choice import Decoded
+from l4core.engine.schedule.sequence import NO_ROW, SequenceState
+from l4core.engine.schedule.step_counts import StepCounts
 from l4core.kv.manager import KVManager
 from l4core.request import FinishReason, SequenceUpdate
 

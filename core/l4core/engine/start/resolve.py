@@ -10,12 +10,12 @@ import torch
 
 from l4core.attention.select import Selected, select_backend
 from l4core.config import EngineConfig
-from l4core.engine.fixed_step import StepShape
-from l4core.engine.graph_sizes import FINE, GraphSizes, graph_sizes
 from l4core.engine.key_values import parse_key_values
-from l4core.engine.memory_budget import Budget, Needs
+from l4core.engine.run.fixed_step import StepShape
 from l4core.engine.speculation.plan import SpeculationPlan
-from l4core.engine.step_memory import needs_of
+from l4core.engine.start.graph_sizes import FINE, GraphSizes, graph_sizes
+from l4core.engine.start.memory_budget import Budget, Needs
+from l4core.engine.start.step_memory import needs_of
 from l4core.errors import ConfigError
 from l4core.experts.select import SelectedExperts, select_experts
 from l4core.kv.blocks import KVGroup

@@ -16,11 +16,16 @@ import torch
 from l4core.attention.select import Selected
 from l4core.config import EngineConfig
 from l4core.engine.engine import Engine
-from l4core.engine.first_kernels import compile_first_kernels
-from l4core.engine.fixed_step import StepShape
-from l4core.engine.graph_sizes import GraphSizes
-from l4core.engine.memory_budget import Budget, device_budget
-from l4core.engine.resolve import (
+from l4core.engine.run.fixed_step import StepShape
+from l4core.engine.run.runner import Runner
+from l4core.engine.schedule.scheduler import Scheduler, SchedulerLimits
+from l4core.engine.speculation.eagle3 import Eagle3Speculation
+from l4core.engine.speculation.pace import DraftPace
+from l4core.engine.speculation.plan import SpeculationPlan, create_speculation, draft_pace, plan_speculation
+from l4core.engine.start.first_kernels import compile_first_kernels
+from l4core.engine.start.graph_sizes import GraphSizes
+from l4core.engine.start.memory_budget import Budget, device_budget
+from l4core.engine.start.resolve import (
     choose_dtype,
     choose_experts,
     choose_loop,
@@ -37,14 +42,9 @@ from l4core.engine.resolve import (
     torch_dtype,
     verified_shapes,
 )
-from l4core.engine.runner import Runner
-from l4core.engine.samplers import sampling_pipeline
-from l4core.engine.scheduler import Scheduler, SchedulerLimits
-from l4core.engine.speculation.eagle3 import Eagle3Speculation
-from l4core.engine.speculation.pace import DraftPace
-from l4core.engine.speculation.plan import SpeculationPlan, create_speculation, draft_pace, plan_speculation
-from l4core.engine.start_report import Choices, start_report
-from l4core.engine.weight_formats import weight_formats
+from l4core.engine.start.samplers import sampling_pipeline
+from l4core.engine.start.start_report import Choices, start_report
+from l4core.engine.start.weight_formats import weight_formats
 from l4core.errors import ConfigError
 from l4core.experts.select import SelectedExperts
 from l4core.experts.smoke import prepare_experts

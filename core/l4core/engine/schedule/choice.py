@@ -19,7 +19,7 @@ from l4core.engine.batch import (
     ScheduledSequence,
     StepTokens,
 )
-from l4core.engine.sequence import NO_ROW, SequenceState
+from l4core.engine.schedule.sequence import NO_ROW, SequenceState
 
 Part: TypeAlias = tuple[SequenceState, ScheduledSequence]
 """A sequence, and what a step computes of it."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from l4core.engine.batch import PENDING, DrawnTokens, ScheduledBatch, ScheduledSequence, StepTokens
-from l4core.engine.verify_rows import Verified, verified
+from l4core.engine.run.verify_rows import Verified, verified
 from l4core.plugin_ops.masks import share
 from l4core.plugin_ops.sampling import UNCHANGED, has_penalty
 from l4core.plugin_ops.upload import Download

@@ -12,7 +12,7 @@ API_KEY_VARIABLE = "L4_API_KEY"
 def worker_command(fds: Sequence[int], report: int | None, factory: str | None = None) -> list[str]:
     """fds: its ends of the sockets, one a rank.  report: where it tells of ranks that ended, where there are several.  factory: "module:function"
     that builds another engine (tests)."""
-    command = [sys.executable, "-P", "-m", "l4core.engine.worker"]
+    command = [sys.executable, "-P", "-m", "l4core.engine.process.worker"]
     for fd in fds:
         command += ["--fd", str(fd)]
     if report is not None:

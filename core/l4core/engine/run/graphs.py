@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
-from l4core.engine.fixed_step import StepShape
+from l4core.engine.run.fixed_step import StepShape
 
 
 class Step(Protocol):

@@ -16,12 +16,12 @@ import torch
 
 from l4core.attention.step_rows import StepRows
 from l4core.engine.batch import PENDING
-from l4core.engine.forward import ForwardPlanner, Phase
+from l4core.engine.run.forward import ForwardPlanner, Phase
 from l4core.model.llama4 import Llama4
 from l4core.platform import copies_ahead
 
 if TYPE_CHECKING:
-    from l4core.engine.fixed_step_triton import Unpacked
+    from l4core.engine.run.fixed_step_triton import Unpacked
 
 
 class StepShape(NamedTuple):
@@ -119,7 +119,7 @@ class FixedStep:
     @torch.inference_mode()
     def run(self) -> Computed:
         """Everything from the inputs to the drawn tokens; no host sync, and no allocation that outlives it but the hidden states."""
-        from l4core.engine.fixed_step_triton import unpack
+        from l4core.engine.run.fixed_step_triton import unpack
 
         num_seqs, num_tokens = self.shape
         num_rows, outputs = num_seqs * num_tokens, self._outputs

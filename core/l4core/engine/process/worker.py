@@ -1,6 +1,6 @@
 """The engine process: builds an engine, then steps it for as long as the server is there. Started by server/process.py; knows no HTTP, no text.
 
-`python -m l4core.engine.worker --fd N`: N is one end of a socket pair (no name in the file system, nobody else can connect).
+`python -m l4core.engine.process.worker --fd N`: N is one end of a socket pair (no name in the file system, nobody else can connect).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from l4core.config import EngineConfig
-from l4core.engine.identity import checkpoint_identity, choices, device_identity, program_identity
 from l4core.engine.inbox import Inbox
-from l4core.engine.messages import (
+from l4core.engine.pace import paced
+from l4core.engine.process.identity import checkpoint_identity, choices, device_identity, program_identity
+from l4core.engine.process.messages import (
     LOST_STATUS,
     TRACE_SIGNAL,
     Alive,
@@ -43,10 +44,9 @@ from l4core.engine.messages import (
     decode_for_engine,
     frame,
 )
-from l4core.engine.nursery import raise_ranks
-from l4core.engine.pace import paced
+from l4core.engine.process.nursery import raise_ranks
+from l4core.engine.process.turns import LeadEngine, RankedEngine, follow
 from l4core.engine.speculation.pace import DraftPace
-from l4core.engine.turns import LeadEngine, RankedEngine, follow
 from l4core.errors import L4Error, RequestError
 from l4core.parallel.connect import Crew, take_device
 from l4core.parallel.messages import Words
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 ORPHAN_GRACE_SECONDS = 5.0
 LAST_SEND_SECONDS = 1.0
-BUILD_ENGINE = "l4core.engine.build:build_engine"
+BUILD_ENGINE = "l4core.engine.start.build:build_engine"
 
 
 class SteppedEngine(Protocol):
@@ -331,7 +331,7 @@ def _deferred(path: str) -> Factory:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the process. --fd: given several times, there is a process for each, and --report tells of their ends.  --factory: another
     builder of the engine (tests speak to a small one)."""
-    parser = argparse.ArgumentParser(prog="l4core.engine.worker")
+    parser = argparse.ArgumentParser(prog="l4core.engine.process.worker")
     parser.add_argument("--fd", type=int, required=True, action="append")
     parser.add_argument("--report", type=int)
     parser.add_argument("--factory", default=BUILD_ENGINE)

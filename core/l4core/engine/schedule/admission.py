@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
-from l4core.engine.choice import Part
-from l4core.engine.sequence import RankedQueue, SequenceState
-from l4core.engine.stops import StopRule
+from l4core.engine.schedule.choice import Part
+from l4core.engine.schedule.sequence import RankedQueue, SequenceState
+from l4core.engine.schedule.stops import StopRule
 from l4core.kv.manager import KVManager, Superpages
 from l4core.request import Request
 

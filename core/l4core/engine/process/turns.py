@@ -17,8 +17,8 @@ import msgspec
 
 from l4core.engine.batch import ScheduledBatch
 from l4core.engine.inbox import Inbox
-from l4core.engine.messages import Submit
-from l4core.engine.step_costs import StepCosts
+from l4core.engine.process.messages import Submit
+from l4core.engine.schedule.step_costs import StepCosts
 from l4core.errors import EngineDeadError
 from l4core.parallel.connect import Crew
 from l4core.request import Request, StepOutput

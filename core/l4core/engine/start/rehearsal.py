@@ -12,8 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from l4core.engine.batch import ScheduledBatch, ScheduledSequence
-from l4core.engine.fixed_step import StepOutputs, StepShape
-from l4core.engine.runner import Runner
+from l4core.engine.run.fixed_step import StepOutputs, StepShape
+from l4core.engine.run.runner import Runner
 from l4core.model.llama4 import Layer, Llama4
 from l4core.parallel.ranks import Ranks
 from l4core.plugin_api import (

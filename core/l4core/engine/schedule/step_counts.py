@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from l4core.engine.batch import ScheduledBatch, ScheduledSequence
-from l4core.engine.step_costs import piece_scores
+from l4core.engine.schedule.step_costs import piece_scores
 from l4core.kv.manager import KVManager
 from l4core.request import StepStats
 from l4core.sampling.verify import depths

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from l4core.config import EngineConfig
 from l4core.engine.inbox import Inbox
-from l4core.engine.last_words import LastWords
-from l4core.engine.messages import (
+from l4core.engine.process.last_words import LastWords
+from l4core.engine.process.messages import (
     Alive,
     Ended,
     Failed,
@@ -36,8 +36,8 @@ from l4core.engine.messages import (
     decode_for_server,
     frame,
 )
-from l4core.engine.samplers import sampling_pipeline
-from l4core.engine.spawn import worker_command, worker_environment
+from l4core.engine.process.spawn import worker_command, worker_environment
+from l4core.engine.start.samplers import sampling_pipeline
 from l4core.errors import EngineDeadError, RequestError
 from l4core.model.config import ModelConfig
 from l4core.parallel.place import Place, check_device, local_layout, refuse_torchrun

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from l4core.engine.memory_budget import Needs
+from l4core.engine.start.memory_budget import Needs
 from l4core.model.config import ModelConfig
 
 INDEX_BYTES = 160

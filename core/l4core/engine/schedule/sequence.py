@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from l4core.engine.batch import ScheduledSequence
-from l4core.engine.stops import StopRule
+from l4core.engine.schedule.stops import StopRule
 from l4core.kv.prefix import PageHashes
 from l4core.kv.tables import PageTables
 from l4core.request import FinishReason, Request, TokenLogprobs

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from l4core.engine.memory_budget import RUNTIME_BYTES, Budget, share_out
-from l4core.engine.step_memory import needs_of
+from l4core.engine.start.memory_budget import RUNTIME_BYTES, Budget, share_out
+from l4core.engine.start.step_memory import needs_of
 from l4core.errors import ConfigError
 from l4core.kv.planner import Footprint, KVPlan, plan_kv
 from l4core.model.config import ModelConfig

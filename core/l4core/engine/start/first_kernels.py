@@ -11,9 +11,12 @@ import torch
 
 from l4core.attention.select import Selected
 from l4core.engine.batch import ScheduledBatch
-from l4core.engine.compile_ahead import compile_ahead
-from l4core.engine.fixed_step import StepShape
-from l4core.engine.rehearsal import (
+from l4core.engine.run.fixed_step import StepShape
+from l4core.engine.run.runner import Runner
+from l4core.engine.speculation.eagle3 import eagle3_without_weights
+from l4core.engine.speculation.plan import SpeculationPlan
+from l4core.engine.start.compile_ahead import compile_ahead
+from l4core.engine.start.rehearsal import (
     NoAttention,
     NoExperts,
     SilentRanks,
@@ -22,10 +25,7 @@ from l4core.engine.rehearsal import (
     one_layer_of_each_kind,
     rehearse,
 )
-from l4core.engine.resolve import chunk_size_of, verified_shapes
-from l4core.engine.runner import Runner
-from l4core.engine.speculation.eagle3 import eagle3_without_weights
-from l4core.engine.speculation.plan import SpeculationPlan
+from l4core.engine.start.resolve import chunk_size_of, verified_shapes
 from l4core.experts.select import SelectedExperts
 from l4core.kv.planner import KVPlan
 from l4core.model.llama4 import Layer
@@ -33,7 +33,7 @@ from l4core.model.quantised import expert_formats
 from l4core.platform import has_triton
 
 if TYPE_CHECKING:
-    from l4core.engine.build import ModelMaker
+    from l4core.engine.start.build import ModelMaker
 
 
 def compile_first_kernels(

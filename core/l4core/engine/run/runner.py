@@ -15,14 +15,14 @@ import numpy.typing as npt
 import torch
 
 from l4core.engine.batch import PENDING, DraftRequest, Ints, ScheduledBatch, ScheduledSequence
-from l4core.engine.block_tables import BlockTables
-from l4core.engine.draws import PendingDraws, RowParams
-from l4core.engine.fixed_step import Computed, FixedStep, StepOutputs, StepRequests, StepShape
-from l4core.engine.forward import ForwardPlanner, TreeRows, lay_out_step
-from l4core.engine.graphs import Graphs
-from l4core.engine.row_law import RowLaw
-from l4core.engine.verify_rows import Verified
-from l4core.engine.verify_rows import draw_rows as rows_of
+from l4core.engine.run.block_tables import BlockTables
+from l4core.engine.run.draws import PendingDraws, RowParams
+from l4core.engine.run.fixed_step import Computed, FixedStep, StepOutputs, StepRequests, StepShape
+from l4core.engine.run.forward import ForwardPlanner, TreeRows, lay_out_step
+from l4core.engine.run.graphs import Graphs
+from l4core.engine.run.row_law import RowLaw
+from l4core.engine.run.verify_rows import Verified
+from l4core.engine.run.verify_rows import draw_rows as rows_of
 from l4core.kv.blocks import KVGroup
 from l4core.kv.memory import KVMemory
 from l4core.model.batch import ForwardBatch

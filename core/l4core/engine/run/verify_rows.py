@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from l4core.engine.batch import DrawnTokens, ScheduledSequence
-from l4core.engine.stops import forbidden_token_ids
+from l4core.engine.schedule.stops import forbidden_token_ids
 from l4core.plugin_ops.sampling import UNCHANGED
 from l4core.request import TokenLogprobs
 from l4core.sampling.records import Draw, DrawRow

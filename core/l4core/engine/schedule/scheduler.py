@@ -12,14 +12,14 @@ from collections.abc import Collection, Mapping
 from itertools import chain
 from types import MappingProxyType
 
-from l4core.engine.admission import SchedulerLimits, is_computed_now, refusal, take_prefix, victims_for
 from l4core.engine.batch import NO_DRAFT, Draft, DraftRequest, NewPages, ScheduledBatch, ScheduledSequence, StepTokens
-from l4core.engine.choice import NO_FLIGHT, Choice, Flight, last_token
-from l4core.engine.outcomes import take_in, take_in_decoded
-from l4core.engine.sequence import NO_ROW, RankedQueue, SequenceState
-from l4core.engine.step_costs import StepBudget, StepCosts
-from l4core.engine.step_counts import StepCounts
-from l4core.engine.stops import StopRule
+from l4core.engine.schedule.admission import SchedulerLimits, is_computed_now, refusal, take_prefix, victims_for
+from l4core.engine.schedule.choice import NO_FLIGHT, Choice, Flight, last_token
+from l4core.engine.schedule.outcomes import take_in, take_in_decoded
+from l4core.engine.schedule.sequence import NO_ROW, RankedQueue, SequenceState
+from l4core.engine.schedule.step_costs import StepBudget, StepCosts
+from l4core.engine.schedule.step_counts import StepCounts
+from l4core.engine.schedule.stops import StopRule
 from l4core.errors import RequestError
 from l4core.kv.manager import NOTHING, KVManager, NewEntries
 from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput, StepStats

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from l4core.attention.select import Selected
 from l4core.config import EngineConfig
-from l4core.engine.memory_budget import Budget
+from l4core.engine.start.memory_budget import Budget
 from l4core.experts.select import SelectedExperts
 from l4core.kv.planner import KVPlan
 from l4core.model.config import ModelConfig

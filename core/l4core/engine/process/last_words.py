@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from l4core.engine.messages import LOST_STATUS, Ended, Failed
+from l4core.engine.process.messages import LOST_STATUS, Ended, Failed
 from l4core.errors import RankLostError
 from l4core.parallel.place import Place
 

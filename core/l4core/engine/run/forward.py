@@ -21,7 +21,7 @@ from l4core.attention.chunked import (
     virtual_batches,
 )
 from l4core.attention.step_rows import StepRows
-from l4core.engine.block_tables import BlockTables
+from l4core.engine.run.block_tables import BlockTables
 from l4core.kv.blocks import KVGroup
 from l4core.kv.memory import KVMemory
 from l4core.model.batch import AttentionSegment, ForwardBatch

@@ -1,0 +1,1 @@
+"""A scheduled batch becomes tensors, the model's step and draws."""

@@ -1,0 +1,1 @@
+"""Which tokens the next step computes, and what becomes of those it drew. Torch-free."""
