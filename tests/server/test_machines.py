@@ -104,7 +104,7 @@ def test_a_machine_that_lost_its_rank_comes_back_and_ends_with_the_first(
             served.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         (tmp_path / "go").touch()
-        assert asked.result().status_code == 200
+        assert asked.result().status_code == 200, f"{asked.result().text}\n{first.output}\n{second.output}"
     assert first.process.wait(60) == 0, first.output
     assert second.process.wait(60) == 0, second.output
 

@@ -41,8 +41,8 @@ REST, LONGEST_REST = 256, 4096
 READING, FREE = -1, -2
 """Plain steps apart, beside numbers of guesses: in which the draft reads along, and in which it does not."""
 CROWD = 3
-"""Batches of 2 ** (CROWD - 1) sequences and more are first timed without the draft, though it can then guess for later sequences only: where
-reading along takes long (a small target) guessing would seem to pay beside it."""
+"""Batches of 2 ** (CROWD - 1) sequences and more are timed without the draft once acceptance is known, though it can then guess for later sequences
+only: where reading along takes long (a small target) guessing would seem to pay beside it."""
 
 logger = logging.getLogger(__name__)
 
@@ -197,11 +197,12 @@ class DraftPace:
         plain = self._time(bucket, 0)
         if self._trial and plain.count >= FEW:
             return max(range(1, self._max + 1), key=lambda k: self._gain(bucket, k))
-        is_new = plain.count < FEW or (bucket >= CROWD and self._time(bucket, FREE).count < FEW)
-        if is_new or self._since_plain >= REFRESH:
-            return 0 if self._acceptance.is_sure or is_new else self._max
+        if plain.count < FEW or self._since_plain >= REFRESH:
+            return 0 if self._acceptance.is_sure or plain.count < FEW else self._max
         if not self._acceptance.is_sure:
             return self._max
+        if bucket >= CROWD and self._time(bucket, FREE).count < FEW:
+            return 0
         margin = 1.0 if self._paused.get(bucket) is False else GAIN
         best = max(range(self._max + 1), key=lambda k: self._gain(bucket, k) * (margin if k == 0 else 1.0))
         self._note(bucket, best)
