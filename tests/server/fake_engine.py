@@ -97,14 +97,21 @@ class FakeEngine:
         return told is not None and (told[1] is None or int(told[1]) == rank)
 
     def _waits(self, live: Live) -> bool:
-        """STALL: for ever.  SLOW: one step in 200.  HOLD FILE: until the file is there."""
+        """STALL: for ever.  SLOW: one step in 200.  HOLD FILE: until the file is there, for all ranks in the same step."""
         live.num_steps += 1
         hold = re.search(r"HOLD (\S+)", live.prompt)
         return (
             "STALL" in live.prompt
             or ("SLOW" in live.prompt and live.num_steps % 200 != 1)
-            or (hold is not None and not Path(hold[1]).exists())
+            or (hold is not None and not self._all_see(Path(hold[1])))
         )
+
+    def _all_see(self, file: Path) -> bool:
+        if self.ranks is None:
+            return file.exists()
+        import torch
+
+        return bool(self.ranks.all_reduce(torch.tensor([float(file.exists())])).item() == self.ranks.size)
 
     def _advance(self, live: Live) -> SequenceUpdate:
         if self._is_told("RAISE", live):
