@@ -27,9 +27,8 @@ class PackedExperts:
 
     def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
         """x [T, H], expert_ids [T], score [T] → [T, H]."""
-        least = (
-            1 if x.shape[0] == 1 else LEAST_ROWS
-        )  # one gather fills small groups up; a row alone is cheaper to repeat
+        # one gather fills small groups up; a row alone is cheaper to repeat
+        least = 1 if x.shape[0] == 1 else LEAST_ROWS
         groups = group_rows(expert_ids, len(self._down), least)
         assert groups.spans is not None
         routed = groups.unpack(self._routed(groups.pack(x * score.to(x.dtype).unsqueeze(1)), groups.spans))
