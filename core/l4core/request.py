@@ -230,7 +230,8 @@ class StepStats:
     pages_total: were all memory that group's.  pages_cached: held by nobody, still findable.  num_prefix_hits: tokens that started sequences
     found computed in this step.
     drafted_at[i]: sequences that had a guess number i + 1 verified in this step; accepted_at[i]: those whose guesses up to it were right.
-    num_drafted_tokens: guesses verified; of a tree there are several at one depth.  draft_pause: one of DRAFT_PAUSES where guessing has paused.
+    num_drafted_tokens: guesses verified; of a tree there are several at one depth.
+    num_guesses: made for a sequence, as deep as any; None = nothing decoded.  draft_pause: one of DRAFT_PAUSES where guessing has paused.
     num_prefill_scores: tokens that the prompt tokens looked at, summed, of a layer without chunks.
     """
 
@@ -247,6 +248,7 @@ class StepStats:
     drafted_at: tuple[int, ...] = ()
     accepted_at: tuple[int, ...] = ()
     num_drafted_tokens: int = 0
+    num_guesses: float | None = None
     draft_pause: str = ""
 
     @property

@@ -81,7 +81,7 @@ def test_an_engine_that_is_killed_comes_back_alone(two: Any, until: Any, tmp_pat
         (tmp_path / "go").touch()
         assert elsewhere.result().status_code == 200
         assert waiting.result().status_code == 200
-    until(lambda: first.state.value == "ready")
+    until(lambda: two.metric("l4_engine_up") == 2)
     assert first.pid != killed
     assert second.pid == kept
     assert two.metric("l4_engine_restarts_total") == 1
@@ -89,8 +89,13 @@ def test_an_engine_that_is_killed_comes_back_alone(two: Any, until: Any, tmp_pat
 
 def test_an_engine_that_dies_too_often_is_given_up_and_the_other_goes_on(two: Any, until: Any) -> None:
     first, _ = two.serving.bridge.bridges
-    os.kill(first.pid, signal.SIGKILL)  # it was started again once, and may be no more
+    with ThreadPoolExecutor(1) as pool:
+        begun = pool.submit(ask, two, "SLOW", max_tokens=400, stream=True)
+        until(lambda: two.metric("l4_requests_running") == 1)
+        os.kill(first.pid, signal.SIGKILL)  # it was started again once, and may be no more
+        assert '"code":"engine_dead"' in begun.result().text
     until(lambda: first.state.value == "stopped")
+    assert (two.metric("l4_engine_up"), two.metric("l4_requests_running")) == (1, 0)
     assert two.get("/health").status_code == 200
     assert ask(two, "hello").status_code == 200
 

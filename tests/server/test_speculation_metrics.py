@@ -25,7 +25,9 @@ def shown(metrics: Metrics) -> dict[str, float]:
 def test_every_node_of_a_tree_is_a_guess_and_each_depth_is_counted_once() -> None:
     """Two sequences, twelve guesses each in three levels; one was right to the second."""
     metrics = Metrics("m")
-    stats = StepStats(num_decode_tokens=2, drafted_at=(2, 2, 2), accepted_at=(1, 1, 0), num_drafted_tokens=24)
+    stats = StepStats(
+        num_decode_tokens=2, drafted_at=(2, 2, 2), accepted_at=(1, 1, 0), num_drafted_tokens=24, num_guesses=3
+    )
     metrics.stepped(StepOutput(stats=stats))
     found = shown(metrics)
     assert (found["drafts_total"], found["draft_tokens_total"], found["accepted_tokens_total"]) == (2, 24, 2)
@@ -48,7 +50,11 @@ class Guessing:
         self.now += 1e-3 * (1 + guesses)
         drafted = (1,) * guesses
         stats = StepStats(
-            num_decode_tokens=1, drafted_at=drafted, accepted_at=(0,) * guesses, num_drafted_tokens=guesses
+            num_decode_tokens=1,
+            drafted_at=drafted,
+            accepted_at=(0,) * guesses,
+            num_drafted_tokens=guesses,
+            num_guesses=guesses,
         )
         return StepOutput(stats=stats)
 

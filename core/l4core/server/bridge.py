@@ -55,6 +55,7 @@ class Observer(Protocol):
     def stepped(self, output: StepOutput) -> None: ...
     def dropped(self, request_ids: Iterable[str]) -> None: ...
     def stopped(self, request_id: str) -> None: ...
+    def lost(self) -> None: ...
     def restarted(self) -> None: ...
 
 
@@ -151,6 +152,11 @@ class Bridge:
         return len(self._owners)
 
     @property
+    def num_ready(self) -> int:
+        """Engines that run with a loaded model."""
+        return int(self.state is EngineState.READY)
+
+    @property
     def pid(self) -> int | None:
         """Of the engine process, None while there is none."""
         return self._process.pid if self._process else None
@@ -191,6 +197,7 @@ class Bridge:
                 return
             self.state = EngineState.RESTARTING
             ending = await self._end_process()
+            self._observer.lost()
             logger.error("the engine process %s%s", ending, last_words)
             self._fail_all(EngineDeadError(f"the engine process {ending}; it is being started again"))
             await self._restart()

@@ -18,12 +18,11 @@ from starlette.types import ASGIApp
 from l4core.config import EngineConfig, ServerConfig
 from l4core.errors import RequestError
 from l4core.parallel.place import Layout
-from l4core.request import StepStats
 from l4core.server.bridge import Bridge, RestartPolicy
 from l4core.server.listen import address, is_loopback, listen
 from l4core.server.log import configure_logging, log_level
 from l4core.server.metrics import Metrics
-from l4core.server.replicas import Engines, OneOfMany, Replicas
+from l4core.server.replicas import Engines, Latest, OneOfMany, Replicas
 from l4core.server.security import resolve_key
 from l4core.server.service import Loaded, Service, load_frontend, model_name
 
@@ -111,7 +110,7 @@ class Serving:
     def _engines(
         self, metrics: Metrics, factory: str | None, policy: RestartPolicy | None, layouts: Sequence[Layout]
     ) -> Engines:
-        latest: dict[int, StepStats] = {}
+        latest = Latest()
         bridges = [
             Bridge(
                 self._engine_config,

@@ -138,14 +138,18 @@ TABLE = (
         "guesses that were right",
         "vllm:spec_decode_num_accepted_tokens",
     ),
-    _row("l4_spec_decode_guesses", "gauge", "guesses made for a sequence in the last step with decodes, 0 in a pause"),
+    _row(
+        "l4_spec_decode_guesses",
+        "gauge",
+        "guesses made for a sequence in the last step with decodes, 0 in a pause (--dp: mean over all engines' sequences)",
+    ),
     _row(
         "l4_spec_decode_pauses",
         "counter",
         "times that guessing paused; reason is slower (than plain steps) or no_guesses (none was made for a while)",
         labels=("reason",),
     ),
-    _row("l4_engine_up", "gauge", "1 while the engine process runs with a loaded model"),
+    _row("l4_engine_up", "gauge", "engines that run with a loaded model: 0 or 1, with --dp N up to N"),
     _row("l4_engine_restarts", "counter", "times the engine process was started again"),
     _row("l4_http_responses", "counter", "HTTP replies", labels=("route", "status")),
 )
@@ -170,7 +174,6 @@ class Metrics(Collector):
         self._labels = {"model_name": model_name}
         self._made = {row.name: _make(row) for row in TABLE}
         self._clocks: dict[str, _Clock] = {}
-        self._num_guesses = 0
         self._pages_total: Mapping[str, int] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -219,13 +222,15 @@ class Metrics(Collector):
         if clock is not None:
             self._end(FinishReason.STOP, clock, time.perf_counter())
 
-    def restarted(self) -> None:
-        """The pages went with the process."""
-        self._counter("l4_engine_restarts").inc()
+    def lost(self) -> None:
+        """The sequences and pages went with the engine process."""
         self._gauge(StepStats(pages_total=self._pages_total))
 
-    def engine_up(self, up: bool) -> None:
-        self._set("l4_engine_up", float(up))
+    def restarted(self) -> None:
+        self._counter("l4_engine_restarts").inc()
+
+    def engines_up(self, num_ready: int) -> None:
+        self._set("l4_engine_up", num_ready)
 
     def replied(self, route: str, status: int) -> None:
         """One HTTP reply. route: the path as the table of routes spells it, so that the label has few values."""
@@ -282,13 +287,9 @@ class Metrics(Collector):
         """Acceptance length = 1 + accepted tokens / drafts."""
         if stats.draft_pause:
             self._counter("l4_spec_decode_pauses", reason=stats.draft_pause).inc()
-        if not stats.num_decode_tokens:
-            return
-        depth = len(stats.drafted_at)
-        if self._num_guesses != depth:
-            self._num_guesses = depth
-            self._set("l4_spec_decode_guesses", depth)
-        if not depth:
+        if stats.num_guesses is not None:
+            self._set("l4_spec_decode_guesses", stats.num_guesses)
+        if not stats.drafted_at:
             return
         self._counter("l4_spec_decode_drafts").inc(stats.drafted_at[0])
         self._counter("l4_spec_decode_draft_tokens").inc(stats.num_drafted_tokens)

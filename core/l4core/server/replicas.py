@@ -33,6 +33,8 @@ class Engines(Protocol):
     @property
     def num_active(self) -> int: ...
     @property
+    def num_ready(self) -> int: ...
+    @property
     def pid(self) -> int | None: ...
     async def start(self) -> Ready: ...
     async def run(self) -> None: ...
@@ -59,6 +61,10 @@ class Replicas:
     @property
     def num_active(self) -> int:
         return sum(bridge.num_active for bridge in self.bridges)
+
+    @property
+    def num_ready(self) -> int:
+        return sum(bridge.num_ready for bridge in self.bridges)
 
     @property
     def pid(self) -> int | None:
@@ -151,18 +157,17 @@ class _Rerouted:
 
 
 class OneOfMany:
-    """Observer of one engine, for an observer of all: gauges are sums over all engines."""
+    """Observer of one engine, for an observer of all: gauges are of all engines, sums but for the guesses, which are a mean over sequences."""
 
-    def __init__(self, observer: Observer, latest: dict[int, StepStats], index: int) -> None:
-        """latest: of each engine, shared between them."""
+    def __init__(self, observer: Observer, latest: Latest, index: int) -> None:
         self._observer, self._latest, self._index = observer, latest, index
 
     def submitted(self, requests: Sequence[Request]) -> None:
         self._observer.submitted(requests)
 
     def stepped(self, output: StepOutput) -> None:
-        self._latest[self._index] = output.stats
-        self._observer.stepped(StepOutput(updates=output.updates, stats=self._sum(output.stats)))
+        self._latest.put(self._index, output.stats)
+        self._observer.stepped(StepOutput(updates=output.updates, stats=self._latest.of_all(output.stats)))
 
     def dropped(self, request_ids: Iterable[str]) -> None:
         self._observer.dropped(request_ids)
@@ -170,22 +175,52 @@ class OneOfMany:
     def stopped(self, request_id: str) -> None:
         self._observer.stopped(request_id)
 
+    def lost(self) -> None:
+        """The others go on: their gauges are shown again, though none has made a step."""
+        self._latest.drop(self._index)
+        self._observer.lost()
+        self._observer.stepped(StepOutput(stats=self._latest.of_all(StepStats())))
+
     def restarted(self) -> None:
-        self._latest.pop(self._index, None)
         self._observer.restarted()
 
-    def _sum(self, own: StepStats) -> StepStats:
-        """Counters of this step, gauges of all engines."""
-        all_of_them = list(self._latest.values())
+
+class Latest:
+    """What each engine said last. Shared by the observers of all."""
+
+    def __init__(self) -> None:
+        self._stats: dict[int, StepStats] = {}
+        self._decoded: dict[int, StepStats] = {}  # the last with decodes
+
+    def put(self, index: int, stats: StepStats) -> None:
+        self._stats[index] = stats
+        if stats.num_guesses is not None:
+            self._decoded[index] = stats
+
+    def drop(self, index: int) -> None:
+        """This engine is gone, and what it held with it."""
+        self._stats.pop(index, None)
+        self._decoded.pop(index, None)
+
+    def of_all(self, own: StepStats) -> StepStats:
+        """`own` with the gauges of all engines; its counters are those of this step."""
+        stats = self._stats.values()
         pages: dict[str, Counter[str]] = {"pages_used": Counter(), "pages_total": Counter(), "pages_cached": Counter()}
-        for stats in all_of_them:
+        for one in stats:
             for name, counts in pages.items():
-                counts.update(getattr(stats, name))
+                counts.update(getattr(one, name))
         return replace(
             own,
-            num_running=sum(stats.num_running for stats in all_of_them),
-            num_waiting=sum(stats.num_waiting for stats in all_of_them),
+            num_running=sum(one.num_running for one in stats),
+            num_waiting=sum(one.num_waiting for one in stats),
+            num_guesses=self._num_guesses(),
             pages_used=pages["pages_used"],
             pages_total=pages["pages_total"],
             pages_cached=pages["pages_cached"],
         )
+
+    def _num_guesses(self) -> float | None:
+        """For a sequence, whichever engine it is in."""
+        num_sequences = sum(one.num_decode_tokens for one in self._decoded.values())
+        num_guesses = sum(one.num_decode_tokens * (one.num_guesses or 0) for one in self._decoded.values())
+        return num_guesses / num_sequences if num_sequences else None

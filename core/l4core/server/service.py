@@ -55,6 +55,11 @@ class Service:
         return self.loaded_model is not None and self.bridge.state is EngineState.READY
 
     @property
+    def num_ready(self) -> int:
+        """Engines that run, once the first model is loaded."""
+        return 0 if self.loaded_model is None else self.bridge.num_ready
+
+    @property
     def status(self) -> str:
         """The engine's state as a word, or "draining"."""
         if self.draining:

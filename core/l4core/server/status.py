@@ -33,7 +33,7 @@ async def flush_cache(service: Service, http: Request) -> Response:
 
 
 async def metrics(service: Service, http: Request) -> Response:
-    service.metrics.engine_up(service.healthy)
+    service.metrics.engines_up(service.num_ready)
     return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 

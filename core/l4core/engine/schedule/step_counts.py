@@ -60,4 +60,5 @@ class StepCounts:
             drafted_at=tuple(self._drafted),
             accepted_at=tuple(self._accepted),
             num_drafted_tokens=self._num_drafted,
+            num_guesses=len(self._drafted) if self._num_decode else None,
         )
