@@ -39,6 +39,7 @@ check: $(VENV)/.dev
 
 docs: $(VENV)/.test
 	$(BIN)/python -m l4core.cli.options_page > docs/options.md
+	$(BIN)/python -m l4core.server.metrics_page > docs/metrics.md
 	$(BIN)/python -m l4core.testing.table benchmarks/results/conformance README.md
 	$(BIN)/l4 plan scout --gpu H100-80GB --tp 8 --plot docs/memory-scout.svg > /dev/null
 

@@ -11,7 +11,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from l4core import __version__
-from l4core.server.metrics import TABLE
+from l4core.request import Request, SamplingParams, SequenceUpdate, StepOutput, StepStats
+from l4core.server.metrics import TABLE, Metrics
 
 READ_BY_DASHBOARDS = {
     "vllm:time_to_first_token_seconds_bucket",
@@ -102,3 +103,17 @@ def test_a_request_moves_the_counters_by_what_it_did(http: httpx.Client) -> None
     assert moved["l4_http_responses_total", "route=unmatched,status=404"] == 1
     assert after["l4_engine_up", ""] == 1
     assert after["l4_kv_pages", "group=global,state=total"] == 1000
+
+
+def test_vllms_prompt_tokens_are_all_of_them_and_ours_those_computed() -> None:
+    """Five of eight were found in the prefix cache."""
+    metrics = Metrics("m")
+    prompt = Request(
+        request_id="a", prompt_token_ids=[1] * 8, params=SamplingParams(), eos_token_ids=(), max_total_tokens=16
+    )
+    metrics.submitted([prompt])
+    update = SequenceUpdate(request_id="a", new_token_ids=[2], num_cached_tokens=5)
+    metrics.stepped(StepOutput(updates=[update], stats=StepStats(num_prefill_tokens=3)))
+    found = {line.split("{")[0]: line.split()[-1] for line in metrics.render().decode().splitlines() if line[0] != "#"}
+    names = ("vllm:prompt_tokens_total", "l4_prompt_tokens_total", "l4_prefix_cache_hits_total")
+    assert [float(found[name]) for name in names] == [8, 3, 5]

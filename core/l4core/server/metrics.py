@@ -25,7 +25,7 @@ TOKEN_COUNTS = tuple(float(4**power) for power in range(1, 13))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """name: ours, without `_total`.  aliases: the same series under other names."""
+    """name: ours, without `_total`.  aliases: the same series under other names.  sglang: its counterpart there, for docs/metrics.md; not served."""
 
     name: str
     kind: Literal["gauge", "counter", "histogram"]
@@ -33,6 +33,7 @@ class Row:
     aliases: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    sglang: str = ""
 
 
 def _row(
@@ -42,25 +43,71 @@ def _row(
     *aliases: str,
     labels: tuple[str, ...] = (),
     buckets: tuple[float, ...] = (),
+    sglang: str = "",
 ) -> Row:
-    return Row(name=name, kind=kind, help=help, aliases=aliases, labels=labels, buckets=buckets)
+    return Row(name=name, kind=kind, help=help, aliases=aliases, labels=labels, buckets=buckets, sglang=sglang)
 
 
 TABLE = (
-    _row("l4_requests_running", "gauge", "sequences in the running batch", "vllm:num_requests_running"),
-    _row("l4_requests_waiting", "gauge", "sequences waiting for their first step", "vllm:num_requests_waiting"),
-    _row("l4_kv_usage_ratio", "gauge", "share of KV memory that requests hold, 0 to 1", "vllm:kv_cache_usage_perc"),
+    _row(
+        "l4_requests_running",
+        "gauge",
+        "sequences in the running batch",
+        "vllm:num_requests_running",
+        sglang="sglang:num_running_reqs",
+    ),
+    _row(
+        "l4_requests_waiting",
+        "gauge",
+        "sequences waiting for their first step",
+        "vllm:num_requests_waiting",
+        sglang="sglang:num_queue_reqs",
+    ),
+    _row(
+        "l4_kv_usage_ratio",
+        "gauge",
+        "share of KV memory that requests hold, 0 to 1",
+        "vllm:kv_cache_usage_perc",
+        sglang="sglang:token_usage",
+    ),
     _row(
         "l4_kv_pages",
         "gauge",
         "KV pages; state is used, cached (held by nobody, findable) or total (were all memory this group's)",
         labels=("group", "state"),
     ),
-    _row("l4_preemptions", "counter", "sequences put back for want of KV pages", "vllm:num_preemptions"),
-    _row("l4_prompt_tokens", "counter", "prompt tokens computed", "vllm:prompt_tokens"),
-    _row("l4_generation_tokens", "counter", "tokens generated", "vllm:generation_tokens"),
-    _row("l4_prefix_cache_queries", "counter", "prompt tokens looked up", "vllm:prefix_cache_queries"),
-    _row("l4_prefix_cache_hits", "counter", "prompt tokens found in the prefix cache", "vllm:prefix_cache_hits"),
+    _row(
+        "l4_preemptions",
+        "counter",
+        "sequences put back for want of KV pages",
+        "vllm:num_preemptions",
+        sglang="sglang:num_retracted_requests_total",
+    ),
+    _row(
+        "l4_prompt_tokens", "counter", "prompt tokens computed: cached ones are not, after a preemption they are again"
+    ),
+    _row(
+        "l4_generation_tokens",
+        "counter",
+        "tokens generated",
+        "vllm:generation_tokens",
+        sglang="sglang:generation_tokens_total",
+    ),
+    _row(
+        "l4_prefix_cache_queries",
+        "counter",
+        "prompt tokens of sequences that have begun to answer, computed or found",
+        "vllm:prefix_cache_queries",
+        "vllm:prompt_tokens",
+        sglang="sglang:prompt_tokens_total",
+    ),
+    _row(
+        "l4_prefix_cache_hits",
+        "counter",
+        "those of them found in the prefix cache",
+        "vllm:prefix_cache_hits",
+        sglang="sglang:cached_tokens_total",
+    ),
     _row(
         "l4_prefix_cache_group_hits",
         "counter",
@@ -73,6 +120,7 @@ TABLE = (
         "sequences that ended by themselves",
         "vllm:request_success",
         labels=("finished_reason",),
+        sglang="sglang:num_requests_total",
     ),
     _row("l4_requests_failed", "counter", "sequences ended by an error of their own", "vllm:corrupted_requests"),
     _row("l4_requests_dropped", "counter", "sequences aborted, refused by the engine or lost with it"),
@@ -82,13 +130,15 @@ TABLE = (
         "from submission to the first token",
         "vllm:time_to_first_token_seconds",
         buckets=FIRST_TOKEN_SECONDS,
+        sglang="sglang:time_to_first_token_seconds",
     ),
     _row(
         "l4_inter_token_latency_seconds",
         "histogram",
-        "between one token and the next",
+        "between one token and the next; tokens that a verification brings together are one",
         "vllm:inter_token_latency_seconds",
         buckets=TOKEN_SECONDS,
+        sglang="sglang:inter_token_latency_seconds",
     ),
     _row(
         "l4_time_per_output_token_seconds",
@@ -103,6 +153,7 @@ TABLE = (
         "from submission to the end of a finished sequence",
         "vllm:e2e_request_latency_seconds",
         buckets=REQUEST_SECONDS,
+        sglang="sglang:e2e_request_latency_seconds",
     ),
     _row(
         "l4_request_prompt_tokens",
@@ -110,6 +161,7 @@ TABLE = (
         "prompt length of finished sequences",
         "vllm:request_prompt_tokens",
         buckets=TOKEN_COUNTS,
+        sglang="sglang:prompt_tokens_histogram",
     ),
     _row(
         "l4_request_generation_tokens",
@@ -117,6 +169,7 @@ TABLE = (
         "output length of finished sequences",
         "vllm:request_generation_tokens",
         buckets=TOKEN_COUNTS,
+        sglang="sglang:generation_tokens_histogram",
     ),
     _row(
         "l4_spec_decode_position_drafted",
