@@ -206,7 +206,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
 
 class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one step brought to one request: new tokens (with logprobs if asked), prompt logprobs as they are computed, the end if it came.
-    num_drafted: guesses verified for it; all new tokens but the last one were among them."""
+    num_drafted: guesses verified for it.  num_accepted: new tokens that were among them, all but the last, or all where the sequence ends at one."""
 
     request_id: str
     new_token_ids: Sequence[int] = ()
@@ -217,6 +217,7 @@ class SequenceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     error: str = ""
     num_cached_tokens: int = 0
     num_drafted: int = 0
+    num_accepted: int = 0
 
 
 SLOWER, NO_GUESSES = DRAFT_PAUSES = ("slower", "no_guesses")
@@ -229,8 +230,8 @@ class StepStats:
 
     pages_total: were all memory that group's.  pages_cached: held by nobody, still findable.  num_prefix_hits: tokens that started sequences
     found computed in this step.
-    drafted_at[i]: sequences that had a guess number i + 1 verified in this step; accepted_at[i]: those whose guesses up to it were right.
-    num_drafted_tokens: guesses verified; of a tree there are several at one depth.
+    drafted_at[i]: sequences that had a guess number i + 1 judged in this step (behind the end of an answer none is); accepted_at[i]: those whose
+    guesses up to it were right.  num_drafted_tokens: all guesses verified; of a tree there are several at one depth.
     num_guesses: made for a sequence, as deep as any; None = nothing decoded.  draft_pause: one of DRAFT_PAUSES where guessing has paused.
     num_prefill_scores: tokens that the prompt tokens looked at, summed, of a layer without chunks.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from l4core.engine.batch import Draft, DrawnTokens, StepTokens
 from l4core.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from l4core.errors import RequestError
 from l4core.kv.manager import KVManager
-from l4core.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
+from l4core.request import FinishReason, Request, SequenceUpdate, StepOutput, TokenLogprobs
 
 # --- ends ------------------------------------------------------------------------------------------------------------------------------
 
@@ -234,3 +235,53 @@ def test_a_request_whose_guesses_are_wrong_is_given_no_more() -> None:
     scheduler.add(ask("fresh", 3, 50))
     made.step()
     assert [wanted.request.request_id for wanted in scheduler.draftable(1)] == ["fresh"]
+
+
+def verify(
+    guesses: Sequence[int], parents: Sequence[int], drawn: Sequence[int], error: str = "", **params: Any
+) -> StepOutput:
+    """One step of a request with eos 2, whose guesses brought what a runner would have drawn along their path."""
+    made = engine()
+    made.scheduler.add(ask("a", 3, **{"max_tokens": 20, "eos": (2,), **params}))
+    made.step()
+    (wanted,) = made.scheduler.draftable(len(guesses))
+    made.memory.enter(wanted)
+    made.scheduler.schedule({"a": Draft(token_ids=guesses, parents=parents)})
+    return made.scheduler.commit(StepTokens(drawn=[DrawnTokens(request_id="a", token_ids=drawn, error=error)]))
+
+
+@pytest.mark.parametrize(
+    ("guesses", "parents", "drawn", "judged", "right"),
+    [
+        ([7, 8, 9], (), [5], (1, 1, 1), (0, 0, 0)),
+        ([7, 8, 9], (), [7, 5], (1, 1, 1), (1, 0, 0)),
+        ([7, 8, 9], (), [7, 8, 9, 5], (1, 1, 1), (1, 1, 1)),
+        (
+            [7, 2, 9],
+            (),
+            [7, 2, 9, 5],
+            (1, 1, 0),
+            (1, 1, 0),
+        ),  # the end was guessed, what stands behind it never compared
+        ([2, 8, 9], (), [2, 5], (1, 0, 0), (1, 0, 0)),
+        ([7, 8, 9], (), [7, 2], (1, 1, 1), (1, 0, 0)),  # the end was not guessed: 8 was wrong there
+        ([7, 8, 9], (), [7, 8, 9, 2], (1, 1, 1), (1, 1, 1)),
+        ([7, 4, 2, 9], (-1, -1, 0, 2), [7, 2, 9, 5], (1, 1, 0), (1, 1, 0)),  # a tree: 4 beside 7, 2 below 7, 9 below 2
+    ],
+)
+def test_guesses_behind_the_end_are_not_judged(
+    guesses: list[int], parents: Sequence[int], drawn: list[int], judged: tuple[int, ...], right: tuple[int, ...]
+) -> None:
+    output = verify(guesses, parents, drawn)
+    (update,) = output.updates
+    stats = output.stats
+    assert (stats.drafted_at, stats.accepted_at) == (judged, right)
+    assert (stats.num_drafted_tokens, stats.num_guesses) == (len(guesses), len(judged))
+    assert (update.num_drafted, update.num_accepted) == (len(guesses), sum(right))
+
+
+def test_guesses_behind_a_row_that_fails_are_not_judged() -> None:
+    """It is the row of a right guess."""
+    failed = verify([7, 8, 9], (), [7], error="NaN")
+    assert (failed.updates[0].finish_reason, failed.updates[0].num_accepted) == (FinishReason.ERROR, 1)
+    assert (failed.stats.drafted_at, failed.stats.accepted_at) == ((1, 0, 0), (1, 0, 0))

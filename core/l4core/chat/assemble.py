@@ -56,9 +56,8 @@ class Assembler:
             return TextDelta()
         self._prompt_logprobs += update.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, update.num_cached_tokens)
-        if update.num_drafted:
-            self.num_drafted += update.num_drafted
-            self.num_accepted += len(update.new_token_ids) - 1
+        self.num_drafted += update.num_drafted
+        self.num_accepted += update.num_accepted
         num_before = len(self._token_ids)
         match = self._take_tokens(update)
         if match is None and update.finish_reason is not None:

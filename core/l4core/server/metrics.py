@@ -174,7 +174,7 @@ TABLE = (
     _row(
         "l4_spec_decode_position_drafted",
         "counter",
-        "guesses verified, by their place in the draft",
+        "guesses judged, by their place in the draft: not those behind the end of an answer",
         labels=("position",),
     ),
     _row(
@@ -184,7 +184,7 @@ TABLE = (
         labels=("position",),
     ),
     _row("l4_spec_decode_drafts", "counter", "drafts verified", "vllm:spec_decode_num_drafts"),
-    _row("l4_spec_decode_draft_tokens", "counter", "guesses verified", "vllm:spec_decode_num_draft_tokens"),
+    _row("l4_spec_decode_draft_tokens", "counter", "all guesses verified", "vllm:spec_decode_num_draft_tokens"),
     _row(
         "l4_spec_decode_accepted_tokens",
         "counter",
@@ -337,7 +337,7 @@ class Metrics(Collector):
             self._counter("l4_prefix_cache_group_hits", group=group).inc(found)
 
     def _count_drafts(self, stats: StepStats) -> None:
-        """Acceptance length = 1 + accepted tokens / drafts."""
+        """Acceptance length = 1 + accepted tokens / drafts; one that an answer ends in brings one token less."""
         if stats.draft_pause:
             self._counter("l4_spec_decode_pauses", reason=stats.draft_pause).inc()
         if stats.num_guesses is not None:

@@ -38,7 +38,7 @@ FIGURES = {
     "share of prompt tokens found in the prefix cache": (
         "rate(l4_prefix_cache_hits_total[5m]) / rate(l4_prefix_cache_queries_total[5m])"
     ),
-    "tokens that a verification brings (SGLang's `sglang:spec_accept_length`)": (
+    "tokens that a verification brings where no answer ends (SGLang's `sglang:spec_accept_length`)": (
         "1 + rate(l4_spec_decode_accepted_tokens_total[5m]) / rate(l4_spec_decode_drafts_total[5m])"
     ),
     "share of drafts whose first guess is right": (

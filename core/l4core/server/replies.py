@@ -15,7 +15,7 @@ class PromptTokensDetails(msgspec.Struct):
 
 
 class CompletionTokensDetails(msgspec.Struct):
-    """Guesses of speculation that were verified: right ones, which are part of the answer, and wrong ones, which are not."""
+    """Guesses of speculation that were verified: right ones, which are part of the answer, and the others."""
 
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0

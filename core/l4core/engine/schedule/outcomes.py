@@ -57,9 +57,13 @@ def take_in(
     prompt_logprobs = seq.new_prompt_logprobs(entry.start, drawn.prompt_logprobs) if drawn.prompt_logprobs else ()
     if not token_ids:
         return SequenceUpdate(request_id=seq.request_id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
+    num_right = 0
     if entry.num_drafts:
-        counts.verified(entry, len(token_ids))
-        seq.judge_draft(len(token_ids) > 1)
+        # Of what was drawn only the last token was nobody's guess. Where the sequence ends before it, or fails there, guesses behind are not judged.
+        ends_at_guess = len(token_ids) < len(drawn.token_ids) or bool(drawn.error)
+        num_right = len(token_ids) - (not ends_at_guess)
+        counts.verified(entry, num_right, is_judged=not ends_at_guess)
+        seq.judge_draft(num_right > 0)
     if reason is None and drawn.error:
         reason = FinishReason.ERROR
     return SequenceUpdate(
@@ -72,6 +76,7 @@ def take_in(
         error=drawn.error if reason is FinishReason.ERROR else "",
         num_cached_tokens=(seq.num_cached or 0) if is_first else 0,  # told once
         num_drafted=entry.num_drafts,
+        num_accepted=num_right,
     )
 
 

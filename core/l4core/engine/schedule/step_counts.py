@@ -34,15 +34,15 @@ class StepCounts:
         """Tokens of a prefix whose pages were there."""
         self._hits[group] += num_tokens
 
-    def verified(self, entry: ScheduledSequence, num_tokens: int) -> None:
-        """Guesses of `entry` brought `num_tokens` tokens, the one behind the last right guess among them. Counted by depth."""
+    def verified(self, entry: ScheduledSequence, num_right: int, *, is_judged: bool) -> None:
+        """The first `num_right` guesses of `entry` were right; the others wrong, or not judged since the sequence ended before. Counted by depth."""
         depth = max(depths(entry.num_drafts, entry.parents)) if entry.parents else entry.num_drafts
         self._num_drafted += entry.num_drafts
         for counts in (self._drafted, self._accepted):
             counts += [0] * (depth - len(counts))
-        for i in range(depth):
+        for i in range(depth if is_judged else num_right):
             self._drafted[i] += 1
-            self._accepted[i] += i < num_tokens - 1
+            self._accepted[i] += i < num_right
 
     def stats(self, *, num_running: int, num_waiting: int, num_preemptions: int, kv: KVManager) -> StepStats:
         """The record that leaves the engine. num_running, num_waiting, and what is read from `kv`, are gauges after the step."""
