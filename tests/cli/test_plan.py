@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from l4core.cli.main import l4
-from l4core.errors import ConfigError
+from l4core.errors import CheckpointError, ConfigError
 
 
 def run(*arguments: str) -> str:
@@ -76,35 +77,70 @@ def test_what_flags_cost() -> None:
     assert json.loads(run(*arguments, "--context-length", "auto")) == plain
 
 
+SCOUT = ("--model", "scout", "--gpu", "H200", "--quantization", "int4", "--json")
+DRAFT = {
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "hidden_size": 5120,
+    "intermediate_size": 32768,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "draft_vocab_size": 32000,
+}
+SPECULATORS = {
+    "speculators_model_type": "eagle3",
+    "draft_vocab_size": 32000,
+    "transformer_layer_config": {key: value for key, value in DRAFT.items() if key != "architectures"},
+}
+
+
+def with_draft(folder: Path, config: dict[str, object], *flags: str) -> dict[str, Any]:
+    (folder / "config.json").write_text(json.dumps(config))
+    found: dict[str, Any] = json.loads(run(*SCOUT, "--draft", str(folder), *flags))
+    return found
+
+
 def test_a_draft_takes_weights_and_lies_beside_the_global_layers(tmp_path: Path) -> None:
-    config = {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "hidden_size": 5120,
-        "intermediate_size": 32768,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "draft_vocab_size": 32000,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    found = json.loads(
-        run(
-            "--model",
-            "scout",
-            "--gpu",
-            "H200",
-            "--tp",
-            "1",
-            "--quantization",
-            "int4",
-            "--draft",
-            str(tmp_path),
-            "--json",
-        )
-    )
+    found = with_draft(tmp_path, DRAFT)
     assert found["draft_bytes"] == pytest.approx(1.53e9 + 3 * 5120 * 5120 * 2, rel=0.01)  # and fc
     assert found["waste"]["local"] == pytest.approx(1 - 36 / 39)
     assert found["token_bytes"]["global"] == 13 * 2 * 8 * 128 * 2
+
+
+def test_a_draft_is_counted_with_the_flags_it_is_served_with(tmp_path: Path) -> None:
+    """Layers that it reads are rows of its first matrix; guesses are rows of a step, and steps that are captured."""
+    usual = with_draft(tmp_path, DRAFT)
+    two = with_draft(tmp_path, DRAFT, "--speculative-option", "aux_layers=1,23")
+    assert usual["draft_bytes"] - two["draft_bytes"] == 5120 * 5120 * 2
+    five = with_draft(tmp_path, DRAFT, "--speculative-num-steps", "5")
+    assert five["step_bytes"] > usual["step_bytes"]
+    assert five["graph_bytes"] > usual["graph_bytes"] > json.loads(run(*SCOUT))["graph_bytes"]
+    chain = with_draft(tmp_path, DRAFT, "--speculative-num-draft-tokens", "6")
+    assert chain == five
+    tree = with_draft(tmp_path, DRAFT, "--speculative-eagle-topk", "4")
+    assert tree["step_bytes"] > five["step_bytes"]
+
+
+def test_a_draft_that_does_not_say_all_is_told_by_an_option(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="fix: --speculative-option norm_before_residual=true"):
+        with_draft(tmp_path, SPECULATORS)
+    found = with_draft(tmp_path, SPECULATORS, "--speculative-option", "norm_before_residual=true")
+    assert found == with_draft(tmp_path, DRAFT)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--draft", "HERE", "--speculative-option", "aux=1"], "'aux' is unknown to EAGLE3; its options: aux_layers"),
+        (["--draft", "HERE", "--speculative-num-steps", "3", "--speculative-num-draft-tokens", "9"], "verifies steps"),
+        (["--draft", "HERE/nothing"], "nothing'; wanted a folder with the config.json of an EAGLE3 draft"),
+        (["--speculative-option", "aux_layers=1"], "given without a draft"),
+    ],
+)
+def test_wrong_flags_of_a_draft_are_errors(tmp_path: Path, flags: list[str], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DRAFT))
+    with pytest.raises(ConfigError, match=message):
+        run(*SCOUT, *(flag.replace("HERE", str(tmp_path)) for flag in flags))
 
 
 @pytest.mark.parametrize(

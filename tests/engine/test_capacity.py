@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from l4core import LLM
+from l4core.cli.plan import speculation_of
 from l4core.engine.start.capacity import DEVICES, GIB, Capacity, Setup, capacity, load_config, rank_weight_bytes
 from l4core.errors import CapacityError, ConfigError
+from l4core.testing.models.eagle3 import make_tiny_draft
 
 
 def plan(model: str, gpu: str, **changes: object) -> Capacity:
@@ -112,3 +116,40 @@ def test_the_engine_counts_as_the_planner_does(make_tiny: Callable[..., Path]) -
         workspace=budget.needs.workspace,
     )
     assert capacity(load_config(str(folder)), setup).budget.needs == budget.needs
+
+
+@pytest.mark.parametrize("flags", [{}, {"num_steps": 2}, {"eagle_topk": 3, "num_draft_tokens": 9}])
+def test_the_engine_counts_a_draft_as_the_planner_does(
+    make_tiny: Callable[..., Path], tmp_path: Path, flags: dict[str, int]
+) -> None:
+    """Its weights, an embedding of its own among them, what a step holds for it, and the rows that are verified."""
+    folder = make_tiny(layers=4, hidden=64, inter=96, inter_mlp=128, experts=3, vocab=300, step=2)
+    target = json.loads((folder / "config.json").read_text())
+    draft = make_tiny_draft(tmp_path / "draft", target, aux_layers=[0, 1], own_embed=True)
+    options: dict[str, Any] = {f"speculative_{name}": value for name, value in flags.items()}
+    with LLM(
+        folder.as_posix(),
+        dtype="bfloat16",
+        device="cpu",
+        progress=False,
+        attention_backend="reference",
+        expert_kernel="torch",
+        max_running_requests=8,
+        chunked_prefill_size=512,
+        context_length=200,
+        page_size=16,
+        speculative_algorithm="EAGLE3",
+        speculative_draft_model_path=draft.as_posix(),
+        **options,
+    ) as llm:
+        budget = llm._built.budget
+    config = load_config(str(folder))
+    setup = Setup(
+        memory_bytes=budget.total,
+        page_size=16,
+        context_length=200,
+        max_running=8,
+        num_tokens=512,
+        speculation=speculation_of(config, draft, **flags),
+    )
+    assert capacity(config, setup).budget.needs == budget.needs

@@ -16,6 +16,7 @@ from l4core.errors import ConfigError
 
 if TYPE_CHECKING:
     from l4core.attention.select import Candidate
+    from l4core.engine.speculation.plan import SpeculationPlan
     from l4core.engine.start.capacity import Capacity, Setup
     from l4core.model.config import ModelConfig
     from l4core.plugin_api import Usable
@@ -47,7 +48,27 @@ KV_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
     help="dtype of KV [auto: bfloat16]",
 )
 @click.option(
-    "--draft", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="an EAGLE3 draft's folder"
+    "--draft",
+    "--speculative-draft-model-path",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="an EAGLE3 draft's folder; its config.json is enough",
+)
+@click.option("--speculative-num-steps", type=click.IntRange(1, 63), metavar="N", help="tokens it guesses ahead [3]")
+@click.option(
+    "--speculative-eagle-topk", type=click.IntRange(1, 32), metavar="N", help="tokens that follow a guess [1: a chain]"
+)
+@click.option(
+    "--speculative-num-draft-tokens",
+    type=click.IntRange(2, 64),
+    metavar="N",
+    help="tokens verified, as `l4 serve` has it",
+)
+@click.option(
+    "--speculative-option",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="for the draft, as `l4 serve` has it; may be repeated",
 )
 @click.option("--page-size", type=click.IntRange(min=1), metavar="N", help="tokens of a KV page [the backend's: 64]")
 @click.option("--context-length", metavar="N|auto", help="tokens that one request must be able to have [auto]")
@@ -98,6 +119,10 @@ def plan(
     quantization: str,
     kv_cache_dtype: str,
     draft: Path | None,
+    speculative_num_steps: int | None,
+    speculative_eagle_topk: int | None,
+    speculative_num_draft_tokens: int | None,
+    speculative_option: tuple[str, ...],
     page_size: int | None,
     context_length: str | None,
     max_running_requests: int,
@@ -114,18 +139,23 @@ def plan(
 
     The same arithmetic sizes the engine at start-up. Text half only: the vision encoder is not loaded yet.
     """
-    from l4core.engine.speculation.plan import DEFAULT_STEPS
     from l4core.engine.start.capacity import LENGTHS, Setup, capacity, load_config
-    from l4core.engine.start.graph_sizes import LARGEST, batch_sizes
-    from l4core.model.eagle3_config import DraftConfig, Target
 
     model = one_model(model_argument, model)
     config = load_config(model)
     kv_bytes = 1 if kv_cache_dtype.startswith("fp8") else 2
-    backend, verdict = backend_of(
-        config, gpu, tp, kv_cache_dtype, page_size, max_running_requests, chunked_prefill_size
+    speculation = speculation_of(
+        config,
+        draft,
+        tp=tp,
+        num_steps=speculative_num_steps,
+        eagle_topk=speculative_eagle_topk,
+        num_draft_tokens=speculative_num_draft_tokens,
+        options=speculative_option,
     )
-    target = Target(num_layers=config.num_layers, hidden_size=config.hidden_size, vocab_size=config.vocab_size)
+    backend, verdict = backend_of(
+        config, gpu, tp, kv_cache_dtype, page_size, max_running_requests, chunked_prefill_size, speculation
+    )
     setup = Setup(
         memory_bytes=memory_of(gpu, memory),
         tp=tp,
@@ -141,9 +171,8 @@ def plan(
         local_ratio=swa_full_tokens_ratio,
         hybrid=not disable_hybrid_swa_memory,
         workspace=verdict.workspace_bytes if verdict else 0,
-        graphs=batch_sizes(min(max_running_requests, LARGEST)) if verdict and verdict.graph else (),
-        draft=None if draft is None else DraftConfig.from_folder(draft, target=target, options={}),
-        num_drafts=0 if draft is None else DEFAULT_STEPS,
+        graphs=captured(max_running_requests, speculation) if verdict and verdict.graph else (),
+        speculation=speculation,
         lengths=length or LENGTHS,
     )
     found = capacity(config, setup)
@@ -209,6 +238,49 @@ def tokens_of(context_length: str | None) -> int | None:
     return int(context_length)
 
 
+def speculation_of(
+    config: ModelConfig,
+    draft: Path | None,
+    *,
+    tp: int = 1,
+    num_steps: int | None = None,
+    eagle_topk: int | None = None,
+    num_draft_tokens: int | None = None,
+    options: tuple[str, ...] = (),
+) -> SpeculationPlan | None:
+    """What the same flags make `l4 serve` guess with; of a draft without weights the config says enough. Raises as start-up does."""
+    from l4core.config import EngineConfig
+    from l4core.engine.speculation.plan import EAGLE3, plan_speculation
+    from l4core.plugin_manager import load_plugins
+
+    if draft is None:
+        if num_steps or eagle_topk or num_draft_tokens or options:
+            raise ConfigError("a --speculative- flag is given without a draft", fix="add --draft DIR, or drop the flag")
+        return None
+    if not draft.is_dir():
+        raise ConfigError(f"--draft is {str(draft)!r}; wanted a folder with the config.json of an EAGLE3 draft")
+    asked = EngineConfig(
+        tp=tp,
+        load_format="safetensors" if any(draft.glob("*.safetensors")) else "dummy",
+        speculative_algorithm=EAGLE3,
+        speculative_draft_model_path=str(draft),
+        speculative_num_steps=num_steps,
+        speculative_eagle_topk=eagle_topk,
+        speculative_num_draft_tokens=num_draft_tokens,
+        speculative_option=options,
+    )
+    return plan_speculation(asked, load_plugins(), config)
+
+
+def captured(max_running: int, speculation: SpeculationPlan | None) -> list[int]:
+    """Tokens of each step that is captured as a graph."""
+    from l4core.engine.start.graph_sizes import LARGEST, GraphSizes, batch_sizes
+    from l4core.engine.start.resolve import graph_shapes
+
+    sizes = GraphSizes(sizes=batch_sizes(min(max_running, LARGEST)))
+    return [shape.num_seqs * shape.num_tokens for shape in graph_shapes(sizes, speculation)]
+
+
 def backend_of(
     config: ModelConfig,
     gpu: str | None,
@@ -217,6 +289,7 @@ def backend_of(
     page_size: int | None,
     max_running: int,
     num_tokens: int,
+    speculation: SpeculationPlan | None,
 ) -> tuple[str, Usable | None]:
     """Name and verdict of the attention backend that such a device would take, of those installed here. ("", None) for a device without a name."""
     from l4core.attention.select import candidates
@@ -230,6 +303,7 @@ def backend_of(
     if gpu is None or gpu not in DEVICES:
         return "", None
     rank = rank_config(config, tp)
+    num_drafts = 0 if speculation is None else speculation.num_drafts
     platform = fake_platform(DEVICES[gpu].platform, parse_libraries(LIBRARIES))
     required = AttentionRequirements(
         num_q_heads=rank.num_q_heads,
@@ -239,8 +313,10 @@ def backend_of(
         kv_dtype=kv_dtype_name(kv_cache_dtype, "bfloat16", platform.arch),
         page_size=page_size,
         chunk_size=rank.attention_chunk_size if any(rank.chunked_layers) else None,
-        max_num_seqs=max_running,
+        max_num_seqs=max_running * (num_drafts + 1),
         max_num_tokens=max(num_tokens, max_running),
+        num_draft_tokens=num_drafts,
+        needs_tree=speculation is not None and speculation.trees,
     )
     chosen: list[Candidate] = [c for c in candidates(load_plugins().attention_backends, platform, required) if c.chosen]
     if not chosen or not isinstance(chosen[0].verdict, Usable):
@@ -258,8 +334,9 @@ def _rows(found: Capacity, backend: str) -> Iterator[tuple[str, str, str]]:
     kinds = " and ".join(sorted({"bfloat16", *(setup.formats or {}).values()}))
     yield "memory", _gib(setup.memory_bytes), ""
     yield "weights", _gib(needs.weights - found.draft_bytes), setup.weights if setup.formats is None else kinds
-    if setup.draft is not None:
-        yield "draft", _gib(found.draft_bytes), "bfloat16; its KV lies beside the global layers'"
+    if setup.speculation is not None:
+        guesses = f"{setup.speculation.num_drafts} guesses a step"
+        yield "draft", _gib(found.draft_bytes), f"bfloat16; {guesses}; its KV lies beside the global layers'"
     yield "workspace", _gib(needs.workspace), f"of {backend}" if backend else "backend not known: not counted"
     yield "KV", _gib(found.budget.kv), f"bytes a token: {tokens}"
     yield "", "", f"superpages of {cut} pages of {kv.page_size} tokens; waste {waste}"

@@ -5,18 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from l4core.errors import ConfigError
-from l4core.model.config import ModelConfig
 from l4core.model.eagle3_config import DraftConfig
-
-
-def check_draft_kv(draft: DraftConfig, target: ModelConfig) -> None:
-    """Raises ConfigError for a draft whose keys and values do not fit beside the target's."""
-    if (draft.num_kv_heads, draft.head_dim) != (target.num_kv_heads, target.head_dim):
-        raise ConfigError(
-            f"the draft has {draft.num_kv_heads} KV heads of {draft.head_dim}, the model {target.num_kv_heads} of {target.head_dim}; the draft's "
-            "keys and values lie beside the model's",
-            fix="a draft made for this model",
-        )
 
 
 def rank_draft(draft: DraftConfig, ranks: int) -> DraftConfig:

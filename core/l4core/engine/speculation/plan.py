@@ -63,8 +63,8 @@ class SpeculationPlan:
 
 
 def plan_speculation(config: EngineConfig, plugins: Plugins, model: ModelConfig) -> SpeculationPlan | None:
-    """None without `--speculative-algorithm`. ConfigError for flags that contradict each other or a drafter nobody offers, CheckpointError for a
-    draft that does not fit the target."""
+    """None without `--speculative-algorithm`. ConfigError for flags that contradict each other, a drafter nobody offers or an option that it does not
+    have, CheckpointError for a draft that does not fit the target."""
     if config.speculative_algorithm is None:
         _refuse_orphans(config)
         return None
@@ -79,6 +79,7 @@ def plan_speculation(config: EngineConfig, plugins: Plugins, model: ModelConfig)
             if is_tree
             else f"--speculative-num-steps {chunk_size - 1}",
         )
+    _options(config, drafter)
     if config.speculative_algorithm == EAGLE3:
         tree = _tree(config) if (config.speculative_eagle_topk or 1) > 1 else None
         return SpeculationPlan(algorithm=EAGLE3, num_drafts=num_drafts, draft=_read_draft(config, model), tree=tree)
@@ -93,8 +94,7 @@ def plan_speculation(config: EngineConfig, plugins: Plugins, model: ModelConfig)
 def create_speculation(
     plan: SpeculationPlan, config: EngineConfig, runner: Runner, *, max_context: int, device: str
 ) -> Speculation:
-    """The drafter, made ready. ConfigError for an option it does not have; PluginError when it cannot be made."""
-    options = _options(config, plan)
+    """The drafter, made ready. PluginError when it cannot be made."""
     if plan.draft is not None:
         from l4core.engine.speculation.eagle3 import create_eagle3
 
@@ -109,7 +109,11 @@ def create_speculation(
     assert plan.drafter is not None
     vocab_size = runner.model.config.vocab_size
     context = DraftContext(
-        vocab_size=vocab_size, num_draft_tokens=plan.num_drafts, device=device, options=options, logger=logger
+        vocab_size=vocab_size,
+        num_draft_tokens=plan.num_drafts,
+        device=device,
+        options=_options(config, plan.drafter),
+        logger=logger,
     )
     drafter = create_object(plan.drafter, Drafter, context)  # type: ignore[type-abstract]
     return PluginSpeculation(
@@ -151,12 +155,14 @@ def _dummy_seed(config: EngineConfig) -> int | None:
     return config.random_seed if config.load_format == "dummy" else None
 
 
-def _options(config: EngineConfig, plan: SpeculationPlan) -> Mapping[str, str]:
+def _options(config: EngineConfig, drafter: Provided[DrafterEntry] | None) -> Mapping[str, str]:
     options = parse_key_values("--speculative-option", config.speculative_option)
-    known = OPTIONS if plan.drafter is None else plan.drafter.entry.options
+    known = OPTIONS if drafter is None else drafter.entry.options
     for name in sorted(options.keys() - known.keys()):
         names = ", ".join(sorted(known)) or "none"
-        raise ConfigError(f"--speculative-option {name!r} is unknown to {plan.algorithm}; its options: {names}")
+        raise ConfigError(
+            f"--speculative-option {name!r} is unknown to {config.speculative_algorithm}; its options: {names}"
+        )
     return options
 
 

@@ -8,17 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from l4core.engine.start.memory_budget import RUNTIME_BYTES, Budget, share_out
 from l4core.engine.start.step_memory import needs_of
 from l4core.errors import ConfigError
 from l4core.kv.planner import Footprint, KVPlan, plan_kv
 from l4core.model.config import ModelConfig
-from l4core.model.draft_size import check_draft_kv, draft_elements, draft_token_elements
-from l4core.model.eagle3_config import DraftConfig
 from l4core.model.layout import Parameter, parameters
 from l4core.model.slicing import check_groups, check_world, rank_config, rank_shape
 from l4core.quant.formats import ONLINE, PLAIN, bytes_in, format_of, stored_bytes
+
+if TYPE_CHECKING:
+    from l4core.engine.speculation.draft_model import DraftModel
+    from l4core.engine.speculation.plan import SpeculationPlan
 
 GIB = 1 << 30
 
@@ -57,8 +60,8 @@ class Setup:
     weights: one of WEIGHTS.  formats: by parameter, of a checkpoint that is quantised already.
     kv_bytes: of one stored element.  fraction: None = the default.
     local_ratio: cap on local KV (kv.planner.local_cap).  hybrid: local pages of finished chunks are dropped.
-    workspace: of the attention backend, bytes.  num_tokens: computed in one step at most.  graphs: batches of captured decode steps.
-    draft: an EAGLE3 draft, None = no speculation; num_drafts: tokens it guesses a step.  lengths: of which requests are counted, tokens."""
+    workspace: of the attention backend, bytes.  num_tokens: computed in one step at most.  graphs: tokens of each captured step.
+    speculation: as the engine plans it.  lengths: of which requests are counted, tokens."""
 
     memory_bytes: int
     tp: int = 1
@@ -75,9 +78,13 @@ class Setup:
     hybrid: bool = True
     workspace: int = 0
     graphs: Sequence[int] = ()
-    draft: DraftConfig | None = None
-    num_drafts: int = 0
+    speculation: SpeculationPlan | None = None
     lengths: Sequence[int] = LENGTHS
+
+    @property
+    def draft(self) -> DraftModel | None:
+        """Of EAGLE3."""
+        return None if self.speculation is None else self.speculation.draft
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,15 +146,13 @@ def capacity(config: ModelConfig, setup: Setup) -> Capacity:
     """Raises ConfigError for a tp or page size that does not divide, CapacityError when weights or context do not fit; it names what would."""
     rank = rank_config(config, setup.tp)
     num_tokens = max(setup.num_tokens, setup.max_running)
-    draft, workspace = 0, setup.workspace
+    draft_bytes, workspace = 0, setup.workspace
     if setup.draft is not None:
-        check_draft_kv(setup.draft, config)
-        own_head = setup.draft.draft_vocab_size != config.vocab_size  # one of the whole vocabulary may be the model's
-        draft = ITEM_BYTES * draft_elements(setup.draft, own_embed=False, own_head=own_head, ranks=setup.tp)
-        workspace += ITEM_BYTES * num_tokens * draft_token_elements(setup.draft, ranks=setup.tp)
+        draft_bytes = ITEM_BYTES * setup.draft.elements_on(setup.tp)
+        workspace += ITEM_BYTES * num_tokens * setup.draft.elements_a_token(setup.tp)
     needs = needs_of(
         rank,
-        weights=rank_weight_bytes(config, setup.tp, setup.weights, setup.formats, setup.ep) + draft,
+        weights=rank_weight_bytes(config, setup.tp, setup.weights, setup.formats, setup.ep) + draft_bytes,
         workspace=workspace,
         num_tokens=num_tokens,
         max_running=setup.max_running,
@@ -156,7 +161,7 @@ def capacity(config: ModelConfig, setup: Setup) -> Capacity:
         itemsize=ITEM_BYTES,
         device_bytes=setup.memory_bytes,
         graph_batches=setup.graphs,
-        num_drafts=setup.num_drafts,
+        num_drafts=0 if setup.speculation is None else setup.speculation.num_drafts,
     )
     budget = share_out(setup.memory_bytes, needs, setup.fraction)
     groups = rank.kv_groups(num_draft_layers=0 if setup.draft is None else 1, hybrid=setup.hybrid)
@@ -179,7 +184,7 @@ def capacity(config: ModelConfig, setup: Setup) -> Capacity:
     return Capacity(
         setup=setup,
         budget=budget,
-        draft_bytes=draft,
+        draft_bytes=draft_bytes,
         kv=kv,
         at_once=[(n, footprint.at_once(usable, n)) for n in setup.lengths if n <= kv.largest_context],
         group_bytes={group.name: layer * len(group.layer_ids) for group in groups},
