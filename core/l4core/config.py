@@ -115,7 +115,7 @@ class EngineConfig:
         None,
         "cap on local KV as a share of global KV, by SGLang's arithmetic (default: none, all memory serves both)",
         MEMORY,
-        minimum=0.0,
+        above=0.0,
         maximum=1.0,
     )
     disable_hybrid_swa_memory: bool = _opt(
@@ -238,8 +238,6 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.swa_full_tokens_ratio == 0:
-            raise ConfigError("swa_full_tokens_ratio is 0; wanted above 0, at most 1", fix="leave it out: no cap")
         if self.swa_full_tokens_ratio is not None and self.disable_hybrid_swa_memory:
             raise ConfigError(
                 "--swa-full-tokens-ratio caps local KV, and --disable-hybrid-swa-memory keeps all of it",

@@ -18,7 +18,8 @@ LATER = "is not built yet in this version of L4"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """What the table says of one field. unit: of the value.  not_built: the value (other than the default) is refused with this text.
+    """What the table says of one field. unit: of the value.  minimum, maximum: allowed themselves; above: not.
+    not_built: the value (other than the default) is refused with this text.
     later: values that will be choices, and are refused as not built yet.  auto: the word "auto" may stand for the default, None."""
 
     help: str
@@ -28,6 +29,7 @@ class Option:
     choices: tuple[str, ...] = ()
     later: tuple[str, ...] = ()
     minimum: float | None = None
+    above: float | None = None
     maximum: float | None = None
     not_built: str = ""
     metavar: str = ""
@@ -82,6 +84,10 @@ def check(config: Any) -> None:
         if option.minimum is not None and not value >= option.minimum:
             raise ConfigError(
                 f"{name} is {value!r}; wanted at least {option.minimum}{' ' + option.unit if option.unit else ''}"
+            )
+        if option.above is not None and not value > option.above:
+            raise ConfigError(
+                f"{name} is {value!r}; wanted above {option.above:g}", fix="leave it out, or a larger one"
             )
         if option.maximum is not None and not value <= option.maximum:
             raise ConfigError(f"{name} is {value!r}; wanted at most {option.maximum}")

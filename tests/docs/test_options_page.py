@@ -27,5 +27,6 @@ def test_every_name_and_spelling_is_on_it() -> None:
 def test_units_ranges_and_choices_are_shown() -> None:
     page = render()
     assert "| `port` |  | N, 0 to 65535 | `30000` |" in page
+    assert "| X, above 0, at most 1 |  | cap on local KV" in page  # 0 is refused
     assert "| `drain_seconds` |  | seconds, 0 to 86400 | `30.0` |" in page
     assert "`auto` `safetensors` `dummy`" in page

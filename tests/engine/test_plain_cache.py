@@ -73,5 +73,6 @@ def test_a_cap_on_local_kv_changes_no_answer(tiny: Path) -> None:
 def test_options_that_contradict_are_refused(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="give one of the two"):
         open_llm(tiny, swa_full_tokens_ratio=0.5, disable_hybrid_swa_memory=True)
-    with pytest.raises(ConfigError, match="wanted above 0"):
-        open_llm(tiny, swa_full_tokens_ratio=0.0)
+    for wrong, words in ((0.0, "wanted above 0"), (-0.5, "wanted above 0"), (1.5, "wanted at most 1")):
+        with pytest.raises(ConfigError, match=words):
+            open_llm(tiny, swa_full_tokens_ratio=wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from l4core.cli.options import METAVARS, value_type
@@ -52,17 +53,22 @@ def value_of(hint: Any, row: Option) -> str:
         return "flag"
     if row.choices:
         return " ".join(f"`{choice}`" for choice in row.choices)
-    low, high = row.minimum, row.maximum
-    bounds = (
-        f"{low:g} to {high:g}"
-        if low is not None and high is not None
-        else f"at least {low:g}"
-        if low is not None
-        else ""
-    )
-    return ", ".join(
-        part for part in (row.metavar or row.unit or METAVARS[kind], bounds, "or `auto`" if row.auto else "") if part
-    )
+    parts = (row.metavar or row.unit or METAVARS[kind], *bounds(row), "or `auto`" if row.auto else "")
+    return ", ".join(part for part in parts if part)
+
+
+def bounds(row: Option) -> Iterator[str]:
+    """The range in words, in one part or two."""
+    low, above, high = row.minimum, row.above, row.maximum
+    if low is not None and high is not None:
+        yield f"{low:g} to {high:g}"
+        return
+    if low is not None:
+        yield f"at least {low:g}"
+    if above is not None:
+        yield f"above {above:g}"
+    if high is not None:
+        yield f"at most {high:g}"
 
 
 if __name__ == "__main__":
