@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from l4core.chat.byte_tokenizer import BOS, SMALLEST_VOCABULARY, SPECIAL_TOKENS, build_byte_tokenizer
+from l4core.chat.byte_tokenizer import BOS, SMALLEST_VOCABULARY, build_byte_tokenizer
+from l4core.chat.specials import LLAMA4_TOKENS
 from l4core.chat.tokenizer import Tokenizer
 from l4core.testing.models.tokenizers import make_byte_tokenizer
 
@@ -15,8 +16,8 @@ def test_the_vocabulary_has_exactly_the_size_asked_for(tmp_path: Path, vocab_siz
     ids = make_byte_tokenizer(tmp_path, vocab_size)
     made = Tokenizer.from_folder(tmp_path)
     assert made.vocab_size == vocab_size
-    assert ids == {token: made.special_id(token) for token in SPECIAL_TOKENS}
-    assert sorted(ids.values()) == list(range(vocab_size - len(SPECIAL_TOKENS), vocab_size))
+    assert ids == {token: made.special_id(token) for token in LLAMA4_TOKENS}
+    assert sorted(ids.values()) == list(range(vocab_size - len(LLAMA4_TOKENS), vocab_size))
     assert all(made.token(i) is not None for i in range(vocab_size))
     assert made.bos_id == ids[BOS]
 

@@ -28,6 +28,24 @@ def test_new_tokens_have_their_ids(tokenizer: Tokenizer) -> None:
     assert [tokenizer.token_to_id(t) for t in SPECIAL] == [ID[t] for t in SPECIAL] == list(range(49152, 49167))
 
 
+def test_ids_are_those_that_the_weights_were_trained_with() -> None:
+    """As checkpoints/smol-l4/README.md has them; the order of the list is another room's."""
+    named = {t.strip("<|>"): i - 49152 for t, i in ID.items()}
+    ends = {"begin_of_text": 0, "end_of_text": 1, "header_start": 2, "header_end": 3, "eom": 4, "eot": 5}
+    assert named == {
+        **ends,
+        "image_start": 6,
+        "image_end": 7,
+        "tile_x_separator": 8,
+        "tile_y_separator": 9,
+        "image": 10,
+        "patch": 11,
+        "python_start": 12,
+        "python_end": 13,
+        "finetune_right_pad": 14,
+    }
+
+
 def test_plain_text_begins_with_bos_and_comes_back(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("Grüße, 42!").ids
     assert ids[0] == BOT

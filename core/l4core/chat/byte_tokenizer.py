@@ -6,30 +6,15 @@ from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-BOS = "<|begin_of_text|>"
-SPECIAL_TOKENS = (
-    BOS,
-    "<|end_of_text|>",
-    "<|header_start|>",
-    "<|header_end|>",
-    "<|eom|>",
-    "<|eot|>",
-    "<|image_start|>",
-    "<|image_end|>",
-    "<|tile_x_separator|>",
-    "<|tile_y_separator|>",
-    "<|image|>",
-    "<|patch|>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|finetune_right_pad|>",
-)
+from l4core.chat.specials import LLAMA4_TOKENS
+
+BOS = LLAMA4_TOKENS[0]
 NUM_BYTES = 256
-SMALLEST_VOCABULARY = NUM_BYTES + len(SPECIAL_TOKENS)
+SMALLEST_VOCABULARY = NUM_BYTES + len(LLAMA4_TOKENS)
 
 
 def build_byte_tokenizer(
-    vocab_size: int, corpus: Iterable[str] = (), specials: Sequence[str] = SPECIAL_TOKENS
+    vocab_size: int, corpus: Iterable[str] = (), specials: Sequence[str] = LLAMA4_TOKENS
 ) -> Tokenizer:
     """Exactly `vocab_size` ids: 256 bytes, merges learnt from `corpus`, reserved special tokens where it gives too few, `specials` last.
 

@@ -13,6 +13,24 @@ from typing import Any
 
 from l4core.plugin_api import Piece, Special, Text
 
+LLAMA4_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|header_start|>",
+    "<|header_end|>",
+    "<|eom|>",
+    "<|eot|>",
+    "<|image_start|>",
+    "<|image_end|>",
+    "<|tile_x_separator|>",
+    "<|tile_y_separator|>",
+    "<|image|>",
+    "<|patch|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|finetune_right_pad|>",
+)
+"""Those of Llama 4 that mean something, the first one before every text. Tokenizers made here give them ids in this order."""
 _NOT_WHITE_SPACE = re.compile(r"\S")
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from l4core.chat.specials import LLAMA4_TOKENS
+
 LAYERS = 30
 HIDDEN = 576
 HEADS = 9
@@ -23,23 +25,7 @@ SLOTS = EXPERTS + 1  # slot 0 is the shared expert
 CONTEXT = 8192
 
 BASE_VOCAB = 49152
-SPECIAL = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|header_start|>",
-    "<|header_end|>",
-    "<|eom|>",
-    "<|eot|>",
-    "<|image_start|>",
-    "<|image_end|>",
-    "<|tile_x_separator|>",
-    "<|tile_y_separator|>",
-    "<|image|>",
-    "<|patch|>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|finetune_right_pad|>",
-)
+SPECIAL = LLAMA4_TOKENS
 ID = {token: BASE_VOCAB + i for i, token in enumerate(SPECIAL)}
 BOT, HEADER_START, HEADER_END, EOT = (
     ID[t] for t in ("<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>")

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from l4core.chat.byte_tokenizer import BOS, SPECIAL_TOKENS, build_byte_tokenizer
+from l4core.chat.byte_tokenizer import BOS, build_byte_tokenizer
+from l4core.chat.specials import LLAMA4_TOKENS
 
 CHAT_TEMPLATE = """\
 {{- bos_token }}
@@ -51,7 +52,7 @@ def make_byte_tokenizer(
     Returns special token → id. The same arguments give the same files.
     """
     out.mkdir(parents=True, exist_ok=True)
-    specials = (*extra_specials, *SPECIAL_TOKENS)
+    specials = (*extra_specials, *LLAMA4_TOKENS)
     tokenizer = build_byte_tokenizer(vocab_size, CORPUS, specials)
     tokenizer.save(str(out / "tokenizer.json"))
     config = {
