@@ -14,6 +14,7 @@ import argparse
 import ast
 import json
 import math
+import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,9 @@ import l4core.quant.fp8 as fp8
 from l4core import LLM, SamplingParams
 from l4core.demo.build import cached_folder, find_delta
 from l4core.ops.quantise_rows import quantise_rows_torch
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 MODULES = ("argparse", "asyncio/tasks", "collections/__init__", "contextlib", "datetime", "decimal", "difflib", "doctest", "email/message",
            "fractions", "heapq", "inspect", "ipaddress", "json/__init__", "logging/__init__", "pathlib", "pickle", "random", "statistics",
@@ -58,10 +62,10 @@ def main() -> None:
     args = parser.parse_args()
     model = args.model or cached_folder(find_delta())
     results: dict[str, Any] = {
+        **where(),
         "model": model.name,
         "pieces": args.pieces,
         "length": args.length,
-        "torch": torch.__version__,
         "rows": [],
     }
     plain: Read | None = None

@@ -22,6 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
+
 HERE = Path(__file__).parent
 sys.path.insert(0, (HERE.parent.parent / "examples" / "eagle3_train").as_posix())
 STEPS, LENGTH = 3, 512
@@ -45,7 +48,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     dialogs = [json.loads(line) for line in args.dialogs.read_text(encoding="utf-8").splitlines()][: args.count]
-    result: dict[str, Any] = {"dialogs": len(dialogs), "dtype": args.dtype}
+    result: dict[str, Any] = {**where(args.device), "dialogs": len(dialogs), "dtype": args.dtype}
     if args.answers is not None and args.answers.exists():
         answers: list[Answer] = json.loads(args.answers.read_text())[: args.count]
     else:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ import torch
 from l4core import LLM, SamplingParams
 from l4core.engine.inbox import Inbox
 from l4core.request import Request
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 
 def main() -> None:
@@ -41,8 +44,8 @@ def main() -> None:
         name: LLM(args.model, dtype=args.dtype, device=args.device, disable_radix_cache=off, progress=False)
         for name, off in (("on", False), ("off", True))
     }
-    result: dict[str, Any] = {"model": Path(args.model).name, "machine": platform.processor() or platform.machine()}
-    result |= {"torch": torch.__version__, "threads": args.threads, "own": args.own, "rows": []}
+    result: dict[str, Any] = {**where(args.device), "model": Path(args.model).name}
+    result |= {"threads": args.threads, "own": args.own, "rows": []}
     print(f"{'shared':>8}{'cached':>8}{'on, ms':>10}{'off, ms':>10}{'off / on':>10}{'floor':>8}")
     for shared in map(int, args.shared.split(",")):
         row = measure(engines, shared, args.own, args.requests)

@@ -16,12 +16,16 @@ import itertools
 import json
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from l4core import LLM, SamplingParams
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -75,7 +79,7 @@ def main() -> None:
         rows.append({**compared(engines, args, batch, temperature), "device": args.device, "dtype": args.dtype})
         print(json.dumps(rows[-1]), flush=True)
         if args.json:
-            args.json.write_text(json.dumps({"rows": rows} if len(rows) > 1 else rows[0], indent=1) + "\n")
+            args.json.write_text(json.dumps({**where(args.device), "rows": rows}, indent=1) + "\n")
 
 
 def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:

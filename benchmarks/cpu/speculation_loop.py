@@ -37,6 +37,9 @@ from l4core.testing.models.eagle3 import make_tiny_draft
 sys.path.insert(0, (Path(__file__).parents[1] / "gpu").as_posix())
 from host_cost import CONFIG
 
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
+
 STEPS, VOCAB = 3, 1000
 TIMES = {1: (3.114, 0.378, 0.887), 4: (6.256, 0.464, 0.982), 16: (10.0, 0.6, 1.2)}
 """Batch → ms of a verify of 4 tokens, of the draft's pass over them, of three guesses."""
@@ -205,7 +208,7 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({**where("cpu"), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

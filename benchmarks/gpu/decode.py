@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,9 @@ from l4core.engine.start.graph_sizes import GraphSizes
 from l4core.model.slicing import rank_config
 from l4core.parallel.ranks import ALONE, Ranks
 from l4core.request import Request
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 COMPUTED_CONTEXT = 4096
 """Longer contexts are noise: a prefill of 32 × 128k tokens would take minutes."""
@@ -72,8 +76,7 @@ def main() -> None:
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     bench = Bench(args.layers, batches, options, sampling)
     results: dict[str, Any] = {
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **where(),
         "copy_tb_s": rates.copy / 1e12,
         "matmul_tflop_s": rates.matmul / 1e12,
         "ready_s": time.perf_counter() - began,

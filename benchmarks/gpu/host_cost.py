@@ -17,6 +17,7 @@ import io
 import json
 import pstats
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,9 @@ from l4core.engine.run.draws import PendingDraws
 from l4core.engine.run.fixed_step import Computed
 from l4core.engine.start.graph_sizes import GraphSizes
 from l4core.request import Request, SamplingParams
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 WARMUP, STEPS = 30, 300
 PROMPT, LONGER_PROMPT = 8, 64
@@ -80,8 +84,8 @@ def main() -> None:
     on_device = torch.accelerator.is_available()
     engine = make_engine(dict(option.split("=", 1) for option in args.options), args.requests)
     results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator: device work left out",
-        "torch": torch.__version__,
+        **where(),
+        "device_work": on_device,
         "requests": args.requests,
     }
     if not on_device:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 
-import torch
 from one_rank import admit, build, randomise, requests, shapes, step_ms, without_computing
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 
 def main() -> None:
@@ -54,8 +57,7 @@ def main() -> None:
             built.engine.abort([f"at {tokens}-0"])
             built.engine.step()
     found = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **where(),
         "what": {k: v for k, v in vars(args).items() if k != "out"},
         "report": list(engines["hybrid"].report),
         "step_ms": rows,

@@ -12,14 +12,13 @@ import argparse
 import gc
 import json
 import random
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import l4core.engine.start.resolve as resolve
 from l4core.bench.stats import summary
@@ -32,6 +31,9 @@ from l4core.engine.start.capacity import load_config
 from l4core.engine.start.graph_sizes import GraphSizes
 from l4core.model.config import ModelConfig
 from l4core.request import Request, SamplingParams
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 SECONDS = 8
 """Longest for one target; a prompt that is not through by then is given up, and the row says so."""
@@ -176,8 +178,7 @@ def main() -> None:
             flush=True,
         )
         if args.out:
-            card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-            head = {"card": card, "torch": torch.__version__, "layers": args.layers, "decodes": args.decodes}
+            head = {**where(), "layers": args.layers, "decodes": args.decodes}
             args.out.write_text(json.dumps({**head, "prompt": args.prompt, "rows": rows}) + "\n")
 
 

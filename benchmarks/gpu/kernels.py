@@ -1,6 +1,6 @@
 """Attention kernel times at Scout's shapes on one GPU, as JSON.
 
-    PYTHONPATH=core:plugins/fa3:plugins/triton:plugins/trtllm_mha python benchmarks/gpu/kernels.py OUT.json [--commit ID] [--only TEXT] [--page 64]
+    PYTHONPATH=core:plugins/fa3:plugins/triton:plugins/trtllm_mha python benchmarks/gpu/kernels.py OUT.json [--only TEXT] [--page 64]
 
 Every contender works on the same pages and is compared with the first of them before it is timed. A time is GPU time a layer, from a captured graph
 of one step: what a backend prepares once a step (`plan`) is in it, spread over the layers of the graph.
@@ -9,10 +9,9 @@ of one step: what a backend prepares once a step (`plan`) is in it, spread over 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,12 @@ from timing import graph_us, host_us
 from l4core.attention.chunked import ring_width, single_chunk_metadata
 from l4core.plugin_api import AttentionMetadata
 
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
+
 BARE = "FA3, called directly"
 TOLERANCE = 2e-2
-LIBRARIES = ("torch", "triton", "tokenspeed-fa3", "flashinfer-python")
+LIBRARIES = ("tokenspeed-fa3", "flashinfer-python")
 SAME_CHUNK_PART = 1808
 """Tokens past a chunk's border, of contexts that should cost a local layer the same: 10 000 and 1 001 232."""
 
@@ -138,7 +140,6 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--commit", default="")
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--page", type=int, default=64)
     args = parser.parse_args()
@@ -146,10 +147,7 @@ def main() -> None:
     backends = dict(ours(args.page))
     rows: dict[str, Any] = {}
     record = {
-        "card": torch.cuda.get_device_name(),
-        "date": datetime.date.today().isoformat(),
-        "commit": args.commit,
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)},
+        **where("auto", *LIBRARIES),
         "heads": "40 query heads on 8 KV heads of 128, bfloat16",
         "page_size": args.page,
         "providers": {name: backend.provider for name, backend in backends.items()},
@@ -162,14 +160,6 @@ def main() -> None:
             rows[shape.name] = measure(shape, backends, args.page)
             print(*table({shape.name: rows[shape.name]}), flush=True)
             args.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

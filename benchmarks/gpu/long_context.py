@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from one_rank import (
     weight_bytes_read,
     without_computing,
 )
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 GIB = 1 << 30
 
@@ -100,8 +104,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     admit(built, chats)
     beside = timed([args.tokens, *[args.chat_tokens] * args.chats])
     return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **where(),
         "what": {k: v for k, v in vars(args).items() if k != "out"},
         "report": list(built.report),
         "copy_tb_s": rate / 1e12,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from timing import graph_us
 from l4_triton import launch
 from l4_triton.tiles import Tile
 from l4core.plugin_api import AttentionMetadata, KVView
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 HEADS, DIM, PAGE, CHAT_TOKENS = 5, 128, 64, 1000
 TOKENS = {torch.bfloat16: 5_000_000, torch.float8_e4m3fn: 10_000_000}
@@ -116,7 +120,7 @@ def main() -> None:
         del problem
         torch.cuda.empty_cache()
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps({**where(), "rows": found}, indent=1) + "\n")
 
 
 def _times(problem: Problem, tile: Tile, partials: launch.Partials) -> dict[str, float]:

@@ -26,6 +26,9 @@ from l4core.experts.tiles import tiles_for
 from l4core.ops.router import route
 from l4core.plugin_api import ExpertKernel, ExpertWeights
 
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
+
 BYTES_PER_S, FLOPS = 4.3e12, 750e12
 """Of an H200: copy, and products of bfloat16."""
 
@@ -52,8 +55,7 @@ def main() -> None:
         print("  ".join(f"{key} {value:.4g}" for key, value in rows[-1].items()), flush=True)
     if args.out:
         found = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
+            **where(),
             "experts": args.experts,
             "inter": args.inter,
         }

@@ -32,6 +32,9 @@ from l4core.experts import few_triton, sorted_triton
 from l4core.experts.tiles import Tile
 from l4core.plugin_api import ExpertWeights
 
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
+
 HIDDEN = 5120
 TILES = Path(__file__).parents[2] / "core/l4core/experts/tiles.json"
 
@@ -121,7 +124,7 @@ def rows_for(tokens: int, experts: int) -> tuple[int, ...]:
 
 def jobs(args: argparse.Namespace) -> list[tuple[str, int, Tile]]:
     """Every candidate of every launch; with --like those that were among the best for some number of tokens there."""
-    good = None if args.like is None else good_tiles(json.loads(args.like.read_text()), args.most)
+    good = None if args.like is None else good_tiles(measured(args.like), args.most)
     made = []
     for tokens in args.tokens:
         paths = [("few", max(16, triton.next_power_of_2(tokens)))] if tokens <= 32 else []
@@ -133,6 +136,12 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, int, Tile]]:
                 name = f"{path} {product}"
                 made += [(name, tokens, t) for t in tiles(name, rows) if good is None or (name, t) in good]
     return made
+
+
+def measured(file: Path) -> list[dict[str, Any]]:
+    """The rows of what --out wrote; once it was nothing but rows."""
+    found = json.loads(file.read_text())
+    return found["rows"] if isinstance(found, dict) else found
 
 
 def good_tiles(found: list[dict[str, Any]], most: int) -> set[tuple[str, Tile]]:
@@ -149,7 +158,7 @@ MEASURED_FOR = {1: 2, 8: 16, 32: 32, 64: 64, 128: 256, 512: 1024, 2048: 4096, 16
 
 def write(args: argparse.Namespace) -> None:
     """The best tiles into the package's data. The path for few tokens is taken as far as it was measured."""
-    found = [f for file in args.write for f in json.loads(file.read_text())]
+    found = [f for file in args.write for f in measured(file)]
     rows = []
     for tokens, most in MEASURED_FOR.items():
         few = any((f["path"], f["tokens"]) == ("few down", tokens) for f in found)
@@ -235,7 +244,7 @@ def main() -> None:
             print(path, tokens, tile, type(error).__name__, flush=True)
             continue
         found.append({"path": path, "tokens": tokens, "us": us, "tile": asdict(tile)})
-    args.out.write_text(json.dumps(found, indent=1))
+    args.out.write_text(json.dumps({**where(), "rows": found}, indent=1))
     print(f"{len(found)} of {len(todo)} candidates in {time.monotonic() - began:.0f} s")
     show(found, args)
 

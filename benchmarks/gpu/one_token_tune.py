@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from l4core.experts import one_triton as one
 from l4core.experts.few_triton import few_tokens
 from l4core.experts.tiles import Tile, tiles_for
 from l4core.plugin_api import ExpertWeights
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 HIDDEN, EXPERTS = 5120, 4
 
@@ -117,7 +121,7 @@ def main() -> None:
         print(json.dumps(record))
     print(len(found))
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps({**where(), "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

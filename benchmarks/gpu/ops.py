@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -32,6 +32,9 @@ from l4core.ops.silu_mul import silu_mul_torch
 from l4core.ops.silu_mul_triton import silu_mul_triton
 from l4core.plugin_api import KVView
 from l4core.request import Request, SamplingParams
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 HIDDEN, HEADS, KV_HEADS, DIM, INTER, CHUNK, PAGE = 5120, 40, 8, 128, 8192, 8192, 64
 TOKENS = (1, 8, 32, 128, 2048, 16384)
@@ -191,7 +194,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=4.3e12)
     parser.add_argument("--only", choices=["ops", "count"])
     args = parser.parse_args()
-    record: dict[str, Any] = {"card": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat()}
+    record: dict[str, Any] = where()
     began = time.perf_counter()
     if args.only != "count":
         rows = record["ops"] = []

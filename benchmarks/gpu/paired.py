@@ -8,16 +8,18 @@ A round replays one captured step of each, the order changing from round to roun
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import torch
 from contenders import Timed, bare_fa3, ours
 from shapes import Shape, build, prefill
 from timing import capture, replay_us
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 SHAPES = tuple(
     prefill(batch, length, layer) for layer in ("global", "local") for batch, length in ((8, 2048), (2, 8192))
@@ -28,7 +30,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--commit", default="")
     args = parser.parse_args()
     torch.manual_seed(0)
     backend = dict(ours(64))["l4-fa3"]
@@ -38,11 +39,8 @@ def main() -> None:
         rows[shape.name] = compare(bare_fa3(problem), backend.timed(problem), args.rounds) | rate(shape)
         print(shape.name, {k: v for k, v in rows[shape.name].items() if k != "ratios"}, flush=True)
     record = {
-        "card": torch.cuda.get_device_name(),
-        "date": datetime.date.today().isoformat(),
-        "commit": args.commit,
-        "libraries": {name: importlib.metadata.version(name) for name in ("torch", "triton")}
-        | {"FA3": backend.provider},
+        **where(),
+        "FA3": backend.provider,
         "rounds": args.rounds,
         "shapes": rows,
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -23,6 +24,9 @@ from timing import graph_us
 from l4core.experts.quantised_tiles import Tile, Tiles
 from l4core.experts.quantised_triton import Fp8Experts, Int4Experts
 from l4core.plugin_api import ExpertWeights
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 EXPERTS, HIDDEN, INTER, COPY = 16, 5120, 8192, 4.25e6
 """COPY: bytes a microsecond, of the floor."""
@@ -149,8 +153,7 @@ def main() -> None:
                 rows[-1]["us"] = layer.microseconds(tiles)
             print(rows[-1], flush=True)
         if args.out:
-            versions = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
-            args.out.write_text(json.dumps({"kept": args.kept, **versions, "rows": rows}, indent=1) + "\n")
+            args.out.write_text(json.dumps({**where(), "kept": args.kept, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

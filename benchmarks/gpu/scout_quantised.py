@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,9 @@ from one_rank import admit, build, copy_rate, kernel_ms, requests, shapes, step_
 from l4core.bench.floor import decode_bytes, weights_by_config
 from l4core.engine.inbox import Inbox
 from l4core.engine.start.build import BuiltEngine
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 WARMUP, STEPS = 6, 32
 
@@ -45,8 +49,7 @@ def main() -> None:
     built = build(shapes("scout", 1, args.layers), graph_batches=batches, quantization=args.quantization, **options)
     ready = time.perf_counter() - began
     results: dict[str, Any] = {
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **where(),
         "quantization": args.quantization,
         "layers": args.layers,
         "copy_tb_s": rate / 1e12,

@@ -28,6 +28,9 @@ from l4core.bench.report import notes, serve_table
 from l4core.bench.serve import Plan, as_json, parse_limits, parse_loads, sweep, with_floor
 from l4core.cli.table import text_table
 
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
+
 READY_SECONDS = 240
 FIRST_SPECIAL = 200_000
 SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|header_start|>", "<|header_end|>", "<|eom|>", "<|eot|>")
@@ -124,13 +127,15 @@ def main() -> None:
             points.append(point)
             print(text_table(*serve_table(points)), flush=True)
             if args.out:
-                args.out.write_text(json.dumps({"ready_s": ready_s, "options": args.options, "points": points}))
+                args.out.write_text(
+                    json.dumps({**where(), "ready_s": ready_s, "options": args.options, "points": points})
+                )
 
         with serving(folder, args.options) as (url, ready_s):
             result = sweep(Target(url=url), plan, told)
         if args.bandwidth:
             with_floor(result, text, args.bandwidth * 1e9, args.floor_weights)
-    result |= {"ready_s": ready_s, "layers": args.layers, "options": args.options}
+    result |= {**where(), "ready_s": ready_s, "layers": args.layers, "options": args.options}
     print(text_table(*serve_table(result["points"])))  # once more, with the floor
     print(*notes(result["points"]), f"ready after {ready_s:.1f} s", sep="\n")
     if args.out:

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ import torch
 from timing import graph_us
 
 from l4core.ops.skinny_triton import SkinnyTile, skinny_linear
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 SHAPES = {
     "qkv": (7168, 5120),
@@ -102,7 +106,7 @@ def main() -> None:
             found.append(time_tiles(name, rows, weights))
             print(found[-1], f"{time.perf_counter() - began:.0f} s", flush=True)
     if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps({**where(), "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

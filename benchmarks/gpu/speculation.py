@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,9 @@ from l4core.engine.run.fixed_step import StepRequests, StepShape
 from l4core.engine.run.graphs import Graphs
 from l4core.engine.speculation.draft_steps import FixedGuess
 from l4core.plugin_ops.masks import share
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 STEPS, ROUNDS = 3, 24
 SCOUT_LAYERS = 48
@@ -86,8 +90,8 @@ def main() -> None:
         for row in found:
             print(json.dumps(row), flush=True)
     if args.json:
-        card = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_tb_s": rates.copy / 1e12}
-        args.json.write_text(json.dumps({**card, "layers": args.layers, "rows": rows}, indent=1) + "\n")
+        head = {**where(), "copy_tb_s": rates.copy / 1e12}
+        args.json.write_text(json.dumps({**head, "layers": args.layers, "rows": rows}, indent=1) + "\n")
 
 
 class SpeculationBench:

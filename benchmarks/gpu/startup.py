@@ -20,6 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
+
 PRESETS = Path(__file__).parents[2] / "core/l4core/model/presets"
 
 
@@ -142,7 +145,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(one_start(args.layers, dict(option.split("=", 1) for option in args.option))))
         return
-    record: dict[str, Any] = {"layers": args.layers}
+    record: dict[str, Any] = {**where(), "layers": args.layers}
     if args.load:
         record["load"] = {key: round(value, 2) for key, value in load_rate(args.load).items()}
         print(record["load"], flush=True)

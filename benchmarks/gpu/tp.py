@@ -42,6 +42,9 @@ from l4core.testing.models.checkpoints import make_tiny_checkpoint
 from l4core.testing.models.eagle3 import make_tiny_draft
 from l4core.testing.ranks.serving import Served, mixed_requests, rank_config_of, serve, serve_with
 
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
+
 SMALL = {
     "layers": 4,
     "hidden": 256,
@@ -105,9 +108,8 @@ class Run:
         self.is_first = self.ranks.rank == 0
         self.control = dist.new_group(backend="gloo")
         self.began = self.part_began = time.perf_counter()
-        self.found: dict[str, Any] = {"ranks": self.ranks.size, "torch": torch.__version__}
+        self.found: dict[str, Any] = {**where(device.type), "ranks": self.ranks.size}
         if device.type == "cuda":
-            self.found["card"] = torch.cuda.get_device_name()
             self.found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         if args.json and args.json.is_file():
             self.found = json.loads(args.json.read_text()) | self.found

@@ -16,15 +16,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 
 from l4_triton import launch
 from l4_triton.tiles import Tile, tiles_for
 from l4core.plugin_api import AttentionMetadata, ChunkInfo, KVView
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 HEADS, KV_HEADS, DIM, PAGE = 40, 8, 128, 64
 DECODES = [(b, s) for s in (1024, 8192, 131072) for b in (1, 8, 32, 128) if b * s <= 32 * 131072]
@@ -297,9 +300,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--workers", str(a.workers), "--share"]
         for worker in [subprocess.Popen([*command, str(i)]) for i in range(a.workers)]:
             worker.wait()
-    records: list[dict[str, Any]] = [
-        {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "page": PAGE}
-    ]
+    records: list[dict[str, Any]] = [{**where(), "page": PAGE}]
     print(records[0], flush=True)
     pool = Pool(36 * 131072 // PAGE)
     for record in itertools.chain(sweep(pool) if a.sweep else (), table(pool, a.fa3) if a.table else ()):

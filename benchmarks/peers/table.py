@@ -23,7 +23,6 @@ import importlib.util
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from side_process import end_children_when_terminated, run, unpack
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -280,26 +282,14 @@ def summary(runs: Sequence[dict[str, Any]], layers: int, seconds: float) -> dict
         return next((one[key] for one in runs if one.get(key)), None)
 
     return {
-        "date": time.strftime("%Y-%m-%d"),
-        "card": first("card"),
-        "torch": first("torch"),
+        **where(),
+        **{key: found for key in ("card", "torch") if (found := first(key))},
         "python": platform.python_version(),
-        "commit": _commit(),
         "shape": f"{layers} of 48 Scout layers, bfloat16, random weights, {CONTEXT} tokens of context and growing",
         "rows": join(runs),
         "runs": list(runs),
         "seconds": seconds,
     }
-
-
-def _commit() -> str | None:
-    """None where there is no git or no repository."""
-    try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("L4_COMMIT")
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ import psutil
 from l4core.testing.models.checkpoints import make_tiny_checkpoint
 from l4core.testing.models.tokenizers import make_byte_tokenizer
 
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
+
 SHAPE: dict[str, Any] = {
     "layers": 4,
     "hidden": 256,
@@ -161,6 +164,7 @@ def main() -> None:
         model = [str(folder / "model"), "--device", args.device, "--dtype", "float32", *args.options]
         expected = None if args.skip_single else one_rank(model)
         found: dict[str, Any] = {
+            **where(args.device),
             "tp": args.tp,
             "device": args.device,
             "dist_timeout_s": args.dist_timeout,

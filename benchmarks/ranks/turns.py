@@ -23,6 +23,9 @@ from l4core.parallel.connect import Crew
 from l4core.parallel.place import local_layout
 from l4core.request import Request, SamplingParams, SequenceUpdate, StepOutput
 
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
+
 ROUNDS = 2000
 
 
@@ -62,7 +65,13 @@ def main() -> None:
     crew.watchdog.stop()
     for process in processes:
         process.join()
-    found = {"ranks": args.ranks, "bytes": len(payload), **_times("half_round_trip", there), **_times("send", send)}
+    found = {
+        **where("cpu"),
+        "ranks": args.ranks,
+        "bytes": len(payload),
+        **_times("half_round_trip", there),
+        **_times("send", send),
+    }
     for count in (1, 64, 256):
         found[f"checksum_of_{count}_us"] = _checksum_us(count)
     print(json.dumps(found))
