@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -9,7 +10,9 @@ import pytest
 
 from helpers.commands import RunL4
 from l4core.cli.command import L4Command
+from l4core.cli.elsewhere import ELSEWHERE
 from l4core.cli.errors import run, wants_debug
+from l4core.config import field_of
 from l4core.errors import CheckpointError, ConfigError, L4Error
 
 
@@ -23,6 +26,28 @@ def test_unknown_option_like_nothing_else(run_l4: RunL4) -> None:
     ended = run_l4("serve", "m", "--zzzzqqqq")
     assert ended.code == 2
     assert "fix: l4 serve --help lists them all" in ended.err
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_flag_of_another_engine_says_what_to_do_here(run_l4: RunL4, name: str) -> None:
+    """None of them is an option here, by any spelling."""
+    ended = run_l4("serve", "m", f"--{name.replace('_', '-')}")
+    assert (ended.code, ended.err) == (
+        2,
+        f"error: unknown option --{name.replace('_', '-')}\nfix: {ELSEWHERE[name]}\n",
+    )
+
+
+def test_flags_that_the_fixes_name_are_here() -> None:
+    for fix in ELSEWHERE.values():
+        for flag in re.findall(r"--([a-z-]+)", fix):
+            field_of(flag)
+
+
+def test_a_word_that_is_none_of_some_gets_them_as_they_are_spelled(run_l4: RunL4) -> None:
+    ended = run_l4("serve", "m", "--kv-cache-dtype", "fp9")
+    assert ended.code == 2
+    assert "'fp9' is not one of auto, float32, bfloat16, float16, fp8, fp8_e4m3, fp8_e5m2" in ended.err
 
 
 def test_unknown_command_names_the_nearest(run_l4: RunL4) -> None:

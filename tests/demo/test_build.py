@@ -13,7 +13,8 @@ from l4core.demo.arch import LAYERS, STUDENT, VOCAB
 from l4core.demo.base import BaseModel
 from l4core.demo.build import CHECKOUT, build_draft, build_target, cached_folder, find_delta, new_folder
 from l4core.demo.draft import narrowed, restored, store_draft, write_draft
-from l4core.demo.folder import config
+from l4core.demo.folder import config, generation_config
+from l4core.engine.generation_defaults import read_defaults
 from l4core.errors import CheckpointError
 
 
@@ -59,6 +60,11 @@ def test_the_cached_name_follows_the_delta(tmp_path: Path) -> None:
     assert cached_folder(tmp_path) == before
     (tmp_path / "delta-rest.safetensors").write_bytes(b"c")
     assert cached_folder(tmp_path) != before
+
+
+def test_answers_are_drawn_as_llama_4s_own_files_have_it(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation_config()))
+    assert read_defaults(tmp_path) == {"temperature": 0.6, "top_p": 0.9}
 
 
 def test_a_base_that_is_no_gguf(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import click
 
+from l4core.cli.elsewhere import fix_for
 from l4core.errors import ConfigError, L4Error
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -48,9 +49,8 @@ def explain(error: click.UsageError, program: str) -> tuple[str, str]:
     """(what is wrong, what to type instead) in our words."""
     where = error.ctx.command_path if error.ctx is not None else program
     if isinstance(error, click.NoSuchOption):
-        return f"unknown option {error.option_name}", nearest(
-            error.option_name, error.possibilities or (), f"{where} --help"
-        )
+        likely = nearest(error.option_name, error.possibilities or (), f"{where} --help")
+        return f"unknown option {error.option_name}", fix_for(error.option_name) or likely
     return error.format_message(), f"{where} --help"
 
 

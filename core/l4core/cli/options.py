@@ -31,6 +31,13 @@ class AutoInt(click.ParamType[Any]):
         return value if value == "auto" else click.INT.convert(value, param, ctx)
 
 
+class Word(click.Choice[str]):
+    """One of some words; they are told as they are spelled, not with - for _."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        return f"{value!r} is not one of {', '.join(self.choices)}"
+
+
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "TEXT"}
 
 
@@ -45,11 +52,7 @@ class TableOption(GroupedOption):
             spellings = [f"{s}/--no-{s[2:]}" for s in spellings]
         else:
             given |= {
-                "type": click.Choice((*row.choices, *row.later))
-                if row.choices
-                else AutoInt()
-                if row.auto
-                else TYPES[kind],
+                "type": Word((*row.choices, *row.later)) if row.choices else AutoInt() if row.auto else TYPES[kind],
                 "multiple": kind is tuple,
                 "metavar": metavar(row, kind),
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from l4core.cli.elsewhere import ELSEWHERE
 from l4core.cli.options import METAVARS, value_type
 from l4core.config import EngineConfig, ServerConfig
 from l4core.option import Option, options
@@ -34,7 +35,14 @@ def render() -> str:
         + "\n".join(rows)
         for group, rows in groups.items()
     ]
-    return "\n\n".join([HEAD.strip(), *tables]) + "\n"
+    return "\n\n".join([HEAD.strip(), *tables, elsewhere()]) + "\n"
+
+
+def elsewhere() -> str:
+    """What others' flags become here."""
+    rows = "\n".join(f"| `--{name.replace('_', '-')}` | {fix} |" for name, fix in ELSEWHERE.items())
+    head = "## Flags of SGLang and vLLM that are not here\n\nEach is refused with this line.\n\n| flag | what to do |\n| --- | --- |\n"
+    return head + rows
 
 
 def table_row(name: str, hint: Any, row: Option, default: Any) -> str:

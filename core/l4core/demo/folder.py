@@ -92,8 +92,13 @@ def write_folder(folder: Path, weights: Weights, arch: Arch) -> None:
 
     save_file(model_tensors(weights), folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", config(arch, str(weights.norm.dtype).removeprefix("torch.")))
-    generation = {"bos_token_id": a.BOT, "eos_token_id": list(a.STOP_IDS), "pad_token_id": a.PAD}
-    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation_config())
+
+
+def generation_config() -> dict[str, Any]:
+    """generation_config.json; drawn as Llama 4's own files have it, since a model this small says little of sense at temperature 1."""
+    drawn = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    return {"bos_token_id": a.BOT, "eos_token_id": list(a.STOP_IDS), "pad_token_id": a.PAD, **drawn}
 
 
 def write_json(path: Path, value: Any) -> None:
