@@ -38,6 +38,9 @@ def test_a_named_backend_that_is_unusable_is_never_replaced() -> None:
     ) as caught:
         select_backend(plugins, CPU, SMALL, device="cpu", named="mine")
     assert caught.value.fix == "--device cpu"
+    with pytest.raises(BackendUnavailable) as caught:  # a probe that knows no way out
+        select_backend(make_plugins(make_entry("mine", Unusable(reason="no"))), CPU, SMALL, device="cpu", named="mine")
+    assert caught.value.fix == "leave --attention-backend out; `l4 backends` lists what is usable"
 
 
 @pytest.mark.parametrize(

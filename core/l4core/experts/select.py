@@ -137,7 +137,7 @@ def _named(found: Sequence[ExpertCandidate], name: str, plugins: Plugins) -> Exp
     if isinstance(candidate.verdict, Unusable):
         raise BackendUnavailable(
             f"expert kernel {name!r} ({candidate.provided.source}) is not usable here: {candidate.verdict.reason}",
-            fix=candidate.verdict.fix,
+            fix=candidate.verdict.fix or "leave --expert-kernel out; `l4 backends --experts` lists what is usable",
         )
     return candidate
 
