@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from l4core.bench.datasets import Lengths, Sample, random_tokens
 from l4core.bench.steps import Bench
@@ -15,6 +17,8 @@ from l4core.config import EngineConfig
 from l4core.engine.inbox import Inbox
 from l4core.engine.speculation.drafter import PluginSpeculation
 from l4core.errors import ConfigError
+from l4core.model.moe import MoE
+from l4core.ops.packed import can_pack
 from l4core.testing.recorded_drafter import RecordedDrafter
 
 
@@ -64,6 +68,21 @@ def test_each_part_of_a_layer_has_its_row_and_its_floor(made: Bench) -> None:
     heads = config.num_q_heads + 2 * config.num_kv_heads
     assert by_name["qkv"]["flops"] == 2 * 3 * config.hidden_size * heads * config.head_dim
     assert all(row["us"] > 0 and row["floor_us"] > 0 for row in rows)
+
+
+def test_the_parts_of_a_model_whose_weights_were_packed(make_tiny: Callable[..., Path]) -> None:
+    """On a CPU they are where they are large enough, and the plain ones are gone; the same bytes are read."""
+    folder = make_tiny(layers=4, hidden=256, inter=1024, experts=3, heads=4, head_dim=64)
+    config = EngineConfig(
+        model=folder.as_posix(), dtype="float32", device="cpu", expert_kernel="torch", context_length=256
+    )
+    packed = Bench(config, progress=False)
+    moe = next(module for module in packed._engine.runner.model.modules() if isinstance(module, MoE))
+    assert (moe.packed is not None) is can_pack(torch.empty(256, 1024)), "the case that is meant, where this CPU has it"
+    assert moe.routed_bytes == 3 * 3 * 256 * 1024 * 4
+    row = next(row for row in packed.kernels([1], 100) if row["name"] == "experts")
+    shared_and_router, activations = 3 * 256 * 1024 * 4 + 3 * 256 * 4, 2 * 256 * 4
+    assert row["bytes"] == pytest.approx(moe.routed_bytes / 3 + shared_and_router + activations)
 
 
 def test_throughput_counts_every_token(made: Bench) -> None:

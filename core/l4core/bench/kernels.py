@@ -92,8 +92,8 @@ class _Parts:
         config = self._config
         hit = [moe.router(x).argmax(-1).unique().numel() for moe in moes]
         share = sum(hit) / len(hit) / config.num_experts
-        routed = _weights(moes[0].experts)
-        rest = _weights(moes[0]) - routed
+        routed = moes[0].routed_bytes
+        rest = _weights(moes[0]) - (routed if moes[0].packed is None else 0)  # packed ones are no parameters
         calls: list[Call] = [lambda m=m: m(x) for m in moes]  # type: ignore[misc]
         flops = 2.0 * x.shape[0] * 2 * 3 * config.hidden_size * config.intermediate_size
         return "experts", calls, rest + share * routed + 2 * x.nbytes, flops

@@ -25,6 +25,11 @@ class PackedExperts:
         self._down = [pack(expert) for expert in weights.down]  # E of [H, I]
         self._shared = (weights.shared_gate_up, weights.shared_down)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the routed experts."""
+        return sum(weight.numel() * weight.element_size() for weight in (*self._gate_up, *self._down))
+
     def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
         """x [T, H], expert_ids [T], score [T] → [T, H]."""
         # one gather fills small groups up; a row alone is cheaper to repeat

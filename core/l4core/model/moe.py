@@ -117,6 +117,13 @@ class MoE(nn.Module):
         elif self.packed is None and self.router.weight.is_cpu:  # a GPU's steps are captured and ask once
             self._ready = self.weights()
 
+    @property
+    def routed_bytes(self) -> int:
+        """Of the routed experts' weights, in whatever order and format they are kept."""
+        if self.packed is not None:
+            return self.packed.nbytes
+        return sum(t.nbytes for t in (*self.experts.parameters(), *self.experts.buffers()))
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MoE:
         self._ready = None  # parameters are moved
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
