@@ -23,7 +23,8 @@ scrape_configs:
 ```
 
 Every series is counted from the start of the server and lives through a restart of its engine; what a dead engine held leaves the gauges at
-once. With `--dp N` all figures are of all N engines together. A series that has not moved yet is shown as 0, unless its labels are not known before.
+once. With `--dp N` all figures are of all N engines together; behind Ray Serve they are of the replica that answers. A series that has not
+moved yet is shown as 0, unless its labels are not known before.
 
 A histogram NAME is three series, `NAME_bucket{le="…"}`, `NAME_sum` and `NAME_count`; the table gives its smallest and largest limit. A row is
 also served under the names in the column "as vLLM's", so that dashboards and autoscalers made for vLLM find them. "SGLang's nearest" is for
