@@ -30,6 +30,7 @@ from l4core.engine.engine import Engine
 from l4core.engine.inbox import Inbox
 from l4core.engine.process.messages import Stepped, frame
 from l4core.engine.run.fixed_step import Computed, StepShape
+from l4core.engine.run.padding import AuxRows
 from l4core.engine.speculation.draft_steps import FixedExtend, FixedGuess
 from l4core.request import Request, SamplingParams
 from l4core.testing.models.eagle3 import make_tiny_draft
@@ -115,9 +116,10 @@ def put_on_the_clock(engine: Engine, batch: int, acceptance: float) -> None:
     outputs = runner_module.StepOutputs(batch * (STEPS + 1), runner.model, torch.device("cpu"))
 
     def verified(step: Any) -> Computed:
-        positions = step.inputs[1] + torch.arange(1, step.shape.num_tokens + 1).unsqueeze(1)
+        positions = step.inputs[2] + torch.arange(1, step.shape.num_tokens + 1).unsqueeze(1)
         ids = (positions % VOCAB).t().reshape(-1)
-        return Computed(hidden=aux, aux=aux[: len(ids)], logits=aux, drawn=torch.stack((ids, torch.ones_like(ids))))
+        rows = AuxRows(values=aux[: len(ids)], num_tokens=step.shape.num_tokens)
+        return Computed(hidden=aux, aux=rows, logits=aux, drawn=torch.stack((ids, torch.ones_like(ids))))
 
     def guessed(step: Any) -> torch.Tensor:
         positions = step._inputs[1] + torch.arange(step.shape.num_tokens).unsqueeze(1)

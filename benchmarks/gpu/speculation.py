@@ -30,6 +30,7 @@ import l4core.engine.speculation.eagle3 as drafter
 import l4core.engine.start.resolve as resolve
 from l4core.engine.run.fixed_step import StepRequests, StepShape
 from l4core.engine.run.graphs import Graphs
+from l4core.engine.run.padding import AuxRows
 from l4core.engine.speculation.draft_steps import FixedGuess
 from l4core.plugin_ops.masks import share
 
@@ -179,7 +180,8 @@ class SpeculationBench:
             StepRequests(
                 rows=np.arange(batch),
                 starts=starts,
-                token_ids=self._draw.integers(0, 200_000, (batch, rows)),
+                lengths=np.full(batch, rows),
+                token_ids=self._draw.integers(0, 200_000, batch * rows),
                 temperature=np.ones(batch),
                 log_min_p=np.full(batch, -np.inf),
                 seed=np.arange(batch),
@@ -209,8 +211,9 @@ class SpeculationBench:
 
     def _fill_extend(self, batch: int, starts: np.ndarray) -> None:
         step = self.speculation._extends.find(batch, STEPS + 1)
-        following = self._draw.integers(0, 200_000, (batch, STEPS + 1))
-        step.fill(np.arange(batch), starts, np.full(batch, STEPS), following, step.aux)
+        following = self._draw.integers(0, 200_000, batch * (STEPS + 1))
+        lengths, aux = np.full(batch, STEPS + 1), AuxRows(values=step.aux, num_tokens=STEPS + 1)
+        step.fill(np.arange(batch), starts, lengths, lengths - 1, following, aux)
 
     def _guess(self, batch: int, count: int, starts: np.ndarray, profile: bool) -> float:
         state, shape = self.speculation._state, StepShape(batch, count)

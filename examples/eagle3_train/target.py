@@ -114,11 +114,11 @@ class Teacher:
     def propose(self, requests: Sequence[Any], *, late: bool = False) -> dict[str, Any]:
         return {}
 
-    def observe(self, batch: Any, aux: torch.Tensor, verified: Sequence[Any]) -> None:
+    def observe(self, batch: Any, aux: Any, verified: Sequence[Any]) -> None:
         begin = 0
         for seq in batch.sequences:
             end = begin + len(seq.token_ids)
-            self._seen.setdefault(seq.request.request_id, []).append((seq.start, aux[begin:end].clone()))
+            self._seen.setdefault(seq.request.request_id, []).append((seq.start, aux.values[begin:end].clone()))
             begin = end
 
     def forget(self, request_ids: Sequence[str]) -> None:

@@ -99,15 +99,15 @@ def test_a_page_is_found_by_who_goes_on_as_it_was_read(folder: Path, tmp_path: P
 
 
 class Eager:
-    """In place of captured graphs: the same steps of fixed shape, run as they are. Sizes 1, 2 and 4, so that batches of three are padded."""
+    """In place of captured graphs: the same steps of fixed shape, run as they are."""
 
     def __init__(self, make: Callable[[StepShape], Any], shapes: Sequence[StepShape]) -> None:
         self._steps = {shape: make(shape) for shape in shapes}
         self.replays = 0
 
     def find(self, num_seqs: int, num_tokens: int) -> Any:
-        fitting = [s for s in self._steps if s.num_tokens == num_tokens and s.num_seqs >= num_seqs]
-        return self._steps[min(fitting)] if fitting else None
+        fitting = [(s.num_tokens, s) for s in self._steps if s.num_tokens >= num_tokens and s.num_seqs >= num_seqs]
+        return self._steps[min(fitting)[1]] if fitting else None
 
     def replay(self, step: Any) -> Any:
         self.replays += 1
@@ -115,11 +115,15 @@ class Eager:
 
 
 @pytest.mark.parametrize("relay", [False, True])
-def test_steps_of_fixed_shape(folder: Path, plain: list[RequestOutput], tmp_path: Path, relay: bool) -> None:
-    """What graphs are captured from, padding included."""
+def test_steps_of_fixed_shape(
+    folder: Path, plain: list[RequestOutput], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relay: bool
+) -> None:
+    """What graphs are captured from. Sizes 1, 2 and 4, of one row or four: of three sequences, some with one guess or two, and some without, because
+    they have grown too long or none are wanted."""
     draft = make_tiny_draft(tmp_path / "draft", target_of(folder), aux_layers=[1, 2, 4], draft_vocab=200)
-    llm = open_llm(folder, draft, relay=relay, max_running_requests=3)
-    speculation: Any = llm._built.engine.speculation
+    llm = open_llm(folder, draft, relay=relay, max_running_requests=3, speculative_option=("longest_context=90",))
+    engine = llm._built.engine
+    speculation: Any = engine.speculation
     shapes = [StepShape(size, rows) for size in (1, 2, 4) for rows in (1, STEPS + 1)]
     aux = torch.zeros(4 * (STEPS + 1), 3 * 64)
     speculation._extends = Eager(lambda shape: FixedExtend(shape, speculation._state, aux), shapes)
@@ -129,11 +133,24 @@ def test_steps_of_fixed_shape(folder: Path, plain: list[RequestOutput], tmp_path
         )
         for sampled in (False, True)
     }
+    shared, fill, step, count = [], FixedExtend.fill, engine.step, 0
+
+    def filled(extend: FixedExtend, rows: Any, starts: Any, lengths: Any, *given: Any) -> None:
+        shared.append((extend.shape.num_tokens, *sorted(lengths.tolist())))
+        fill(extend, rows, starts, lengths, *given)
+
+    def stepped(inbox: Inbox = EMPTY) -> StepOutput:
+        nonlocal count
+        count += 1
+        return step(replace(inbox, num_drafts=(3, 1, 2, 3, 0)[count % 5]))
+
+    monkeypatch.setattr(FixedExtend, "fill", filled)
+    engine.step = stepped  # type: ignore[method-assign]
     recorder = Recorder(llm, plain, acceptance=0.7)
     for mine, theirs in zip(llm.generate(prompts(), greedy(), use_tqdm=False), plain, strict=True):
         assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
     assert check_guesses(recorder, folder, draft, (1, 2, 4), plain) > 50
-    assert speculation._extends.replays > 20
+    assert {(4, 2, 2, 2), (4, 3, 3, 3), (4, 1, 4, 4)} <= set(shared)
     assert speculation._guesses[False].replays > 20
 
 

@@ -19,7 +19,7 @@ def step_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """table: int32 [R, W], persistent; a ring when chunk_size is given, and then num_columns is W.
 
-    → block table int32 [B, num_columns] and slots int64 [T], page · page_size + offset. Columns without a page of the sequence hold the null page;
+    → block table int32 [B, num_columns] and slots int64 [T], page · page_size + offset; padding's lie in the null page. Columns without a page of the sequence hold the null page;
     where Triton runs, those from the first multiple of 128 behind the sequence's end on hold some page or other, which no kernel looks at.
     """
     if has_triton(table.device.type):
@@ -43,4 +43,5 @@ def _by_definition(
         has_page = index >= first
     block_table = torch.where(has_page, table[rows, :num_columns], 0)
     page = table[rows[step.owner], step.positions // page_size % width].long()
+    page = torch.where(step.positions >= step.starts[step.owner], page, 0)
     return block_table, page * page_size + step.positions % page_size

@@ -99,8 +99,10 @@ def _step_tables_kernel(
     else:
         tokens = (program - num_seqs * COPIERS) * BLOCK + tl.arange(0, BLOCK)
         inside = tokens < num_tokens
-        row = tl.load(rows + tl.load(owner + tokens, mask=inside, other=0), mask=inside, other=0)
+        sequence = tl.load(owner + tokens, mask=inside, other=0)
+        row = tl.load(rows + sequence, mask=inside, other=0)
         position = tl.load(positions + tokens, mask=inside, other=0)
+        is_new = inside & (position >= tl.load(starts + sequence, mask=inside, other=0))  # else padding, on the null page
         column = position // PAGE % table_width
-        page = tl.load(table + row.to(tl.int64) * table_stride + column, mask=inside, other=0)
+        page = tl.load(table + row.to(tl.int64) * table_stride + column, mask=is_new, other=0)
         tl.store(slots + tokens, page.to(tl.int64) * PAGE + position % PAGE, mask=inside)

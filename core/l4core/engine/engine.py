@@ -120,7 +120,7 @@ class Engine:
                 return draws
             aux = computed.aux
             if aux is not None and self.overlap:
-                aux = aux.clone()  # the next batch may be queued before this one's tokens are taken in
+                aux = aux.kept()  # the next batch may be queued before this one's tokens are taken in
             return SettledDraws(draws, self.runner, self.speculation, batch, aux, self.scheduler.holds)
 
     def _take_in(self) -> StepOutput:

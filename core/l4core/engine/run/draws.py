@@ -92,7 +92,7 @@ class PendingDraws:
     """A batch's draws on their way to the host.
 
     plain: for each sequence whether its draws are in `drawn`.  drawn: int64 [2, R] as draw_triton.draw_rows gives it, of all rows that draw.
-    others: the draws of the other sequences' rows.  positions: of each sequence's first draw.
+    places: which of those, in order, None = all, or the first.  others: the draws of the other sequences' rows.  positions: of each sequence's first.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class PendingDraws:
         drawn: Download | None,
         others: Drawing | None,
         prompt_logprobs: Mapping[str, list[TokenLogprobs | None]],
+        places: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self._batch = batch
         self._plain = plain
@@ -111,6 +112,7 @@ class PendingDraws:
         self._drawn = drawn
         self._others = others
         self._prompt_logprobs = prompt_logprobs
+        self._places = places
 
     def wait(self) -> StepTokens:
         """What the batch brought. The only place in a step where the host waits for the device."""
@@ -176,4 +178,5 @@ class PendingDraws:
         if self._drawn is None:
             return [], np.empty(0, dtype=np.float32)
         array = self._drawn.wait().numpy()
+        array = array if self._places is None else array[:, self._places]
         return array[0].tolist(), array[1].astype(np.int32).view(np.float32)

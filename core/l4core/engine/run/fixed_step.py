@@ -1,8 +1,9 @@
 """A step of fixed shape, as a function of device memory alone: what a graph is captured from. Run as it is, it launches the same kernels, so a replay
 and an eager run of one shape give the same bits.
 
-Shape (B, n): B sequences of n new tokens each. n = 1 is decode. Verifying k drafts is (B, k + 1): the drafts are written into `inputs` (by the host,
-or from what a drafter on the device left), the target's own draw of every row comes out, and who calls compares the two.
+Shape (B, n): B sequences of n new tokens each. n = 1 is decode. Verifying k drafts is (B, k + 1): the drafts are written into `inputs` (or left on the
+device by a drafter), the target's own draw of every row comes out, and who calls compares the two. A sequence with fewer tokens has padding before
+them (engine.run.padding), of which only the position of its first row tells.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from l4core.attention.step_rows import StepRows
-from l4core.engine.batch import PENDING
 from l4core.engine.run.forward import ForwardPlanner, Phase
+from l4core.engine.run.padding import AuxRows, spread
 from l4core.model.llama4 import Llama4
 from l4core.platform import copies_ahead
 
@@ -34,22 +35,23 @@ class StepShape(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
     """What a forward pass left on the device; that of a fixed step is overwritten by the next one. hidden: [T, H], after the last norm.
-    aux: [T, n · H], outputs of the model's aux layers, or None.  logits: [R, V / ranks] in the compute dtype, of the rows that draw, or None.
+    aux: outputs of the model's aux layers, or None.  logits: [R, V / ranks] in the compute dtype, of the rows that draw, or None.
     drawn: int64 [2, R] as draw_triton.draw_rows gives it, or None."""
 
     hidden: torch.Tensor
-    aux: torch.Tensor | None = None
+    aux: AuxRows | None = None
     logits: torch.Tensor | None = None
     drawn: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRequests:
-    """One step's sequences on the host, in the batch's order. rows: block-table row.  starts: position of the first new token.  token_ids: int64
-    [B, n], or PENDING.  The rest as in draws.RowParams."""
+    """One step's sequences on the host, in the batch's order. rows: block-table row.  starts: position of the first new token.  lengths: new tokens.
+    token_ids: int64 [sum of lengths], or PENDING.  The rest as in draws.RowParams."""
 
     rows: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
     token_ids: npt.NDArray[np.int64]
     temperature: npt.NDArray[np.float64]
     log_min_p: npt.NDArray[np.float64]
@@ -73,7 +75,8 @@ class StepOutputs:
 
 
 class FixedStep:
-    """inputs: int64 [6 + n, B] on the device: rows, starts, seeds, top-p, bits of float64 temperatures and log min-p, token ids."""
+    """inputs: int64 [7 + n, B] on the device: rows, starts, positions of the first rows (before the start where there is padding), seeds, top-p, bits of
+    float64 temperatures and log min-p, token ids."""
 
     def __init__(
         self,
@@ -84,15 +87,15 @@ class FixedStep:
         pending: torch.Tensor,
         max_context: int,
     ) -> None:
-        """pending: int64 [lines, max_running + 1], as Runner's; read for PENDING ids, and line 0 written with what is drawn."""
+        """pending: int64 [lines, max_running + 1], as Runner's; read for PENDING ids, and line 0 written with what a decode draws."""
         self.shape = shape
         self._model = model
         self._planner = planner
         self._outputs = outputs
-        self._pending, self._last_tokens = pending, pending[0]
+        self._pending = pending
         self._max_context = max_context
         device, (num_seqs, num_tokens) = pending.device, shape
-        self.inputs = torch.zeros(6 + num_tokens, num_seqs, dtype=torch.int64, device=device)
+        self.inputs = torch.zeros(7 + num_tokens, num_seqs, dtype=torch.int64, device=device)
         self._cu_seqlens = torch.arange(0, (num_seqs + 1) * num_tokens, num_tokens, dtype=torch.int32, device=device)
         self._owner = torch.arange(num_seqs, dtype=torch.int32, device=device).repeat_interleave(num_tokens)
         self._every_row = torch.arange(num_seqs * num_tokens, device=device)
@@ -106,15 +109,13 @@ class FixedStep:
         array[0] = self._planner.tables.padding_row
         array[0, :num] = requests.rows
         array[1, :num] = requests.starts
-        array[2, :num] = requests.seed
-        array[3, :num] = requests.top_p
-        array[4, :num] = requests.temperature.view(np.int64)
-        array[5, :num] = requests.log_min_p.view(np.int64)
-        array[6:, :num] = requests.token_ids.T
+        array[2, :num] = requests.starts + requests.lengths - self.shape.num_tokens
+        array[3, :num] = requests.seed
+        array[4, :num] = requests.top_p
+        array[5, :num] = requests.temperature.view(np.int64)
+        array[6, :num] = requests.log_min_p.view(np.int64)
+        array[7:, :num] = spread(requests.token_ids, self.shape.num_tokens, requests.lengths).T
         self.inputs.copy_(host, non_blocking=True)
-        if self.shape.num_tokens > 1 and requests.token_ids[0, 1] == PENDING:  # then all guesses are
-            guesses = self._pending[1 : self.shape.num_tokens]
-            self.inputs[7:].copy_(guesses.index_select(1, self.inputs[0]))
 
     @torch.inference_mode()
     def run(self) -> Computed:
@@ -123,7 +124,7 @@ class FixedStep:
 
         num_seqs, num_tokens = self.shape
         num_rows, outputs = num_seqs * num_tokens, self._outputs
-        given = unpack(self.inputs, self._last_tokens, num_tokens)
+        given = unpack(self.inputs, self._pending, num_tokens)
         step = StepRows(
             rows=given.rows,
             starts=given.starts,
@@ -146,7 +147,8 @@ class FixedStep:
         hidden = self._model(forward, self._planner.memory, self._planner.backend, aux)
         logits = self._model.head(hidden, out=outputs.logits[:num_rows])
         drawn = self._draw(logits, given)
-        return Computed(hidden=hidden, aux=aux, logits=logits, drawn=drawn)
+        rows = None if aux is None else AuxRows(values=aux, num_tokens=num_tokens)
+        return Computed(hidden=hidden, aux=rows, logits=logits, drawn=drawn)
 
     def _draw(self, logits: torch.Tensor, given: Unpacked) -> torch.Tensor:
         """By the law, with top-p and min-p where this rank has all logits of a row (else the runner gathers them for the rows that want it)."""
@@ -155,7 +157,7 @@ class FixedStep:
 
         is_decode, ranks = self.shape.num_tokens == 1, self._model.ranks
         out = self._outputs.drawn(len(logits))
-        last_tokens, rows = (self._last_tokens, self.inputs[0]) if is_decode else (None, None)
+        last_tokens, rows = (self._pending[0], self.inputs[0]) if is_decode else (None, None)
         law = (logits, given.temperature, given.seeds, given.draw_positions)
         if ranks.size > 1:
             return draw_over_ranks(*law, self._model.first_id, ranks, out, last_tokens, rows)

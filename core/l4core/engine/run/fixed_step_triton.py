@@ -14,7 +14,7 @@ BLOCK = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unpacked:
-    """Of B sequences: rows, starts, seq_lens, int32 [B].  Of T token rows: token_ids, positions, draw_positions (of the token each row draws), seeds,
+    """Of B sequences: rows, starts (of what is not padding), seq_lens, int32 [B].  Of T token rows: token_ids, positions, draw_positions (of the token each row draws), seeds,
     top_p, int64 [T]; temperature, log_min_p, float32 [T]."""
 
     rows: torch.Tensor
@@ -29,15 +29,26 @@ class Unpacked:
     log_min_p: torch.Tensor
 
 
-def unpack(inputs: torch.Tensor, last_tokens: torch.Tensor, num_tokens: int) -> Unpacked:
-    """inputs: as FixedStep.inputs, int64 [6 + num_tokens, B].  last_tokens: int64, by block-table row, in place of negative token ids."""
+def unpack(inputs: torch.Tensor, pending: torch.Tensor, num_tokens: int) -> Unpacked:
+    """inputs: as FixedStep.inputs, int64 [7 + num_tokens, B].  pending: int64 [lines, rows], whose line i, by block-table row, stands in place of a
+    sequence's token i where that is negative."""
     num_seqs = inputs.shape[1]
     total = num_seqs * num_tokens
     small = torch.empty(3, num_seqs, dtype=torch.int32, device=inputs.device)
     wide = torch.empty(5, total, dtype=torch.int64, device=inputs.device)
     floats = torch.empty(2, total, dtype=torch.float32, device=inputs.device)
     _unpack_kernel[(triton.cdiv(total, BLOCK),)](
-        inputs, last_tokens, small, wide, floats, num_seqs, total, NUM_TOKENS=num_tokens, BLOCK=BLOCK, num_warps=4
+        inputs,
+        pending,
+        small,
+        wide,
+        floats,
+        pending.stride(0),
+        num_seqs,
+        total,
+        NUM_TOKENS=num_tokens,
+        BLOCK=BLOCK,
+        num_warps=4,
     )
     rows, starts, seq_lens = small
     token_ids, positions, draw_positions, seeds, top_p = wide
@@ -57,26 +68,38 @@ def unpack(inputs: torch.Tensor, last_tokens: torch.Tensor, num_tokens: int) -> 
 
 @triton.jit
 def _unpack_kernel(
-    inputs, last_tokens, small, wide, floats, num_seqs, total, NUM_TOKENS: tl.constexpr, BLOCK: tl.constexpr
+    inputs,
+    pending,
+    small,
+    wide,
+    floats,
+    pending_stride,
+    num_seqs,
+    total,
+    NUM_TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = t < total
     b, i = t // NUM_TOKENS, t % NUM_TOKENS
     row = tl.load(inputs + b, mask=inside, other=0)
     start = tl.load(inputs + num_seqs + b, mask=inside, other=0)
-    seed = tl.load(inputs + 2 * num_seqs + b, mask=inside, other=0)
-    top_p = tl.load(inputs + 3 * num_seqs + b, mask=inside, other=0)
-    temperature = tl.load(inputs + 4 * num_seqs + b, mask=inside, other=0).to(tl.float64, bitcast=True)
-    log_min_p = tl.load(inputs + 5 * num_seqs + b, mask=inside, other=0).to(tl.float64, bitcast=True)
-    token = tl.load(inputs + (6 + i) * num_seqs + b, mask=inside, other=0)
-    token = tl.where(token < 0, tl.load(last_tokens + row, mask=inside, other=0), token)
+    position = tl.load(inputs + 2 * num_seqs + b, mask=inside, other=0) + i
+    seed = tl.load(inputs + 3 * num_seqs + b, mask=inside, other=0)
+    top_p = tl.load(inputs + 4 * num_seqs + b, mask=inside, other=0)
+    temperature = tl.load(inputs + 5 * num_seqs + b, mask=inside, other=0).to(tl.float64, bitcast=True)
+    log_min_p = tl.load(inputs + 6 * num_seqs + b, mask=inside, other=0).to(tl.float64, bitcast=True)
+    token = tl.load(inputs + (7 + i) * num_seqs + b, mask=inside, other=0)
+    is_pending = inside & (token < 0)  # padding never is
+    line = pending + (position - start) * pending_stride
+    token = tl.where(is_pending, tl.load(line + row, mask=is_pending, other=0), token)
     first = inside & (i == 0)
     tl.store(small + b, row.to(tl.int32), mask=first)
     tl.store(small + num_seqs + b, start.to(tl.int32), mask=first)
-    tl.store(small + 2 * num_seqs + b, (start + NUM_TOKENS).to(tl.int32), mask=first)
+    tl.store(small + 2 * num_seqs + b, (position + NUM_TOKENS).to(tl.int32), mask=first)
     tl.store(wide + t, token, mask=inside)
-    tl.store(wide + total + t, start + i, mask=inside)
-    tl.store(wide + 2 * total + t, start + i + 1, mask=inside)
+    tl.store(wide + total + t, position, mask=inside)
+    tl.store(wide + 2 * total + t, position + 1, mask=inside)
     tl.store(wide + 3 * total + t, seed, mask=inside)
     tl.store(wide + 4 * total + t, top_p, mask=inside)
     tl.store(floats + t, temperature.to(tl.float32), mask=inside)

@@ -56,7 +56,7 @@ class Graphs(Generic[S]):
         self.seconds = time.perf_counter() - began
         self._sizes: dict[int, Sequence[int]] = {
             n: sorted(s.num_seqs for s in self._captured if s.num_tokens == n)
-            for n in {s.num_tokens for s in self._captured}
+            for n in sorted({s.num_tokens for s in self._captured})
         }
 
     @property
@@ -65,9 +65,12 @@ class Graphs(Generic[S]):
         return sorted(self._captured)
 
     def find(self, num_seqs: int, num_tokens: int) -> S | None:
-        """The smallest captured step that holds so many sequences of so many tokens; None = none does."""
-        size = next((size for size in self._sizes.get(num_tokens, ()) if size >= num_seqs), None)
-        return None if size is None else self._captured[StepShape(size, num_tokens)].step
+        """The shortest captured step that holds so many sequences of so many tokens, and of those the smallest; None = none does."""
+        for count, sizes in self._sizes.items():
+            size = next((size for size in sizes if size >= num_seqs), None) if count >= num_tokens else None
+            if size is not None:
+                return self._captured[StepShape(size, count)].step
+        return None
 
     def replay(self, step: S) -> Any:
         """Queue it → what its `run` returned. The next replay, of any shape, overwrites the result's tensors."""

@@ -1,6 +1,6 @@
 """Turns a scheduled batch into device tensors, runs the model on them, and draws tokens. Knows nothing of queues, text or HTTP.
 
-A batch of one captured shape (n decodes, say) takes the short way: its few numbers are uploaded and a graph is replayed, which ends with the drawn
+A batch that a captured shape holds (n decodes, say) takes the short way: its few numbers are uploaded and a graph is replayed, which ends with the drawn
 tokens. Any other batch is planned tensor by tensor. Both ways end in the same `Computed`.
 """
 
@@ -20,6 +20,7 @@ from l4core.engine.run.draws import PendingDraws, RowParams
 from l4core.engine.run.fixed_step import Computed, FixedStep, StepOutputs, StepRequests, StepShape
 from l4core.engine.run.forward import ForwardPlanner, TreeRows, lay_out_step
 from l4core.engine.run.graphs import Graphs
+from l4core.engine.run.padding import AuxRows, find_padded, places_in
 from l4core.engine.run.row_law import RowLaw
 from l4core.engine.run.verify_rows import Verified
 from l4core.engine.run.verify_rows import draw_rows as rows_of
@@ -118,12 +119,13 @@ class Runner:
         step = self._find_graph(batch)
         if step is None:
             return self._plan(batch)
-        rows = batch.columns.rows
+        columns, rows = batch.columns, batch.columns.rows
         step.fill(
             StepRequests(
                 rows=rows,
-                starts=batch.columns.starts,
-                token_ids=batch.columns.token_ids.reshape(len(rows), -1),
+                starts=columns.starts,
+                lengths=columns.lengths,
+                token_ids=columns.token_ids,
                 temperature=self._params.temperature[rows],
                 log_min_p=self._params.log_min_p[rows],
                 seed=self._params.seed[rows],
@@ -140,7 +142,8 @@ class Runner:
             computed: Computed = self.graphs.replay(forward)
             return computed
         aux = self.model.new_aux(len(forward.token_ids))
-        return Computed(hidden=self.model(forward, self.memory, self.backend, aux), aux=aux)
+        hidden = self.model(forward, self.memory, self.backend, aux)
+        return Computed(hidden=hidden, aux=None if aux is None else AuxRows(values=aux))
 
     @torch.inference_mode()
     def draw(
@@ -148,7 +151,7 @@ class Runner:
     ) -> PendingDraws:
         """Draw for every sequence whose piece ended its known tokens: one token, or as many as its draft earns. parsed: request id → what its
         sampler parsed. Only queued; `PendingDraws.wait` brings the tokens."""
-        drawing = _Drawing.of(batch)
+        drawing = _Drawing.of(batch, forward)
         plain = np.zeros(len(drawing.rows), dtype=bool)
         drawn = others = None
         if len(drawing.rows):
@@ -164,6 +167,7 @@ class Runner:
             plain=plain,
             positions=drawing.positions,
             drawn=None if drawn is None else Download(drawn),
+            places=drawing.places,
             others=others,
             prompt_logprobs=self._prompt_logprobs(batch, computed.hidden),
         )
@@ -177,12 +181,12 @@ class Runner:
     # --- build -------------------------------------------------------------------------------------------------------------------------
 
     def _find_graph(self, batch: ScheduledBatch) -> FixedStep | None:
-        """A captured step for a batch of decodes, or of drafts that are equally long."""
-        lengths, (_, drafts, prompts, num) = batch.columns.lengths, batch.columns.borders
-        is_fixed = drafts == num or (drafts == 0 and prompts == num)
-        if self.graphs is None or not is_fixed or (lengths != lengths[0]).any() or any(s.parents for s in batch.others):
+        """A captured step for a batch of decodes and chains; the shorter ones are padded there."""
+        columns = batch.columns
+        _, _, prompts, num = columns.borders
+        if self.graphs is None or prompts < num or any(s.parents for s in batch.others):
             return None
-        return self.graphs.find(num, int(lengths[0]))
+        return find_padded(self.graphs, columns.starts, columns.lengths)
 
     def _plan(self, batch: ScheduledBatch) -> ForwardBatch:
         columns = batch.columns
@@ -265,14 +269,15 @@ class Runner:
         masked = plain & self._params.are_masked(drawing.rows)
         if self.model.ranks.size == 1 or not masked.any():
             return drawn
-        (index,) = upload_many([np.flatnonzero(np.repeat(masked, drawing.counts))], torch.int64, self._device)
-        whole = self.model.whole_rows(logits.index_select(0, index))
-        again = self._law(forward, drawing).of_rows(index).draw(whole)
+        draws = drawing.draws_of(masked)
+        draws_, places = upload_many([draws, drawing.places_of(draws)], torch.int64, self._device)
+        whole = self.model.whole_rows(logits.index_select(0, places))
+        again = self._law(forward, drawing).of_rows(draws_).draw(whole)
         self._remember(drawing, masked, again[0])
-        return drawn.index_copy(1, index, again)
+        return drawn.index_copy(1, places, again)
 
     def _law(self, forward: Forward, drawing: _Drawing) -> RowLaw:
-        """How each row of logits draws, on the device."""
+        """How each draw is made, on the device."""
         rows, params = np.repeat(drawing.rows, drawing.counts), self._params
         integers = [params.seed[rows], params.top_p[rows]]
         if isinstance(forward, FixedStep):  # chains only
@@ -291,11 +296,11 @@ class Runner:
     ) -> Drawing:
         chosen = [drawing.sequence(i) for i in np.flatnonzero(which).tolist()]
         rows = [row for seq in chosen for row in rows_of(seq, parsed[seq.request.request_id])]
-        if not which.all():
-            (index,) = upload_many([np.flatnonzero(np.repeat(which, drawing.counts))], torch.int64, self._device)
-            logits = logits.index_select(0, index)
-        else:
+        if which.all() and drawing.places is None:
             logits = logits[: len(rows)]
+        else:
+            places = drawing.places_of(drawing.draws_of(which))
+            logits = logits.index_select(0, *upload_many([places], torch.int64, self._device))
         others = self.pipeline.start(self.model.whole_rows(logits).float().contiguous(), rows)
         self._remember(drawing, which, others.tokens)
         return others
@@ -331,21 +336,34 @@ class Runner:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Drawing:
     """The sequences of a batch that draw, [N]. where: in the batch.  rows: of the block tables.  positions: of each one's first draw.
-    counts: rows of logits of each."""
+    counts: draws of each.  places: rows of logits of all draws, None = one after another."""
 
     batch: ScheduledBatch
     where: Ints
     rows: Ints
     positions: Ints
     counts: Ints
+    places: Ints | None
 
     @classmethod
-    def of(cls, batch: ScheduledBatch) -> _Drawing:
+    def of(cls, batch: ScheduledBatch, forward: Forward) -> _Drawing:
         columns = batch.columns
         where = np.flatnonzero(columns.num_draws)
         counts = columns.num_draws[where]
         positions = (columns.starts + columns.lengths)[where] - counts + 1
-        return cls(batch=batch, where=where, rows=columns.rows[where], positions=positions, counts=counts)
+        places = None
+        if isinstance(forward, FixedStep) and forward.shape.num_tokens > 1:
+            places = places_in(forward.shape.num_tokens, counts)
+        return cls(
+            batch=batch, where=where, rows=columns.rows[where], positions=positions, counts=counts, places=places
+        )
+
+    def draws_of(self, which: npt.NDArray[np.bool_]) -> Ints:
+        """Of some of the sequences: which of all draws are theirs."""
+        return np.flatnonzero(np.repeat(which, self.counts))
+
+    def places_of(self, draws: Ints) -> Ints:
+        return draws if self.places is None else self.places[draws]
 
     def sequence(self, index: int) -> ScheduledSequence:
         return self.batch.sequences[int(self.where[index])]

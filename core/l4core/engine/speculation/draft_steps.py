@@ -1,6 +1,7 @@
 """The draft's two steps of fixed shape, as functions of device memory alone: what graphs are captured from.
 
-extend  (B, n)  B sequences of n rows the target just computed → their next hidden states, noted by block-table row
+extend  (B, n)  B sequences of n rows the target just computed, padding before them (engine.run.padding) where there are fewer → their next hidden
+                states, noted by block-table row
 guess   (B, k)  k guesses for each of B sequences, all k passes in one graph
 """
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from l4core.attention.step_rows import StepRows
 from l4core.engine.run.fixed_step import StepShape
 from l4core.engine.run.forward import ForwardPlanner, Phase
+from l4core.engine.run.padding import AuxRows, spread
 from l4core.model.eagle3 import Eagle3
 from l4core.ops.device import has_kernels
 from l4core.platform import copies_ahead
@@ -57,7 +59,8 @@ class DraftState:
 
 
 class FixedExtend:
-    """inputs: int64 [3 + n, B] on the device: rows, starts, the row of n that drew the last token, the token after each row.  aux: [B · n, …]."""
+    """inputs: int64 [4 + n, B] on the device: rows, starts, positions of the first of n rows, the one of them that drew the last token, the token after
+    each.  aux: [B · n, …]."""
 
     def __init__(self, shape: StepShape, state: DraftState, aux: torch.Tensor) -> None:
         """aux: memory that all shapes share, as long as the largest needs."""
@@ -66,37 +69,39 @@ class FixedExtend:
         num_seqs, num_rows = shape
         device = state.device
         self.aux = aux[: num_seqs * num_rows]
-        self._inputs = torch.zeros(3 + num_rows, num_seqs, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(4 + num_rows, num_seqs, dtype=torch.int64, device=device)
         self._inputs[0] = state.planner.tables.padding_row
         self._owner = torch.arange(num_seqs, dtype=torch.int32, device=device).repeat_interleave(num_rows)
         self._steps = torch.arange(num_rows, device=device).repeat(num_seqs)
         self._first = torch.arange(0, num_seqs * num_rows, num_rows, device=device)
         self._cu_seqlens = torch.arange(0, (num_seqs + 1) * num_rows, num_rows, dtype=torch.int32, device=device)
 
-    def fill(self, rows: Ints, starts: Ints, last: Ints, following: Ints, aux: torch.Tensor) -> None:
-        """following: [B, n].  aux: of at least as many rows."""
-        _send(self._inputs, (rows, starts, last, *following.T), self._state.planner.tables.padding_row)
-        count = len(rows) * self.shape.num_tokens
-        self.aux[:count].copy_(aux[:count])
+    def fill(self, rows: Ints, starts: Ints, lengths: Ints, last: Ints, following: Ints, aux: AuxRows) -> None:
+        """lengths: rows of each sequence, starts + lengths ≥ n.  last: the one of those that drew the last token.  following: [sum of lengths]."""
+        num_rows = self.shape.num_tokens
+        padding = num_rows - lengths
+        lines = (rows, starts, starts - padding, last + padding, *spread(following, num_rows, lengths).T)
+        _send(self._inputs, lines, self._state.planner.tables.padding_row)
+        aux.write_to(self.aux, num_rows, lengths)
 
     @torch.inference_mode()
     def run(self) -> torch.Tensor:
         """No host sync. → nothing of interest: the hidden states are in the state."""
         state, inputs, num_rows = self._state, self._inputs, self.shape.num_tokens
-        rows, starts = inputs[0], inputs[1]
+        rows, starts, begins, last = inputs[:4]
         step = StepRows(
             rows=rows.int(),
             starts=starts.int(),
-            seq_lens=(starts + num_rows).int(),
-            positions=starts[self._owner] + self._steps,
+            seq_lens=(begins + num_rows).int(),
+            positions=begins[self._owner] + self._steps,
             owner=self._owner,
         )
         phase = _phase(self.shape, self._cu_seqlens, state.max_context)
-        following = inputs[3:].t().reshape(-1)
+        following = inputs[4:].t().reshape(-1)
         forward = state.planner.plan(following, step, [phase], self._first[:0], longest=None)
         planner = state.planner
         hidden: torch.Tensor = state.draft(forward, state.draft.combine(self.aux), planner.memory, planner.backend)
-        state.hidden.index_copy_(0, rows, hidden.index_select(0, self._first + inputs[2]))
+        state.hidden.index_copy_(0, rows, hidden.index_select(0, self._first + last))
         return hidden
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from l4core.engine.batch import NO_DRAFT, Draft, DraftRequest, ScheduledBatch, ScheduledSequence, StepTokens
+from l4core.engine.run.padding import AuxRows
 from l4core.plugin_api import Drafter, DraftRow
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Speculation(Protocol):
     def known(self, batch: ScheduledBatch) -> ScheduledBatch:
         """The batch launched after the last `propose`, with the guesses that were PENDING in it."""
 
-    def observe(self, batch: ScheduledBatch, aux: torch.Tensor, verified: Sequence[Verified]) -> None:
+    def observe(self, batch: ScheduledBatch, aux: AuxRows, verified: Sequence[Verified]) -> None:
         """Called after every step when `reads_target`. aux: outputs of the model's `aux_layers`, side by side, for the batch's rows."""
 
     def forget(self, request_ids: Sequence[str]) -> None:
@@ -61,7 +62,7 @@ class SettledDraws:
         runner: Runner,
         speculation: Speculation,
         batch: ScheduledBatch,
-        aux: torch.Tensor | None,
+        aux: AuxRows | None,
         holds: Callable[[ScheduledSequence], bool],
     ) -> None:
         """holds: whether a sequence still has its row. One that has ended or was evicted since must not be written for: its pages are another's."""
@@ -86,13 +87,13 @@ class SettledDraws:
 
 
 def _only(
-    wanted: Sequence[bool], batch: ScheduledBatch, aux: torch.Tensor | None, verified: Sequence[Verified]
-) -> tuple[ScheduledBatch, torch.Tensor | None, list[Verified]]:
+    wanted: Sequence[bool], batch: ScheduledBatch, aux: AuxRows | None, verified: Sequence[Verified]
+) -> tuple[ScheduledBatch, AuxRows | None, list[Verified]]:
     """The same step as if it had had the wanted sequences only."""
     sequences = list(compress(batch.sequences, wanted))
     if aux is not None:
         sizes = [len(seq.token_ids) for seq in batch.sequences]
-        aux = torch.cat(list(compress(torch.split(aux, sizes), wanted)))
+        aux = AuxRows(values=torch.cat(list(compress(torch.split(aux.packed(sizes), sizes), wanted))))
     return replace(batch, sequences=sequences), aux, list(compress(verified, wanted))
 
 
@@ -139,7 +140,7 @@ class PluginSpeculation:
     def known(self, batch: ScheduledBatch) -> ScheduledBatch:
         return batch
 
-    def observe(self, batch: ScheduledBatch, aux: torch.Tensor, verified: Sequence[Verified]) -> None:
+    def observe(self, batch: ScheduledBatch, aux: AuxRows, verified: Sequence[Verified]) -> None:
         raise AssertionError("a plugin's drafter sees tokens only")
 
     def forget(self, request_ids: Sequence[str]) -> None:

@@ -6,7 +6,7 @@
 
 Draft keys and values lie in the sequence's own pages (layer `num_layers` of the global group), so preemption and release need nothing of their own.
 The entry at a page's last position was computed with the token behind the page: only a sequence that goes on with it finds the page (kv.prefix).
-On a device with graphs both are replayed for batches of decodes; a step with prefill pieces is planned tensor by tensor, as the target's is.
+On a device with graphs both are replayed for batches of decodes and verifications; a step with prefill pieces is planned tensor by tensor, as the target's is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from l4core.engine.batch import PENDING, Draft, DraftRequest, ScheduledBatch, Sc
 from l4core.engine.run.fixed_step import StepShape
 from l4core.engine.run.forward import lay_out_step
 from l4core.engine.run.graphs import Graphs
+from l4core.engine.run.padding import AuxRows, find_padded
 from l4core.engine.speculation.draft_steps import DraftState, FixedExtend, FixedGuess, Ints
 from l4core.engine.speculation.draft_tree import TreeShape, grow
 from l4core.engine.speculation.late import LateGuesses
@@ -100,8 +101,8 @@ class Eagle3Speculation:
         return torch.zeros(num_rows, width, dtype=weight.dtype, device=self._state.device)
 
     @torch.inference_mode()
-    def observe(self, batch: ScheduledBatch, aux: torch.Tensor, verified: Sequence[Verified]) -> None:
-        """aux: [T, num_aux · Ht] of the batch's rows. In a pause nothing is computed: sequences that decode then have a hole in the draft's keys and
+    def observe(self, batch: ScheduledBatch, aux: AuxRows, verified: Sequence[Verified]) -> None:
+        """aux: num_aux · Ht of each of the batch's rows. In a pause nothing is computed: sequences that decode then have a hole in the draft's keys and
         get no guesses later; new ones do."""
         self._idle = 0 if self.num_drafts else self._idle + 1
         if self._idle > GRACE:
@@ -113,23 +114,23 @@ class Eagle3Speculation:
         borders = (batch.num_decodes, batch.num_decodes + batch.num_verified)
         sequences, num = batch.sequences, len(batch.sequences)
         if any(seq.parents for seq in sequences):
-            sequences, aux = _paths_only(sequences, aux, verified)
+            sequences, aux = _paths_only(sequences, aux.values, verified)
         rows = np.fromiter((seq.row for seq in sequences), dtype=np.int64, count=num)
         starts = np.fromiter((seq.start for seq in sequences), dtype=np.int64, count=num)
         lengths = np.fromiter((len(seq.token_ids) for seq in sequences), dtype=np.int64, count=num)
         counts = np.fromiter((len(one.tokens.token_ids) for one in verified), dtype=np.int64, count=num)
         firsts = lengths - np.fromiter((seq.num_drafts for seq in sequences), dtype=np.int64, count=num)
         last = firsts + counts - 2  # of each sequence's rows, the one that drew its last token
-        following = [_following(seq, one) for seq, one in zip(sequences, verified, strict=True)]
+        following = np.concatenate([_following(seq, one) for seq, one in zip(sequences, verified, strict=True)])
         for seq, count, first in zip(sequences, counts.tolist(), firsts.tolist(), strict=True):
             if count and self._is_whole(seq):
                 self._ready[seq.request.request_id] = (seq.row, seq.start + first + count)
-        step = self._find_extend(lengths, counts)
+        step = self._find_extend(starts, lengths, counts)
         if step is not None and self._extends is not None:
-            step.fill(rows, starts, last, np.stack(following), aux)
+            step.fill(rows, starts, lengths, last, following, aux)
             self._extends.replay(step)
             return
-        self._extend(borders, rows, starts, lengths, last, counts > 0, np.concatenate(following), aux)
+        self._extend(borders, rows, starts, lengths, last, counts > 0, following, aux.packed(lengths))
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[DraftRequest], *, late: bool = False) -> Mapping[str, Draft]:
@@ -202,16 +203,16 @@ class Eagle3Speculation:
 
     # --- as graphs ---------------------------------------------------------------------------------------------------------------------
 
-    def _find_extend(self, lengths: Ints, counts: Ints) -> FixedExtend | None:
-        """Every sequence draws and has equally many rows."""
-        if self._extends is None or not counts.all() or (lengths != lengths[0]).any():
+    def _find_extend(self, starts: Ints, lengths: Ints, counts: Ints) -> FixedExtend | None:
+        """Where every sequence draws."""
+        if self._extends is None or not counts.all():
             return None
-        return self._extends.find(len(lengths), int(lengths[0]))
+        return find_padded(self._extends, starts, lengths)
 
     def _find_guess(self, num: int, count: int, *, sampled: bool) -> FixedGuess | None:
-        """The shortest captured one that makes enough."""
+        """One that makes enough."""
         graphs = self._guesses.get(sampled)
-        return None if graphs is None else graphs.find(num, count) or graphs.find(num, self.max_drafts)
+        return None if graphs is None else graphs.find(num, count)
 
     # --- tensor by tensor --------------------------------------------------------------------------------------------------------------
 
@@ -280,7 +281,7 @@ def _guess_shapes(shapes: Sequence[StepShape]) -> list[StepShape]:
 
 def _paths_only(
     sequences: Sequence[ScheduledSequence], aux: torch.Tensor, verified: Sequence[Verified]
-) -> tuple[Sequence[ScheduledSequence], torch.Tensor]:
+) -> tuple[Sequence[ScheduledSequence], AuxRows]:
     """The same step as if the accepted path of each tree had been its whole draft: that is how its keys and values lie now."""
     found, kept, begin = [], list[int](), 0
     for seq, one in zip(sequences, verified, strict=True):
@@ -294,7 +295,7 @@ def _paths_only(
             found.append(seq)
         begin = end
     (rows,) = upload_many([np.array(kept, dtype=np.int64)], torch.int64, aux.device)
-    return found, aux.index_select(0, rows)
+    return found, AuxRows(values=aux.index_select(0, rows))
 
 
 def _cut(draft: Draft, count: int) -> Draft:
