@@ -20,8 +20,9 @@ def main(device: str) -> int:
             num_seqs, most = draw.randrange(1, 6), 3 * chunk if chunk else width * page
             counts = [draw.randrange(1, min(most, 200)) for _ in range(num_seqs)]
             starts = [draw.randrange(most - n + 1) for n in counts]
-            owner = [b for b, n in enumerate(counts) for _ in range(n)]
-            positions = [start + i for start, n in zip(starts, counts, strict=True) for i in range(n)]
+            padding = [draw.randrange(min(start, 3) + 1) for start in starts]
+            owner = [b for b, n in enumerate(counts) for _ in range(padding[b] + n)]
+            positions = [start + i for b, start in enumerate(starts) for i in range(-padding[b], counts[b])]
             ints = {"dtype": torch.int32, "device": device}
             step = StepRows(
                 rows=torch.tensor(draw.sample(range(9), num_seqs), **ints),

@@ -32,15 +32,17 @@ def write(tables: BlockTables, name: str, first_index: int, pages: list[int]) ->
     )
 
 
-def step(tables: BlockTables, name: str, start: int, end: int, *, row: int = 1) -> tuple[list[int], list[int]]:
-    """Columns and slots of a sequence whose tokens [start, end) are new."""
+def step(
+    tables: BlockTables, name: str, start: int, end: int, *, row: int = 1, padding: int = 0
+) -> tuple[list[int], list[int]]:
+    """Columns and slots of a sequence whose tokens [start, end) are new, with rows of padding before them."""
     ints = [torch.tensor([value], dtype=torch.int32) for value in (row, start, end)]
     rows = StepRows(
         rows=ints[0],
         starts=ints[1],
         seq_lens=ints[2],
-        positions=torch.arange(start, end),
-        owner=torch.zeros(end - start, dtype=torch.int32),
+        positions=torch.arange(start - padding, end),
+        owner=torch.zeros(padding + end - start, dtype=torch.int32),
     )
     found, slots = tables.step(rows)
     return found[name][0].tolist(), slots[name].tolist()
@@ -89,6 +91,14 @@ def test_a_verify_over_a_border_sees_both_chunks() -> None:
     write(t, "local", 0, [1, 2, 3])
     write(t, "local", 3, [4, 5])
     assert step(t, "local", 6, 10) == ([1, 2, 3, 4, 5, 0, 0, 0], [8, 9, 10, 11])
+
+
+def test_padding_before_a_sequence_is_written_to_the_null_page_and_keeps_no_chunk_alive() -> None:
+    t = tables()
+    write(t, "local", 0, [1, 2, 3, 4])
+    write(t, "local", 4, [5])
+    assert step(t, "local", 8, 9, padding=3) == ([0, 0, 0, 0, 5, 0, 0, 0], [1, 0, 1, 10])
+    assert step(t, "local", 7, 9, padding=2) == ([1, 2, 3, 4, 5, 0, 0, 0], [1, 0, 9, 10])
 
 
 def test_paddings_row_is_the_null_page() -> None:
