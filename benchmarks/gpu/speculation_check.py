@@ -1,7 +1,12 @@
 """Speculation under CUDA graphs changes no token: a tiny random target in float32, EAGLE3 and a recorded drafter at acceptance 0 to 1, against
-the same engine without speculation. Prints a line a case, and what graphs were captured; exits 1 when a token differs.
+the same engine without speculation. Answers are unequally long, the cases named "fewer" want one, two and three guesses in turn, and some sequences
+get none: every eighth of the recorded drafter's, those beyond 130 tokens of the draft's.
 
-    python benchmarks/gpu/speculation_check.py [--prompts 50] [--tokens 100] [--running 16] [--case eagle|tree|ngram|recorded|eager] [--modes 5]
+Prints a line a case: requests whose tokens differ; of batches without prompts, the steps that verified guesses and the draft's passes, replayed and
+not; what graphs were captured. Exits 1 when a token differs.
+
+    python benchmarks/gpu/speculation_check.py [--prompts 50] [--tokens 100] [--running 16] [--modes 5]
+        [--case eagle|fewer|tree|ngram|recorded|recorded-fewer|eager]
 
 --modes 3: no penalties, so that the guesses of a chain stay on the device.
 """
@@ -13,14 +18,23 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from l4core import LLM, SamplingParams
+from l4core.engine.batch import Ints, ScheduledBatch
+from l4core.engine.engine import EMPTY, Engine
+from l4core.engine.run.fixed_step import FixedStep, StepShape
+from l4core.engine.run.runner import Forward
+from l4core.engine.speculation.draft_steps import FixedExtend
 from l4core.engine.speculation.drafter import PluginSpeculation
+from l4core.engine.speculation.eagle3 import Eagle3Speculation
 from l4core.request import RequestOutput
 from l4core.testing.models.checkpoints import make_tiny_checkpoint
 from l4core.testing.models.eagle3 import make_tiny_draft
@@ -58,16 +72,22 @@ def main() -> None:
         )
         check = Check(folder, args.prompts, args.tokens, args.running, MODES[: args.modes])
         ngram = {"speculative_algorithm": "NGRAM"}
+        eagle = {
+            "speculative_algorithm": "EAGLE3",
+            "speculative_draft_model_path": draft.as_posix(),
+            "speculative_option": ("longest_context=130",),
+        }
         cases: dict[str, dict[str, Any]] = {
-            "eagle": {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": draft.as_posix()},
+            "eagle": eagle,
+            "fewer": {**eagle, "fewer": True},
             "tree": {
-                "speculative_algorithm": "EAGLE3",
-                "speculative_draft_model_path": draft.as_posix(),
+                **eagle,
                 "speculative_eagle_topk": 3,
                 "speculative_num_draft_tokens": 13,
             },
             "ngram": ngram,
             "recorded": {**ngram, "recorded": True},
+            "recorded-fewer": {**ngram, "recorded": True, "fewer": True},
             "eager": {**ngram, "recorded": True, "disable_cuda_graph": True},
         }
         for name, options in cases.items():
@@ -92,10 +112,13 @@ class Check:
 
     def run(self, name: str, options: dict[str, Any]) -> int:
         """→ requests whose tokens differ."""
-        recorded = options.pop("recorded", False)
+        recorded, fewer = options.pop("recorded", False), options.pop("fewer", False)
         llm = self._open({"speculative_num_steps": STEPS, **options})
         if recorded:
             self._record(llm)
+        if fewer:
+            vary(llm._built.engine)
+        counts = Counts(llm._built.engine)
         began = time.perf_counter()
         found = self._answers(llm)
         seconds = time.perf_counter() - began
@@ -106,7 +129,7 @@ class Check:
         ]
         graphs = next(line for line in llm.report if line.startswith("graphs"))
         print(
-            f"{name:<9} {len(different)} of {len(found)} differ {different[:5]} · {seconds:.1f} s · {graphs}",
+            f"{name:<14} {len(different)} of {len(found)} differ {different[:5]} · {seconds:.1f} s · {counts.describe()} · {graphs}",
             flush=True,
         )
         for n in different[:3]:
@@ -135,7 +158,12 @@ class Check:
 
     def _answers(self, llm: LLM) -> list[RequestOutput]:
         params = [
-            SamplingParams(max_tokens=self._num_tokens, seed=n, ignore_eos=True, **self._modes[n % len(self._modes)])
+            SamplingParams(
+                max_tokens=max(1, self._num_tokens - n % 9),
+                seed=n,
+                ignore_eos=True,
+                **self._modes[n % len(self._modes)],
+            )
             for n in range(len(self._prompts))
         ]
         return llm.generate(self._prompts, params, use_tqdm=False)
@@ -144,12 +172,57 @@ class Check:
         answers = {tuple(o.prompt_token_ids): o.outputs[0].token_ids for o in self._plain}
         vocab_size = llm._built.model_config.vocab_size
         drafter = RecordedDrafter(
-            lambda row: answers[tuple(row.prompt_token_ids)],
+            lambda row: () if (row.params.seed or 0) % 8 == 7 else answers[tuple(row.prompt_token_ids)],
             lambda row: (row.params.seed or 0) // 5 % 5 / 4,
             num_draft_tokens=STEPS,
             vocab_size=vocab_size,
         )
         llm._built.engine.speculation = PluginSpeculation("recorded", drafter, num_drafts=STEPS, vocab_size=vocab_size)
+
+
+class Counts:
+    """Of batches without prompts, the engine's steps that verify guesses and its draft's passes: how many were replayed, how many of those had
+    padding, how many were launched kernel by kernel."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._steps, self._passes = Counter[str](), Counter[str]()
+        runner, speculation = engine.runner, engine.speculation
+        self._build, runner.build = runner.build, self._built  # type: ignore[method-assign]
+        if isinstance(speculation, Eagle3Speculation):
+            self._find, speculation._find_extend = speculation._find_extend, self._found  # type: ignore[method-assign]
+
+    def _built(self, batch: ScheduledBatch) -> Forward:
+        forward = self._build(batch)
+        if batch.num_verified and batch.columns.borders[2] == batch.columns.borders[3]:
+            shape = forward.shape if isinstance(forward, FixedStep) else None
+            self._steps[_kind(shape, batch.columns.lengths)] += 1
+        return forward
+
+    def _found(self, starts: Ints, lengths: Ints, counts: Ints) -> FixedExtend | None:
+        step = self._find(starts, lengths, counts)
+        if lengths.max() <= STEPS + 1:
+            self._passes[_kind(step and step.shape, lengths)] += 1
+        return step
+
+    def describe(self) -> str:
+        """ "verified: 90 replayed (40 with padding), 2 not"."""
+        return " · ".join(
+            f"{name}: {found['whole'] + found['padded']} replayed ({found['padded']} with padding), {found['eager']} not"
+            for name, found in (("verified", self._steps), ("draft passes", self._passes))
+            if found
+        )
+
+
+def _kind(shape: StepShape | None, lengths: Ints) -> str:
+    if shape is None:
+        return "eager"
+    return "whole" if (lengths == shape.num_tokens).all() else "padded"
+
+
+def vary(engine: Engine) -> None:
+    """One guess is wanted, then two, then three."""
+    step, numbers = engine.step, cycle(range(1, STEPS + 1))
+    engine.step = lambda inbox=EMPTY: step(replace(inbox, num_drafts=next(numbers)))  # type: ignore[method-assign, misc]
 
 
 if __name__ == "__main__":

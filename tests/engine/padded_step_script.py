@@ -1,9 +1,9 @@
 """Verifications in steps of fixed shape on a CPU, uncaptured, under Triton's interpreter: `python padded_step_script.py TARGET DRAFT`.
 
 Every sequence has 1 to 4 rows in a step of four each. Beside each such step the same batch is planned tensor by tensor, on the same memory: logits of
-the real rows must be the same, and so must the memory but for the null page. Freed pages hold NaN. Prints how many steps were padded, and of those how
-many had guesses that the host did not know, padding in the chunk before, sequences without guesses; and how many batches had none, as a sequence was
-too short for it.
+the real rows must be the same, and so must the memory but for the null page. Freed pages hold NaN. Prints how many steps were padded, and of those
+how many had guesses that the host did not know, padding in the chunk before, sequences without guesses; and how many batches had no such step, as
+a sequence was too short for it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ def test_a_verification_with_padding_is_the_one_without(make_tiny, tmp_path: Pat
     """Row for row and slot for slot: chains of 1 to 3 guesses and none beside each other, over borders of chunks, guesses the host does not know."""
     folder = make_tiny(layers=4, hidden=64, heads=4, head_dim=16, inter=128, chunk=32, floor_scale=32)
     target = json.loads((folder / "config.json").read_text())
-    met = ast.literal_eval(run("padded_step_script.py", folder, make_tiny_draft(tmp_path / "draft", target, aux_layers=[0, 1, 2])))
+    met = ast.literal_eval(
+        run("padded_step_script.py", folder, make_tiny_draft(tmp_path / "draft", target, aux_layers=[0, 1, 2]))
+    )
     assert met["padded"] > 30
     assert met["late"] > 10
     assert met["over a border"] > 5

@@ -19,8 +19,9 @@ def step_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """table: int32 [R, W], persistent; a ring when chunk_size is given, and then num_columns is W.
 
-    → block table int32 [B, num_columns] and slots int64 [T], page · page_size + offset; padding's lie in the null page. Columns without a page of the sequence hold the null page;
-    where Triton runs, those from the first multiple of 128 behind the sequence's end on hold some page or other, which no kernel looks at.
+    → block table int32 [B, num_columns] and slots int64 [T], page · page_size + offset; padding's lie in the null page. Columns without a page of the
+    sequence hold it too; where Triton runs, those from the first multiple of 128 behind the sequence's end on hold some page or other, which no
+    kernel looks at.
     """
     if has_triton(table.device.type):
         from l4core.attention.step_tables_triton import launch

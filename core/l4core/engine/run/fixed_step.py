@@ -1,8 +1,8 @@
 """A step of fixed shape, as a function of device memory alone: what a graph is captured from. Run as it is, it launches the same kernels, so a replay
 and an eager run of one shape give the same bits.
 
-Shape (B, n): B sequences of n new tokens each. n = 1 is decode. Verifying k drafts is (B, k + 1): the drafts are written into `inputs` (or left on the
-device by a drafter), the target's own draw of every row comes out, and who calls compares the two. A sequence with fewer tokens has padding before
+Shape (B, n): B sequences of n new tokens each. n = 1 is decode. Verifying k drafts is (B, k + 1): the drafts are written into `inputs`, or left on
+the device by a drafter, the target's own draw of every row comes out, and who calls compares the two. A sequence of fewer tokens has padding before
 them (engine.run.padding), of which only the position of its first row tells.
 """
 
@@ -75,7 +75,7 @@ class StepOutputs:
 
 
 class FixedStep:
-    """inputs: int64 [7 + n, B] on the device: rows, starts, positions of the first rows (before the start where there is padding), seeds, top-p, bits of
+    """inputs: int64 [7 + n, B] on the device: rows, starts, positions of the first of n rows (padding's, where there is some), seeds, top-p, bits of
     float64 temperatures and log min-p, token ids."""
 
     def __init__(

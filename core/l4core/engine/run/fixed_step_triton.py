@@ -14,8 +14,8 @@ BLOCK = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unpacked:
-    """Of B sequences: rows, starts (of what is not padding), seq_lens, int32 [B].  Of T token rows: token_ids, positions, draw_positions (of the token each row draws), seeds,
-    top_p, int64 [T]; temperature, log_min_p, float32 [T]."""
+    """Of B sequences: rows, starts (behind padding), seq_lens, int32 [B].  Of T token rows: token_ids, positions, draw_positions (of the token each
+    row draws), seeds, top_p, int64 [T]; temperature, log_min_p, float32 [T]."""
 
     rows: torch.Tensor
     starts: torch.Tensor

@@ -1,7 +1,8 @@
 """Sequences with unequally many rows in a step where all have the same number.
 
-A sequence's rows come last in its share, padding stands before them: so lengths, positions and what a row sees stay as they are, and nothing lies behind
-a sequence's slots. A padding row stands at the position before (attention.step_tables gives it a slot of the null page); nobody asks what it computed.
+A sequence's rows come last in its share, padding before them: so lengths, positions and what a row sees stay as they are, and nothing lies behind the
+sequence's slots. A padding row stands at the position before, computes token 0, is given a slot of the null page (attention.step_tables), and nobody
+asks what came out.
 """
 
 from __future__ import annotations

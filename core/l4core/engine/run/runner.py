@@ -1,7 +1,7 @@
 """Turns a scheduled batch into device tensors, runs the model on them, and draws tokens. Knows nothing of queues, text or HTTP.
 
-A batch that a captured shape holds (n decodes, say) takes the short way: its few numbers are uploaded and a graph is replayed, which ends with the drawn
-tokens. Any other batch is planned tensor by tensor. Both ways end in the same `Computed`.
+A batch that a captured shape holds (decodes, and chains to verify) takes the short way: its few numbers are uploaded and a graph is replayed, which
+ends with the drawn tokens. Any other batch is planned tensor by tensor. Both ways end in the same `Computed`.
 """
 
 from __future__ import annotations

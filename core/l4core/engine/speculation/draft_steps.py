@@ -59,7 +59,7 @@ class DraftState:
 
 
 class FixedExtend:
-    """inputs: int64 [4 + n, B] on the device: rows, starts, positions of the first of n rows, the one of them that drew the last token, the token after
+    """inputs: int64 [4 + n, B] on the device: rows, starts, positions of the first of n rows, which of them drew the last token, the token after
     each.  aux: [B · n, …]."""
 
     def __init__(self, shape: StepShape, state: DraftState, aux: torch.Tensor) -> None:

@@ -6,7 +6,8 @@
 
 Draft keys and values lie in the sequence's own pages (layer `num_layers` of the global group), so preemption and release need nothing of their own.
 The entry at a page's last position was computed with the token behind the page: only a sequence that goes on with it finds the page (kv.prefix).
-On a device with graphs both are replayed for batches of decodes and verifications; a step with prefill pieces is planned tensor by tensor, as the target's is.
+On a device with graphs both are replayed for batches of decodes and chains; a step with prefill pieces is planned tensor by tensor, as the target's
+is.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Eagle3Speculation:
 
     @torch.inference_mode()
     def observe(self, batch: ScheduledBatch, aux: AuxRows, verified: Sequence[Verified]) -> None:
-        """aux: num_aux · Ht of each of the batch's rows. In a pause nothing is computed: sequences that decode then have a hole in the draft's keys and
+        """aux: of the batch's rows. In a pause nothing is computed: sequences that decode then have a hole in the draft's keys and
         get no guesses later; new ones do."""
         self._idle = 0 if self.num_drafts else self._idle + 1
         if self._idle > GRACE:
