@@ -39,6 +39,8 @@ def places_in(num_tokens: int, lengths: Ints) -> Ints:
 
 def spread(values: Ints, num_tokens: int, lengths: Ints) -> Ints:
     """values: int64 [sum of lengths] → [B, num_tokens], padding 0."""
+    if len(values) == len(lengths) * num_tokens:
+        return values.reshape(-1, num_tokens)
     padded = np.zeros((len(lengths), num_tokens), dtype=np.int64)
     padded.reshape(-1)[places_in(num_tokens, lengths)] = values
     return padded
