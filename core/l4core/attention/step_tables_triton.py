@@ -102,9 +102,7 @@ def _step_tables_kernel(
         sequence = tl.load(owner + tokens, mask=inside, other=0)
         row = tl.load(rows + sequence, mask=inside, other=0)
         position = tl.load(positions + tokens, mask=inside, other=0)
-        is_new = inside & (
-            position >= tl.load(starts + sequence, mask=inside, other=0)
-        )  # else padding, on the null page
+        start = tl.load(starts + sequence, mask=inside, other=0)
         column = position // PAGE % table_width
-        page = tl.load(table + row.to(tl.int64) * table_stride + column, mask=is_new, other=0)
+        page = tl.load(table + row.to(tl.int64) * table_stride + column, mask=inside & (position >= start), other=0)
         tl.store(slots + tokens, page.to(tl.int64) * PAGE + position % PAGE, mask=inside)
