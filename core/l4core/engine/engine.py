@@ -151,7 +151,7 @@ class Engine:
         if inbox.step_costs is not None:
             self.scheduler.costs = inbox.step_costs
         if inbox.num_drafts is not None and self.speculation is not None:
-            self.speculation.num_drafts = min(inbox.num_drafts, self.speculation.max_drafts)
+            self.speculation.want(inbox.num_drafts, reads=inbox.draft_reads)
         refused = []
         for request in inbox.requests:
             try:

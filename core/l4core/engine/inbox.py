@@ -14,7 +14,8 @@ class Inbox:
     """What came in since the last step. The scheduler reads no clock: deadlines arrive here as aborts.
 
     flush_cache: forget all cached prefixes, before the requests are taken in.  step_costs: what steps cost, and may cost, from now on; None = no
-    change.  num_drafts: guesses wanted for each sequence from now on, None = no change.
+    change.  num_drafts: guesses wanted for each sequence from now on, None = no change.  draft_reads: where none are, whether the draft reads what
+    steps compute; once it has not, it can guess only for sequences that come later.
     """
 
     requests: Sequence[Request] = ()
@@ -22,3 +23,4 @@ class Inbox:
     flush_cache: bool = False
     step_costs: StepCosts | None = None
     num_drafts: int | None = None
+    draft_reads: bool = True

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from l4core.engine.inbox import Inbox
 from l4core.engine.schedule.step_costs import MIN_PREFILL_TOKENS, StepCosts
-from l4core.engine.speculation.pace import DraftPace
+from l4core.engine.speculation.draft_pace import DraftPace
 from l4core.request import StepOutput, StepStats
 
 FIRST_PREFILL_TOKENS = 256

@@ -48,6 +48,7 @@ class Turn(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw_
     submit: Submit | None = None
     step_costs: StepCosts | None = None
     num_drafts: int | None = None
+    draft_reads: bool = True
     aborts_only: bool = False
     last: bool = False
 
@@ -60,6 +61,7 @@ class Turn(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw_
             submit=Submit.of(inbox) if is_news else None,
             step_costs=inbox.step_costs,
             num_drafts=inbox.num_drafts,
+            draft_reads=inbox.draft_reads,
         )
 
     def inbox(self) -> Inbox:
@@ -71,6 +73,7 @@ class Turn(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw_
             flush_cache=news.flush_cache,
             step_costs=self.step_costs,
             num_drafts=self.num_drafts,
+            draft_reads=self.draft_reads,
         )
 
 

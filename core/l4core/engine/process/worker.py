@@ -46,7 +46,7 @@ from l4core.engine.process.messages import (
 )
 from l4core.engine.process.nursery import raise_ranks
 from l4core.engine.process.turns import LeadEngine, RankedEngine, follow
-from l4core.engine.speculation.pace import DraftPace
+from l4core.engine.speculation.draft_pace import DraftPace
 from l4core.errors import L4Error, RequestError
 from l4core.parallel.connect import Crew, take_device
 from l4core.parallel.messages import Words

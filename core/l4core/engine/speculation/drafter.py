@@ -30,6 +30,9 @@ class Speculation(Protocol):
     max_drafts: int
     num_slots: int
 
+    def want(self, num_drafts: int, *, reads: bool) -> None:
+        """From now on: `num_drafts` at most max_drafts.  reads: with none, whether it is to read along, so that it can go on guessing."""
+
     @property
     def reads_target(self) -> bool:
         """Whether it wants to be shown the next step."""
@@ -108,6 +111,10 @@ class PluginSpeculation:
         self.num_drafts = self.max_drafts = num_drafts
         self._name, self._drafter, self._vocab_size = name, drafter, vocab_size
         self._num_drafts, self._trees = num_drafts, trees
+
+    def want(self, num_drafts: int, *, reads: bool) -> None:
+        """Tokens are all that it reads, when it is asked."""
+        self.num_drafts = min(num_drafts, self.max_drafts)
 
     @property
     def num_guesses(self) -> int:

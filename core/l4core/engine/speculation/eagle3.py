@@ -29,7 +29,6 @@ from l4core.engine.run.padding import AuxRows, find_padded
 from l4core.engine.speculation.draft_steps import DraftState, FixedExtend, FixedGuess, Ints
 from l4core.engine.speculation.draft_tree import TreeShape, grow
 from l4core.engine.speculation.late import LateGuesses
-from l4core.engine.speculation.pace import GRACE
 from l4core.model.eagle3 import GROUP, Eagle3
 from l4core.model.eagle3_config import Target
 from l4core.model.eagle3_weights import load_draft
@@ -59,13 +58,18 @@ class Eagle3Speculation:
         self._guesses: Mapping[bool, Graphs[FixedGuess]] = {}
         self._ready: dict[str, tuple[int, int]] = {}
         self._late: LateGuesses | None = None
-        self._idle = 0
+        self._reads = True
         self._longest_context, self._told = state.draft.config.longest_context, False
+
+    def want(self, num_drafts: int, *, reads: bool) -> None:
+        """Sequences that decode while it does not read have a hole in the draft's keys and get no guesses later; new ones do."""
+        self.num_drafts, self._reads = min(num_drafts, self.max_drafts), reads
+        if not self.reads_target:
+            self._ready.clear()
 
     @property
     def reads_target(self) -> bool:
-        """Not in a pause, once it is a long one."""
-        return self.num_drafts > 0 or self._idle <= GRACE
+        return self.num_drafts > 0 or self._reads
 
     @property
     def _grows(self) -> bool:
@@ -103,12 +107,7 @@ class Eagle3Speculation:
 
     @torch.inference_mode()
     def observe(self, batch: ScheduledBatch, aux: AuxRows, verified: Sequence[Verified]) -> None:
-        """aux: of the batch's rows. In a pause nothing is computed: sequences that decode then have a hole in the draft's keys and
-        get no guesses later; new ones do."""
-        self._idle = 0 if self.num_drafts else self._idle + 1
-        if self._idle > GRACE:
-            self._ready.clear()
-            return
+        """aux: of the batch's rows."""
         if not any(self._is_whole(seq) for seq in batch.sequences):
             self.forget([seq.request.request_id for seq in batch.sequences])
             return

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from l4core.config import EngineConfig
 from l4core.engine.key_values import parse_key_values
 from l4core.engine.speculation.draft_model import DraftModel
+from l4core.engine.speculation.draft_pace import TRAINED, UNTRAINED, DraftPace
 from l4core.engine.speculation.draft_tree import TreeShape
 from l4core.engine.speculation.drafter import PluginSpeculation, Speculation
-from l4core.engine.speculation.pace import TRAINED, UNTRAINED, DraftPace, VerifyCosts
+from l4core.engine.speculation.step_times import VerifyCosts
 from l4core.errors import ConfigError, NotBuiltError
 from l4core.model.config import ModelConfig
 from l4core.model.draft_size import rank_draft
@@ -125,13 +126,15 @@ def create_speculation(
     )
 
 
-def draft_pace(
+def create_pace(
     plan: SpeculationPlan | None,
     config: EngineConfig,
     model: ModelConfig,
     weight_bytes: int,
     routed_bytes: int,
     itemsize: int,
+    *,
+    max_running: int,
 ) -> DraftPace | None:
     """None without speculation. weight_bytes: of the target, the draft's own among them.
     routed_bytes: of the routed experts of all layers, as they are stored here."""
@@ -146,6 +149,8 @@ def draft_pace(
         plan.algorithm,
         plan.num_levels,
         costs,
+        max_running=max_running,
+        reads=plan.draft is not None,
         fixed=config.speculative_adaptive == "off",
         advice=UNTRAINED if plan.draft is None else TRAINED,
     )

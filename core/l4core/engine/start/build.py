@@ -19,9 +19,9 @@ from l4core.engine.engine import Engine
 from l4core.engine.run.fixed_step import StepShape
 from l4core.engine.run.runner import Runner
 from l4core.engine.schedule.scheduler import Scheduler, SchedulerLimits
+from l4core.engine.speculation.draft_pace import DraftPace
 from l4core.engine.speculation.eagle3 import Eagle3Speculation
-from l4core.engine.speculation.pace import DraftPace
-from l4core.engine.speculation.plan import SpeculationPlan, create_speculation, draft_pace, plan_speculation
+from l4core.engine.speculation.plan import SpeculationPlan, create_pace, create_speculation, plan_speculation
 from l4core.engine.start.first_kernels import compile_first_kernels
 from l4core.engine.start.graph_sizes import GraphSizes
 from l4core.engine.start.memory_budget import Budget, device_budget
@@ -196,7 +196,9 @@ def build_engine(
         plugins=plugins,
         context_length=plan.max_context,
         budget=budget,
-        drafts=draft_pace(speculation, config, rank, weight_bytes, routed_bytes, dtype.itemsize),
+        drafts=create_pace(
+            speculation, config, rank, weight_bytes, routed_bytes, dtype.itemsize, max_running=plan.max_running
+        ),
     )
 
 

@@ -1,0 +1,250 @@
+"""Decides how many tokens to guess, from what steps took and how many guesses were right: one `DraftPace` beside the loop that steps the engine.
+
+The engine reads no clock; what is wanted travels in its inbox. Never slower is the rule: k guesses are made where (tokens a step brings) / (ms it
+takes) is best, and none where nothing beats a plain step by enough to pay for the draft's part in prompts, and for doubt. A step without guesses is
+one of three:
+
+    held      the draft reads what it computes, and can go on guessing afterwards: for a few steps, to see what a plain one takes
+    free      the draft does nothing, and can guess only for requests that come later
+    barren    guesses were wanted, and there were none
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from l4core.engine.inbox import Inbox
+from l4core.engine.speculation.acceptance import Acceptance
+from l4core.engine.speculation.pace_watch import BARREN, Breaks, Prompts, SteadySteps, Wish
+from l4core.engine.speculation.step_times import StepTimes, VerifyCosts, batch_of, bucket_of
+from l4core.request import NO_GUESSES, SLOWER, StepStats
+
+TAKE, KEEP = 1.08, 1.03
+"""Times the tokens of plain steps that guessing must bring before it is taken up, and to be kept up."""
+CLOSE, CROWD = 1.15, 4
+"""Where guessing seems to bring less, and for so many sequences, plain steps are timed without the draft too before it goes on."""
+REFRESH, HOLD = 400, 5
+"""Speculating steps, after which so many plain ones keep their time true."""
+PATIENCE = 40
+"""Steps for which a draft reads along in vain, because each had a prompt in it and none could be timed."""
+TRIAL, TRIAL_STEPS = 24, 6
+"""Drafts for which a pause is broken off, and steps at least: after …"""
+REST, LONGEST_REST, ALLOWED = 1024, 16384, 0.005
+"""… so many plain steps; twice as many after each trial in vain, and so many that what it lost is that part of them."""
+
+logger = logging.getLogger(__name__)
+
+TRAINED = (
+    "a draft that fits has 50 to 80 %. Was it trained for this model and template? Does it read the layers it was trained on (the start-up block "
+    "names them; --speculative-option aux_layers=…)? Is this its kind of text (a chat-only draft is of little use on /v1/completions)?"
+)
+UNTRAINED = "it is of no use for this kind of text"
+
+
+HELD, RELEASED = Wish(0), Wish(0, reads=False)
+
+
+class DraftPace:
+    """`stamp` what goes into a step, `observe` what came out. num_pauses: times that guessing stopped being worth it."""
+
+    def __init__(
+        self,
+        name: str,
+        max_drafts: int,
+        costs: VerifyCosts,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        max_running: int,
+        fixed: bool = False,
+        reads: bool = True,
+        advice: str = TRAINED,
+    ) -> None:
+        """clock: seconds.  max_running: sequences of the largest batch.  fixed: guess always; a draft that is wrong is named all the same.  reads: it
+        guesses only for sequences of which it has read all that the target computed.  advice: what to say of a wrong one."""
+        self.num_pauses = 0
+        self._fixed, self._reads, self._advice = fixed, reads, advice
+        self._name, self._max, self._clock = name, max_drafts, clock
+        self._max_running = max_running
+        self._acceptance = Acceptance(max_drafts)
+        self._times = StepTimes(costs, max_drafts)
+        self._steady = SteadySteps()
+        self._breaks = Breaks()
+        self._prompts = Prompts(costs.share_of_prompt())
+        self._since: float | None = None
+        self._wish = Wish(max_drafts)
+        self._num_running = 0
+        self._has_holes = self._arrived = False
+        self._paused: dict[int, bool] = {}
+        self._share: dict[int, float] = {}
+        self._num_held = self._hold = self._since_plain = 0
+        self._trial = self._trial_steps = self._rested = 0
+        self._rest, self._lost = float(REST), 0.0
+        self._warned = False
+        self._pause = ""
+
+    def stamp(self, inbox: Inbox) -> Inbox:
+        """The same inbox with what is wanted of the draft. Call it just before the step."""
+        if self._fixed:
+            return inbox
+        if self._since is None:
+            self._since = self._clock()
+        self._arrived = bool(inbox.requests)
+        if self._arrived:
+            self._breaks.end()
+            self._prompts.weigh()
+        bucket = bucket_of(min(self._num_running + len(inbox.requests), self._max_running))
+        self._wish = self._choose(bucket)
+        if self._wish == RELEASED:
+            self._has_holes = self._reads
+        elif self._arrived:
+            self._has_holes = False
+        return replace(inbox, num_drafts=self._wish.num_drafts, draft_reads=self._wish.reads)
+
+    def observe(self, stats: StepStats, *, busy: bool) -> None:
+        """Call it just after the step. busy: there is a next one at once, so the time until its end belongs to it."""
+        now = self._clock()
+        began, self._since = self._since, now if busy else None
+        if stats.drafted_at:
+            self._acceptance.add(stats.drafted_at, stats.accepted_at)
+            self._warn()
+        self._num_running = stats.num_running or stats.num_decode_tokens
+        if self._fixed:
+            return
+        ms = 0.0 if began is None else (now - began) * 1e3
+        self._prompts.count(ms, self._arrived or stats.num_prefill_tokens > 0)
+        for bucket, kind, took in self._steady.add(stats, self._wish, ms, busy=busy):
+            self._times.learn(bucket, kind, took)
+        if stats.num_decode_tokens:
+            self._count(stats, ms)
+
+    def take_pause(self) -> str:
+        """Why guessing paused since the last call: one of DRAFT_PAUSES, "" = it did not."""
+        pause, self._pause = self._pause, ""
+        return pause
+
+    # --- counts ------------------------------------------------------------------------------------------------------------------------
+
+    def _count(self, stats: StepStats, ms: float) -> None:
+        made, wanted, decodes = len(stats.drafted_at), self._wish.num_drafts, stats.num_decode_tokens
+        if self._breaks.count(made, wanted, alone=not stats.num_prefill_tokens):
+            self._pause = NO_GUESSES
+            self._say_barren()
+        bucket = bucket_of(decodes)
+        if made:
+            share = stats.drafted_at[0] / decodes
+            self._share[bucket] = share + 0.9 * (self._share.get(bucket, share) - share)
+        self._since_plain = self._since_plain + 1 if made else 0
+        self._hold -= self._hold > 0 and not made
+        self._num_held = 0 if wanted else self._num_held + (self._wish == HELD)
+        self._rested += self._wish == RELEASED
+        if self._trial > 0 and wanted:
+            if not stats.num_prefill_tokens and self._times.knows_plain(bucket):
+                self._lost += self._times.plain_steps(bucket, ms) - 1.0 - sum(stats.accepted_at) / decodes
+            self._try(sum(stats.drafted_at[:1]))
+
+    def _try(self, num_drafted: int) -> None:
+        """One step of a trial. At its end it is known what it cost, and so how long to wait for the next."""
+        self._trial -= max(1, num_drafted)
+        self._trial_steps += 1
+        if self._trial > 0 or self._trial_steps < TRIAL_STEPS:
+            self._trial = max(self._trial, 1)
+            return
+        self._trial = 0
+        self._rest = min(max(2 * self._rest, self._lost / ALLOWED), LONGEST_REST)
+
+    # --- the choice --------------------------------------------------------------------------------------------------------------------
+
+    def _choose(self, bucket: int) -> Wish:
+        if not bucket:
+            return Wish(self._max)
+        if self._breaks.left or (self._has_holes and not self._arrived):
+            return RELEASED
+        if not self._times.knows_plain(bucket):
+            return HELD if self._num_held < PATIENCE else RELEASED
+        if not self._acceptance.is_sure:
+            return Wish(self._max)
+        if self._paused.get(bucket) and self._is_tried():
+            return Wish(max(range(1, self._max + 1), key=lambda k: self._gain(bucket, k)))
+        best = self._best(bucket)
+        if best and bucket not in self._paused:
+            if best not in self._times.known(bucket):
+                return Wish(best)
+            if not self._times.knows_free(bucket) and self._is_close(bucket, best):
+                return RELEASED
+        self._note(bucket, best)
+        if best and self._since_plain >= REFRESH:
+            self._hold = HOLD
+        return RELEASED if not best else HELD if self._hold else Wish(best)
+
+    def _is_tried(self) -> bool:
+        """Whether a pause is broken off now. A draft that reads can guess only for those who come."""
+        if self._trial <= 0 and self._rested >= self._rest and (self._arrived or not self._reads):
+            self._trial, self._trial_steps, self._rested, self._lost = TRIAL, 0, 0, 0.0
+            self._acceptance.doubt()
+        return self._trial > 0
+
+    def _best(self, bucket: int) -> int:
+        """0 = none. What was not timed is tried where what was timed pays, or nothing was."""
+        wanted = (KEEP if self._paused.get(bucket) is False else TAKE) + self._prompts.cost
+        known = self._times.known_nearby(bucket)
+        if known and all(self._gain(bucket, k) < wanted for k in known):
+            return 0
+        best = max(range(1, self._max + 1), key=lambda k: self._gain(bucket, k))
+        return best if self._gain(bucket, best) >= wanted else 0
+
+    def _is_close(self, bucket: int, num_drafts: int) -> bool:
+        return batch_of(bucket) >= CROWD or self._gain(bucket, num_drafts) < CLOSE
+
+    def _gain(self, bucket: int, num_drafts: int) -> float:
+        """Tokens a millisecond, as a multiple of a plain step's."""
+        return self._length(bucket, num_drafts) / self._times.slowdown(bucket, num_drafts)
+
+    def _length(self, bucket: int, num_drafts: int) -> float:
+        """Tokens a sequence gains in a step; not each may have guesses."""
+        return 1.0 + self._share.get(bucket, 1.0) * (self._acceptance.length(num_drafts) - 1.0)
+
+    # --- what it says ------------------------------------------------------------------------------------------------------------------
+
+    def _note(self, bucket: int, best: int) -> None:
+        pauses = best == 0
+        before = self._paused.get(bucket, False)
+        self._paused[bucket] = pauses
+        if before is pauses:
+            return
+        self.num_pauses += pauses
+        self._pause = SLOWER if pauses else self._pause
+        self._rest = self._rest if pauses else float(REST)
+        k = best or max(range(1, self._max + 1), key=lambda k: self._gain(bucket, k))
+        logger.info(
+            "speculation (%s) %s at about %d sequences: %d guesses bring %.2f tokens a step in %.2f times a plain step's time (right at depth %s)",
+            self._name,
+            "pauses" if pauses else "goes on",
+            batch_of(bucket),
+            k,
+            self._length(bucket, k),
+            self._times.slowdown(bucket, k),
+            self._acceptance.text(),
+        )
+
+    def _say_barren(self) -> None:
+        """Once: text that repeats nothing, or contexts beyond the draft's, come and go."""
+        if self._breaks.num == 1:
+            logger.info(
+                "speculation (%s) found nothing to guess in %d steps in a row; it is asked less often until it does",
+                self._name,
+                BARREN,
+            )
+
+    def _warn(self) -> None:
+        if self._warned or not self._acceptance.is_wrong:
+            return
+        self._warned = True
+        logger.warning(
+            "speculation (%s): %.0f %% of first guesses are right; %s",
+            self._name,
+            100 * self._acceptance.first,
+            self._advice,
+        )

@@ -1,0 +1,89 @@
+"""What a `DraftPace` sees in a row of steps: those whose time counts, prompts among decodes, and guesses that do not come."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from l4core.engine.speculation.step_times import FREE, READING, bucket_of
+from l4core.request import StepStats
+
+BARREN, LONGEST_BREAK = 12, 256
+"""Steps in a row that brought no guess although some were wanted, after which none are wanted for as many, then twice as many: a loop that waits
+for guesses does not overlap."""
+LATELY = 0.999
+"""Weight of a step after one more, where prompts are weighed against decodes."""
+
+
+class Wish(NamedTuple):
+    """For a step. num_drafts: guesses for each sequence.  reads: without any, whether the draft reads along."""
+
+    num_drafts: int
+    reads: bool = True
+
+
+class SteadySteps:
+    """Finds the steps whose time tells what one of their kind takes: those that follow one of the same kind, and have no prompt in them or launch
+    one, for a step is launched while another is waited for."""
+
+    def __init__(self) -> None:
+        self._kind: tuple[int, Wish] | None = None
+        self._held: list[tuple[int, int, float]] = []
+
+    def add(self, stats: StepStats, wish: Wish, ms: float, *, busy: bool) -> list[tuple[int, int, float]]:
+        """Of the step just made → (bucket, kind, ms) of the steps now known to count, kinds as in StepTimes."""
+        known = [] if stats.num_prefill_tokens else self._held
+        self._held = []
+        made, kind = len(stats.drafted_at), (len(stats.drafted_at), wish)
+        before, self._kind = self._kind, kind if busy else None
+        counts = ms > 0.0 and stats.num_decode_tokens and not stats.num_prefill_tokens
+        if counts and before == kind and (made or not wish.num_drafts):
+            self._held = [(bucket_of(stats.num_decode_tokens), made or (READING if wish.reads else FREE), ms)]
+        if not busy:
+            known, self._held = known + self._held, []
+        return known
+
+
+class Prompts:
+    """Milliseconds that went into prompts and into decodes, lately. A step that launches or computes a prompt counts as one.
+
+    cost: of the draft's part in prompts, as a part of the decodes that it is to make up for, when requests came last: what is read is read.
+    """
+
+    def __init__(self, share: float) -> None:
+        """share: of a prompt, what the draft adds to it."""
+        self._share, self._prompts, self._decodes = share, 0.0, 0.0
+        self.cost = 0.0
+
+    def count(self, ms: float, has_prompts: bool) -> None:
+        self._prompts = LATELY * self._prompts + ms * has_prompts
+        self._decodes = LATELY * self._decodes + ms * (not has_prompts)
+
+    def weigh(self) -> None:
+        """Requests come."""
+        if self._decodes:
+            self.cost = self._share * self._prompts / self._decodes
+
+
+class Breaks:
+    """Steps that bring no guess although some were wanted. left: steps for which none are to be wanted.  num: breaks so far."""
+
+    def __init__(self) -> None:
+        self.left = self.num = 0
+        self._barren, self._next = 0, BARREN
+
+    def end(self) -> None:
+        """There is something new to guess."""
+        self.left = self._barren = 0
+
+    def count(self, made: int, wanted: int, *, alone: bool) -> bool:
+        """Of one step → whether a break begins. alone: it had no prompt in it, whose sequence may be guessed for later."""
+        self.left = max(0, self.left - 1)
+        if made:
+            self._barren, self._next = 0, BARREN
+        elif wanted and alone:
+            self._barren += 1
+            if self._barren >= BARREN:
+                self._barren, self.left, self._next = 0, self._next, min(2 * self._next, LONGEST_BREAK)
+                self.num += 1
+                return True
+        return False
