@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from l4core.engine.inbox import Inbox
@@ -110,7 +110,7 @@ class DraftPace:
         if stats.drafted_at:
             self._acceptance.add(stats.drafted_at, stats.accepted_at)
             self._warn()
-        self._num_running = stats.num_running or stats.num_decode_tokens
+        self._num_running = stats.num_running
         if self._fixed:
             return
         ms = 0.0 if began is None else (now - began) * 1e3
@@ -167,17 +167,22 @@ class DraftPace:
         if not self._acceptance.is_sure:
             return Wish(self._max)
         if self._paused.get(bucket) and self._is_tried():
-            return Wish(max(range(1, self._max + 1), key=lambda k: self._gain(bucket, k)))
+            return Wish(self._untimed(bucket) or self._most_gained(bucket, range(1, self._max + 1)))
         best = self._best(bucket)
         if best and bucket not in self._paused:
             if best not in self._times.known(bucket):
-                return Wish(best)
+                return Wish(self._untimed(bucket) or best)
             if not self._times.knows_free(bucket) and self._is_close(bucket, best):
                 return RELEASED
         self._note(bucket, best)
         if best and self._since_plain >= REFRESH:
             self._hold = HOLD
         return RELEASED if not best else HELD if self._hold else Wish(best)
+
+    def _untimed(self, bucket: int) -> int:
+        """What was wanted last, as long as it is not timed: another number each step would time none. 0 = it is, or none was."""
+        before = self._wish.num_drafts
+        return 0 if before in self._times.known(bucket) else before
 
     def _is_tried(self) -> bool:
         """Whether a pause is broken off now. A draft that reads can guess only for those who come."""
@@ -192,8 +197,11 @@ class DraftPace:
         known = self._times.known_nearby(bucket)
         if known and all(self._gain(bucket, k) < wanted for k in known):
             return 0
-        best = max(range(1, self._max + 1), key=lambda k: self._gain(bucket, k))
+        best = self._most_gained(bucket, range(1, self._max + 1))
         return best if self._gain(bucket, best) >= wanted else 0
+
+    def _most_gained(self, bucket: int, numbers: Iterable[int]) -> int:
+        return max(numbers, key=lambda k: self._gain(bucket, k))
 
     def _is_close(self, bucket: int, num_drafts: int) -> bool:
         return batch_of(bucket) >= CROWD or self._gain(bucket, num_drafts) < CLOSE
@@ -217,7 +225,7 @@ class DraftPace:
         self.num_pauses += pauses
         self._pause = SLOWER if pauses else self._pause
         self._rest = self._rest if pauses else float(REST)
-        k = best or max(range(1, self._max + 1), key=lambda k: self._gain(bucket, k))
+        k = best or self._most_gained(bucket, self._times.known_nearby(bucket) or range(1, self._max + 1))
         logger.info(
             "speculation (%s) %s at about %d sequences: %d guesses bring %.2f tokens a step in %.2f times a plain step's time (right at depth %s)",
             self._name,
