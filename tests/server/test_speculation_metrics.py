@@ -51,6 +51,7 @@ class Guessing:
         self.now += 1e-3 * (1 + guesses)
         drafted = (1,) * guesses
         stats = StepStats(
+            num_running=1,
             num_decode_tokens=1,
             drafted_at=drafted,
             accepted_at=(0,) * guesses,
