@@ -159,7 +159,7 @@ class DraftPace:
 
     def _choose(self, bucket: int) -> Wish:
         if not bucket:
-            return Wish(self._max)
+            return self._wish
         if self._breaks.left or (self._has_holes and not self._arrived):
             return RELEASED
         if not self._times.knows_plain(bucket):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from l4core.engine.speculation.step_times import FREE, READING, bucket_of
+from l4core.engine.speculation.step_times import FREE, READING, Recent, bucket_of
 from l4core.request import StepStats
 
 BARREN, LONGEST_BREAK = 12, 256
@@ -12,6 +12,8 @@ BARREN, LONGEST_BREAK = 12, 256
 for guesses does not overlap."""
 LATELY = 0.999
 """Weight of a step after one more, where prompts are weighed against decodes."""
+COLD, UNUSUAL = 4, 8
+"""Steps with a prompt in which kernels may have been compiled, and times the usual one that a later one counts as at most."""
 
 
 class Wish(NamedTuple):
@@ -52,11 +54,17 @@ class Prompts:
     def __init__(self, share: float) -> None:
         """share: of a prompt, what the draft adds to it."""
         self._share, self._prompts, self._decodes = share, 0.0, 0.0
+        self._usual = Recent()
         self.cost = 0.0
 
     def count(self, ms: float, has_prompts: bool) -> None:
-        self._prompts = LATELY * self._prompts + ms * has_prompts
-        self._decodes = LATELY * self._decodes + ms * (not has_prompts)
+        self._prompts, self._decodes = LATELY * self._prompts, LATELY * self._decodes
+        if not has_prompts:
+            self._decodes += ms
+            return
+        self._usual.add(ms)
+        if self._usual.count > COLD:
+            self._prompts += min(ms, UNUSUAL * self._usual.value)
 
     def weigh(self) -> None:
         """Requests come."""
