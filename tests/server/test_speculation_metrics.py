@@ -48,7 +48,7 @@ class Guessing:
 
     def step(self, inbox: Inbox) -> StepOutput:
         guesses = inbox.num_drafts or 0
-        self.now += 1e-3 * (1 + guesses)
+        self.now += 1e-3 * (1 + guesses / 2)
         drafted = (1,) * guesses
         stats = StepStats(
             num_running=1,

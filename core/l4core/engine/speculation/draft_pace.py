@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from l4core.engine.inbox import Inbox
 from l4core.engine.speculation.acceptance import Acceptance
-from l4core.engine.speculation.pace_watch import BARREN, Breaks, Prompts, SteadySteps, Wish
+from l4core.engine.speculation.pace_watch import BARREN, Breaks, Budget, Prompts, SteadySteps, Wish
 from l4core.engine.speculation.step_times import StepTimes, VerifyCosts, batch_of, bucket_of
 from l4core.request import NO_GUESSES, SLOWER, StepStats
 
@@ -32,8 +32,8 @@ PATIENCE = 40
 """Steps for which a draft reads along in vain, because each had a prompt in it and none could be timed."""
 TRIAL, TRIAL_STEPS = 24, 6
 """Drafts for which a pause is broken off, and steps at least: after …"""
-REST, LONGEST_REST, ALLOWED = 1024, 16384, 0.005
-"""… so many plain steps; twice as many after each trial in vain, and so many that what it lost is that part of them."""
+REST, LONGEST_REST = 1024, 16384
+"""… so many plain steps, twice as many after each trial in vain."""
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,9 @@ class DraftPace:
         self._paused: dict[int, bool] = {}
         self._share: dict[int, float] = {}
         self._num_held = self._hold = self._since_plain = 0
+        self._budget, self._was_spent = Budget(), False
         self._trial = self._trial_steps = self._rested = 0
-        self._rest, self._lost = float(REST), 0.0
+        self._rest = REST
         self._warned = False
         self._pause = ""
 
@@ -115,6 +116,7 @@ class DraftPace:
             return
         ms = 0.0 if began is None else (now - began) * 1e3
         self._prompts.count(ms, self._arrived or stats.num_prefill_tokens > 0)
+        self._account(stats, ms)
         for bucket, kind, took in self._steady.add(stats, self._wish, ms, busy=busy):
             self._times.learn(bucket, kind, took)
         if stats.num_decode_tokens:
@@ -141,27 +143,47 @@ class DraftPace:
         self._num_held = 0 if wanted else self._num_held + (self._wish == HELD)
         self._rested += self._wish == RELEASED
         if self._trial > 0 and wanted:
-            if not stats.num_prefill_tokens and self._times.knows_plain(bucket):
-                self._lost += self._times.plain_steps(bucket, ms) - 1.0 - sum(stats.accepted_at) / decodes
             self._try(sum(stats.drafted_at[:1]))
 
     def _try(self, num_drafted: int) -> None:
-        """One step of a trial. At its end it is known what it cost, and so how long to wait for the next."""
+        """One step of a trial."""
         self._trial -= max(1, num_drafted)
         self._trial_steps += 1
         if self._trial > 0 or self._trial_steps < TRIAL_STEPS:
             self._trial = max(self._trial, 1)
             return
-        self._trial = 0
-        self._rest = min(max(2 * self._rest, self._lost / ALLOWED), LONGEST_REST)
+        self._trial, self._rest = 0, min(2 * self._rest, LONGEST_REST)
+
+    def _account(self, stats: StepStats, ms: float) -> None:
+        """Of one step, in plain ones: what it took, and what it was worth."""
+        decodes, reads = stats.num_decode_tokens, self._wish != RELEASED
+        bucket = bucket_of(decodes or self._num_running)
+        if not self._times.knows_plain(bucket):
+            return
+        took = self._times.plain_steps(bucket, ms)
+        if self._arrived or stats.num_prefill_tokens:
+            self._budget.lose(took * self._prompts.share * reads)
+        elif decodes:
+            self._budget.spend(took, 1.0 + sum(stats.accepted_at) / decodes if reads else took)
 
     # --- the choice --------------------------------------------------------------------------------------------------------------------
 
     def _choose(self, bucket: int) -> Wish:
         if not bucket:
             return self._wish
-        if self._breaks.left or (self._has_holes and not self._arrived):
+        if self._is_spent() or self._breaks.left or (self._has_holes and not self._arrived):
             return RELEASED
+        found = self._find_out(bucket)
+        if found is not None:
+            return found if self._budget.allows_trying else RELEASED
+        best = self._best(bucket)
+        self._note(bucket, best)
+        if best and self._since_plain >= REFRESH:
+            self._hold = HOLD
+        return RELEASED if not best else HELD if self._hold else Wish(best)
+
+    def _find_out(self, bucket: int) -> Wish | None:
+        """What is to be done to know whether guessing pays. None = it is known."""
         if not self._times.knows_plain(bucket):
             return HELD if self._num_held < PATIENCE else RELEASED
         if not self._acceptance.is_sure:
@@ -169,15 +191,22 @@ class DraftPace:
         if self._paused.get(bucket) and self._is_tried():
             return Wish(self._untimed(bucket) or self._most_gained(bucket, range(1, self._max + 1)))
         best = self._best(bucket)
-        if best and bucket not in self._paused:
-            if best not in self._times.known(bucket):
-                return Wish(self._untimed(bucket) or best)
-            if not self._times.knows_free(bucket) and self._is_close(bucket, best):
-                return RELEASED
-        self._note(bucket, best)
-        if best and self._since_plain >= REFRESH:
-            self._hold = HOLD
-        return RELEASED if not best else HELD if self._hold else Wish(best)
+        if not best or bucket in self._paused:
+            return None
+        if best not in self._times.known(bucket):
+            return Wish(self._untimed(bucket) or best)
+        return RELEASED if not self._times.knows_free(bucket) and self._is_close(bucket, best) else None
+
+    def _is_spent(self) -> bool:
+        """Says so when it is, for once."""
+        before, self._was_spent = self._was_spent, self._budget.is_spent
+        if self._was_spent and not before:
+            self.num_pauses += 1
+            self._pause = SLOWER
+            logger.info(
+                "speculation (%s) pauses: it has lost time (right at depth %s)", self._name, self._acceptance.text()
+            )
+        return self._was_spent
 
     def _untimed(self, bucket: int) -> int:
         """What was wanted last, as long as it is not timed: another number each step would time none. 0 = it is, or none was."""
@@ -187,18 +216,24 @@ class DraftPace:
     def _is_tried(self) -> bool:
         """Whether a pause is broken off now. A draft that reads can guess only for those who come."""
         if self._trial <= 0 and self._rested >= self._rest and (self._arrived or not self._reads):
-            self._trial, self._trial_steps, self._rested, self._lost = TRIAL, 0, 0, 0.0
+            self._trial, self._trial_steps, self._rested = TRIAL, 0, 0
             self._acceptance.doubt()
         return self._trial > 0
 
     def _best(self, bucket: int) -> int:
         """0 = none. What was not timed is tried where what was timed pays, or nothing was."""
-        wanted = (KEEP if self._paused.get(bucket) is False else TAKE) + self._prompts.cost
+        wanted = self._wanted(bucket)
         known = self._times.known_nearby(bucket)
         if known and all(self._gain(bucket, k) < wanted for k in known):
             return 0
         best = self._most_gained(bucket, range(1, self._max + 1))
         return best if self._gain(bucket, best) >= wanted else 0
+
+    def _wanted(self, bucket: int) -> float:
+        """Gain. What sequences under way have cost in prompts is spent: to let them go on without guesses would not bring it back."""
+        if self._wish.num_drafts and not self._arrived:
+            return 1.0
+        return (KEEP if self._paused.get(bucket) is False else TAKE) + self._prompts.cost
 
     def _most_gained(self, bucket: int, numbers: Iterable[int]) -> int:
         return max(numbers, key=lambda k: self._gain(bucket, k))
@@ -224,7 +259,7 @@ class DraftPace:
             return
         self.num_pauses += pauses
         self._pause = SLOWER if pauses else self._pause
-        self._rest = self._rest if pauses else float(REST)
+        self._rest = self._rest if pauses else REST
         k = best or self._most_gained(bucket, self._times.known_nearby(bucket) or range(1, self._max + 1))
         logger.info(
             "speculation (%s) %s at about %d sequences: %d guesses bring %.2f tokens a step in %.2f times a plain step's time (right at depth %s)",

@@ -12,6 +12,10 @@ BARREN, LONGEST_BREAK = 12, 256
 for guesses does not overlap."""
 LATELY = 0.999
 """Weight of a step after one more, where prompts are weighed against decodes."""
+START, MOST, ENOUGH, RATE = 32.0, 12.0, 6.0, 0.005
+"""Plain steps that may be lost at first, at most later and as many on credit, before anything is tried again, and for each one that is made."""
+WORST = 4.0
+"""Plain steps that one step gains or loses at most; the rest of what it took is an accident."""
 COLD, UNUSUAL = 4, 8
 """Steps with a prompt in which kernels may have been compiled, and times the usual one that a later one counts as at most."""
 
@@ -53,7 +57,7 @@ class Prompts:
 
     def __init__(self, share: float) -> None:
         """share: of a prompt, what the draft adds to it."""
-        self._share, self._prompts, self._decodes = share, 0.0, 0.0
+        self.share, self._prompts, self._decodes = share, 0.0, 0.0
         self._usual = Recent()
         self.cost = 0.0
 
@@ -69,7 +73,34 @@ class Prompts:
     def weigh(self) -> None:
         """Requests come."""
         if self._decodes:
-            self.cost = self._share * self._prompts / self._decodes
+            self.cost = self.share * self._prompts / self._decodes
+
+
+class Budget:
+    """Plain steps that may be lost: by finding out what pays, and by what only seemed to. left: now."""
+
+    def __init__(self) -> None:
+        self.left, self._is_closed = START, False
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing is to be guessed: once it is overdrawn, until there is ENOUGH again."""
+        self._is_closed = self.left < (ENOUGH if self._is_closed else -MOST)
+        return self._is_closed
+
+    @property
+    def allows_trying(self) -> bool:
+        """Whether there is something for what may not pay."""
+        return self.left > 0.0
+
+    def spend(self, took: float, worth: float) -> None:
+        """Of one step, in plain ones. What speculation gains is not hoarded."""
+        won = min(max(worth - took, -WORST), WORST) + RATE * took
+        self.left = max(self.left, min(self.left + won, MOST)) if won > 0 else self.left + won
+
+    def lose(self, steps: float) -> None:
+        """For nothing, as yet."""
+        self.left -= min(steps, WORST)
 
 
 class Breaks:
