@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,9 @@ from speculation import QUESTIONS
 from l4core import LLM, SamplingParams
 from l4core.engine.inbox import Inbox
 from l4core.request import StepOutput, StepStats
+
+sys.path.append(Path(__file__).resolve().parents[1].as_posix())
+from where import where
 
 KINDS = ("plain", "free", "reading", "waiting", "1", "2", "3")
 
@@ -60,7 +64,7 @@ def main() -> None:
             rows.append({"batch": batch, "kind": kind, "device": args.device, "dtype": args.dtype, **best})
             print(json.dumps(rows[-1]), flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({**where(args.device), "rows": rows}, indent=1) + "\n")
 
 
 @dataclass
