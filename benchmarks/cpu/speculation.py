@@ -90,7 +90,7 @@ def compared(engines: Mapping[str, LLM], args: argparse.Namespace, batch: int, t
     params = SamplingParams(temperature=temperature, max_tokens=args.tokens, seed=1)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     processor = dict.fromkeys(engines, 0.0)
-    tokens = steps = made_in_all = differing = 0
+    tokens = steps = differing = 0
     said = Said()
     logging.getLogger("l4core").addHandler(said)
     logging.getLogger("l4core").setLevel(logging.INFO)
@@ -100,15 +100,12 @@ def compared(engines: Mapping[str, LLM], args: argparse.Namespace, batch: int, t
         for group in groups:
             answers = {}
             for name, llm in engines.items():
-                count = Steps(llm)
+                count = Steps(llm, said if name == "draft" else None)
                 began, busy = time.perf_counter(), time.process_time()
                 outputs = llm.chat([[{"role": "user", "content": q}] for q in group], params, use_tqdm=False)
                 took, worked = time.perf_counter() - began, time.process_time() - busy
                 answers[name] = [output.outputs[0].token_ids for output in outputs]
                 made = count.done()
-                if name == "draft":
-                    made_in_all += made
-                    said.note(made_in_all)
                 if number:
                     seconds[name].append(took)
                     processor[name] += worked
@@ -132,34 +129,38 @@ def compared(engines: Mapping[str, LLM], args: argparse.Namespace, batch: int, t
 
 
 class Said(logging.Handler):
-    """What the engine said of its drafter. warned_by: engine steps after which the warning was there, at most; None = no warning."""
+    """What the engine said of its drafter. warned_by: engine steps after which the warning was there; None = no warning."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
         self.warned_by: int | None = None
-        self._warned = False
+        self._warned, self._steps = False, 0
 
     def emit(self, record: logging.LogRecord) -> None:
         if "speculation (" in record.getMessage():
             self.lines.append(record.getMessage()[:200])
             self._warned |= record.levelno >= logging.WARNING
 
-    def note(self, steps: int) -> None:
+    def step(self) -> None:
+        """One more has been made."""
+        self._steps += 1
         if self._warned and self.warned_by is None:
-            self.warned_by = steps
+            self.warned_by = self._steps - 1  # said just before the step that is counted here
 
 
 class Steps:
     """Counts the engine's steps during one answer."""
 
-    def __init__(self, llm: LLM) -> None:
-        self._engine, self._count = llm._built.engine, 0
+    def __init__(self, llm: LLM, said: Said | None = None) -> None:
+        self._engine, self._said, self._count = llm._built.engine, said, 0
         self._step = self._engine.step
         self._engine.step = self._counted  # type: ignore[method-assign]
 
     def _counted(self, *given: Any) -> Any:
         self._count += 1
+        if self._said is not None:
+            self._said.step()
         return self._step(*given)
 
     def done(self) -> int:

@@ -39,9 +39,16 @@ def near(ours: torch.Tensor, twin: torch.Tensor, slack: float = 1) -> None:
 
 
 @few
-@given(tokens=st.integers(0, 5), size=st.integers(1, 300), dtype=dtypes, seed=seeds, layout=st.sampled_from("ats"))
-def add_norm(tokens: int, size: int, dtype: torch.dtype, seed: int, layout: str) -> None:
-    """layout: the update is absent, a transposed view, or a slice of wider rows."""
+@given(
+    tokens=st.integers(0, 5),
+    size=st.integers(1, 300),
+    dtype=dtypes,
+    seed=seeds,
+    layout=st.sampled_from("ats"),
+    keeps=st.booleans(),
+)
+def add_norm(tokens: int, size: int, dtype: torch.dtype, seed: int, layout: str, keeps: bool) -> None:
+    """layout: the update is absent, a transposed view, or a slice of wider rows.  keeps: the sum is wanted apart, too."""
     stream = randn(tokens, size + 8, seed=seed, dtype=dtype)[:, :size]
     update = {
         "a": None,
@@ -51,7 +58,10 @@ def add_norm(tokens: int, size: int, dtype: torch.dtype, seed: int, layout: str)
     weight = randn(size, seed=seed + 2, dtype=dtype)
     twin_stream = stream.clone()
     twin = add_rms_norm_torch(twin_stream, update, weight, 1e-5)
-    ours = add_rms_norm_triton(stream, update, weight, 1e-5)
+    beside = torch.zeros(tokens, 3, size, dtype=dtype, device=stream.device)
+    ours = add_rms_norm_triton(stream, update, weight, 1e-5, beside[:, 1] if keeps else None)
+    assert torch.equal(beside[:, 1], stream if keeps else torch.zeros_like(stream))
+    assert not beside[:, ::2].any()
     near(stream, twin_stream)
     assert DEVICE == "cpu" or torch.equal(stream, twin_stream)
     near(ours, twin)

@@ -49,9 +49,11 @@ class RMSNorm(nn.Module):
         self.weight = parameter(size)
         self.eps = eps
 
-    def forward(self, stream: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
-        """Adds `update`, where there is one, to stream [T, H] in place; → the norm of the sum."""
-        return add_rms_norm(stream, update, self.weight, self.eps)
+    def forward(
+        self, stream: torch.Tensor, update: torch.Tensor | None = None, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Adds `update`, where there is one, to stream [T, H] in place; → the norm of the sum, which `kept` [T, H] receives where it is given."""
+        return add_rms_norm(stream, update, self.weight, self.eps, kept)
 
 
 class SwiGLU(nn.Module):

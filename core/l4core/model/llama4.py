@@ -181,9 +181,8 @@ class Llama4(nn.Module):
         norms = [*(layer.attn_norm for layer in layers), self.norm]
         normed: torch.Tensor = norms[0](stream)
         for layer_id, layer in enumerate(layers):
-            normed = norms[layer_id + 1](stream, layer(stream, normed, step))
-            if outputs is not None:
-                self._hand_out(stream, layer_id, outputs)
+            kept = None if outputs is None else self._handed_out(layer_id, outputs)
+            normed = norms[layer_id + 1](stream, layer(stream, normed, step), kept)
         return normed
 
     def new_aux(self, num_rows: int) -> torch.Tensor | None:
@@ -222,10 +221,9 @@ class Llama4(nn.Module):
         """Token id of the first of them."""
         return self.ranks.rank * self.num_logits
 
-    def _hand_out(self, stream: torch.Tensor, layer_id: int, outputs: torch.Tensor) -> None:
-        for index, wanted in enumerate(self.aux_layers):
-            if wanted == layer_id:
-                outputs[:, index] = stream
+    def _handed_out(self, layer_id: int, outputs: torch.Tensor) -> torch.Tensor | None:
+        """Where this layer's output is wanted, [T, H] of `outputs` [T, n, H]; None = it is not."""
+        return outputs[:, self.aux_layers.index(layer_id)] if layer_id in self.aux_layers else None
 
     def _prepare(self, batch: ForwardBatch, kv: KVMemory, backend: AttentionBackend) -> _Step:
         fused = has_heads_kernel(self.embed.weight, kv.dtype)

@@ -10,20 +10,35 @@ from l4core.ops.device import has_kernels
 HALF = (torch.bfloat16, torch.float16)
 
 
-def add_rms_norm(stream: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Adds `update` (None = nothing) to the residual stream [T, H] in place and returns the sum's RMS norm · weight [H]; one kernel on a GPU."""
+def add_rms_norm(
+    stream: torch.Tensor,
+    update: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    kept: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Adds `update` (None = nothing) to the residual stream [T, H] in place and returns the sum's RMS norm · weight [H]; one kernel on a GPU.
+    kept: [T, H], rows may lie apart; receives the sum too."""
     if has_kernels(stream):
         from l4core.ops.norm_triton import add_rms_norm_triton
 
-        return add_rms_norm_triton(stream, update, weight, eps)
-    return add_rms_norm_torch(stream, update, weight, eps)
+        return add_rms_norm_triton(stream, update, weight, eps, kept)
+    return add_rms_norm_torch(stream, update, weight, eps, kept)
 
 
 def add_rms_norm_torch(
-    stream: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float
+    stream: torch.Tensor,
+    update: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same in plain torch: the definition the kernel is held to."""
-    return rms_norm(stream if update is None else stream.add_(update), weight, eps)
+    if update is not None:
+        stream.add_(update)
+    if kept is not None:
+        kept.copy_(stream)
+    return rms_norm(stream, weight, eps)
 
 
 def pair_norm(

@@ -10,9 +10,13 @@ from l4core.ops.overlap_triton import launch_options, let_next_start, wait_for_l
 
 
 def add_rms_norm_triton(
-    stream: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float
+    stream: torch.Tensor,
+    update: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `norm.add_rms_norm`. Rows of `stream` and `update` may lie apart; inside a row elements are neighbours."""
+    """See `norm.add_rms_norm`. Rows of `stream`, `update` and `kept` may lie apart; inside a row elements are neighbours."""
     num_tokens, size = stream.shape
     if update is not None and update.stride(1) != 1:
         update = update.contiguous()
@@ -24,8 +28,10 @@ def add_rms_norm_triton(
             update,
             weight,
             out,
+            kept,
             stream.stride(0),
             0 if update is None else update.stride(0),
+            0 if kept is None else kept.stride(0),
             size,
             eps,
             BLOCK=block,
@@ -37,7 +43,18 @@ def add_rms_norm_triton(
 
 @triton.jit
 def _add_norm_kernel(
-    stream, update, weight, out, stride_stream, stride_update, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr
+    stream,
+    update,
+    weight,
+    out,
+    kept,
+    stride_stream,
+    stride_update,
+    stride_kept,
+    size,
+    eps,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     if PDL:
         let_next_start()
@@ -52,6 +69,8 @@ def _add_norm_kernel(
         more = tl.load(update + token * stride_update + at, mask=inside, other=0.0)
         x = (x.to(tl.float32) + more.to(tl.float32)).to(x.dtype)  # what is normed is what the stream keeps
         tl.store(stream + token * stride_stream + at, x, mask=inside)
+    if kept is not None:
+        tl.store(kept + token * stride_kept + at, x, mask=inside)
     x = x.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
     tl.store(out + token * size + at, (x * inverse * scale).to(out.dtype.element_ty), mask=inside)

@@ -32,7 +32,7 @@ PATIENCE = 40
 """Steps for which a draft reads along in vain, because each had a prompt in it and none could be timed."""
 TRIAL, TRIAL_STEPS = 24, 6
 """Drafts for which a pause is broken off, and steps at least: after …"""
-REST, LONGEST_REST = 1024, 16384
+REST, LONGEST_REST = 256, 16384
 """… so many plain steps, twice as many after each trial in vain."""
 
 logger = logging.getLogger(__name__)

@@ -53,7 +53,7 @@ class CoreKernel:
 
 
 def _norm(name: str, dtype: str, **absent: None) -> CoreKernel:
-    pointers = {x: dtype for x in ("stream", "update", "weight", "out") if x not in absent}
+    pointers = {x: dtype for x in ("stream", "update", "weight", "out", "kept") if x not in absent}
     constants = {"BLOCK": 8192, **absent}
     return CoreKernel(
         name=name, kernel=_add_norm_kernel, pointers=pointers, constants=constants, scalars={"eps": "fp32"}, warps=8
@@ -123,9 +123,10 @@ KERNELS = (
     _skinny("one short row", ONE_ROW, even=False),
     _skinny("few rows", FEW_ROWS),
     _skinny("more rows", MORE_ROWS),
-    _norm("add and norm", "bf16"),
-    _norm("norm", "bf16", update=None),
-    _norm("add and norm, float32", "fp32"),
+    _norm("add and norm", "bf16", kept=None),
+    _norm("add, norm and keep", "bf16"),
+    _norm("norm", "bf16", update=None, kept=None),
+    _norm("add and norm, float32", "fp32", kept=None),
     CoreKernel(
         name="norm and router",
         kernel=_norm_route_kernel,
