@@ -32,7 +32,7 @@ PATIENCE = 40
 """Steps for which a draft reads along in vain, because each had a prompt in it and none could be timed."""
 TRIAL, TRIAL_STEPS = 24, 6
 """Drafts for which a pause is broken off, and steps at least: after …"""
-REST, LONGEST_REST = 256, 16384
+REST, LONGEST_REST = 1024, 16384
 """… so many plain steps, twice as many after each trial in vain."""
 
 logger = logging.getLogger(__name__)
@@ -177,6 +177,8 @@ class DraftPace:
         if found is not None:
             return found if self._budget.allows_trying else RELEASED
         best = self._best(bucket)
+        if self._paused.get(bucket) and self._wish.num_drafts and not self._arrived:
+            return self._go_on(bucket)
         self._note(bucket, best)
         if best and self._since_plain >= REFRESH:
             self._hold = HOLD
@@ -196,6 +198,11 @@ class DraftPace:
         if best not in self._times.known(bucket):
             return Wish(self._untimed(bucket) or best)
         return RELEASED if not self._times.knows_free(bucket) and self._is_close(bucket, best) else None
+
+    def _go_on(self, bucket: int) -> Wish:
+        """In a pause, with sequences that are guessed for: what the draft has read of them is paid for, so they go on while they lose nothing."""
+        best = self._most_gained(bucket, self._times.known_nearby(bucket) or [self._wish.num_drafts])
+        return Wish(best) if self._gain(bucket, best) >= 1.0 else RELEASED
 
     def _is_spent(self) -> bool:
         """Says so when it is, for once."""
@@ -221,17 +228,21 @@ class DraftPace:
         return self._trial > 0
 
     def _best(self, bucket: int) -> int:
-        """0 = none. What was not timed is tried where what was timed pays, or nothing was."""
+        """0 = none. What was not timed is tried where what was timed pays, or nothing was. Who comes will be in a smaller batch before long:
+        where it is known not to pay there, it does not pay to begin."""
         wanted = self._wanted(bucket)
         known = self._times.known_nearby(bucket)
         if known and all(self._gain(bucket, k) < wanted for k in known):
+            return 0
+        later = self._times.known(bucket - 1) if self._arrived else []
+        if later and all(self._gain(bucket - 1, k) < wanted for k in later):
             return 0
         best = self._most_gained(bucket, range(1, self._max + 1))
         return best if self._gain(bucket, best) >= wanted else 0
 
     def _wanted(self, bucket: int) -> float:
         """Gain. What sequences under way have cost in prompts is spent: to let them go on without guesses would not bring it back."""
-        if self._wish.num_drafts and not self._arrived:
+        if self._wish.num_drafts and not self._arrived and not self._paused.get(bucket, True):
             return 1.0
         return (KEEP if self._paused.get(bucket) is False else TAKE) + self._prompts.cost
 
