@@ -277,7 +277,7 @@ class Metrics(Collector):
 
     def lost(self) -> None:
         """The sequences and pages went with the engine process."""
-        self._gauge(StepStats(pages_total=self._pages_total))
+        self._gauge(StepStats(pages_total=self._pages_total, num_guesses=0))
 
     def restarted(self) -> None:
         self._counter("l4_engine_restarts").inc()

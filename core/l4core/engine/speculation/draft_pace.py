@@ -18,16 +18,18 @@ from dataclasses import replace
 
 from l4core.engine.inbox import Inbox
 from l4core.engine.speculation.acceptance import Acceptance
-from l4core.engine.speculation.pace_watch import BARREN, Breaks, Budget, Prompts, SteadySteps, Wish
+from l4core.engine.speculation.pace_watch import BARREN, Breaks, Budget, Holes, Prompts, SteadySteps, Wish
 from l4core.engine.speculation.step_times import StepTimes, VerifyCosts, batch_of, bucket_of
 from l4core.request import NO_GUESSES, SLOWER, StepStats
 
 TAKE, KEEP = 1.08, 1.03
 """Times the tokens of plain steps that guessing must bring before it is taken up, and to be kept up."""
-CLOSE, CROWD = 1.15, 4
-"""Where guessing seems to bring less, and for so many sequences, plain steps are timed without the draft too before it goes on."""
+CLOSE, CLOSE_IN_CROWD, CROWD = 1.15, 1.5, 4
+"""Where guessing seems to bring less, for one to three sequences and for so many, plain steps are timed without the draft too before it goes on."""
 REFRESH, HOLD = 400, 5
 """Speculating steps, after which so many plain ones keep their time true."""
+HALF = 0.5
+"""Sequences for which guesses can be made, of those that run, before they are made."""
 PATIENCE = 40
 """Steps for which a draft reads along in vain, because each had a prompt in it and none could be timed."""
 TRIAL, TRIAL_STEPS = 24, 6
@@ -76,7 +78,7 @@ class DraftPace:
         self._since: float | None = None
         self._wish = Wish(max_drafts)
         self._num_running = 0
-        self._has_holes = self._arrived = False
+        self._holes, self._arrived = Holes(), False
         self._paused: dict[int, bool] = {}
         self._share: dict[int, float] = {}
         self._num_held = self._hold = self._since_plain = 0
@@ -96,12 +98,9 @@ class DraftPace:
         if self._arrived:
             self._breaks.end()
             self._prompts.weigh()
+        self._holes.come(len(inbox.requests))
         bucket = bucket_of(min(self._num_running + len(inbox.requests), self._max_running))
         self._wish = self._choose(bucket)
-        if self._wish == RELEASED:
-            self._has_holes = self._reads
-        elif self._arrived:
-            self._has_holes = False
         return replace(inbox, num_drafts=self._wish.num_drafts, draft_reads=self._wish.reads)
 
     def observe(self, stats: StepStats, *, busy: bool) -> None:
@@ -112,6 +111,7 @@ class DraftPace:
             self._acceptance.add(stats.drafted_at, stats.accepted_at)
             self._warn()
         self._num_running = stats.num_running
+        self._holes.count(stats, is_read=self._wish != RELEASED or not self._reads)
         if self._fixed:
             return
         ms = 0.0 if began is None else (now - began) * 1e3
@@ -136,7 +136,7 @@ class DraftPace:
             self._say_barren()
         bucket = bucket_of(decodes)
         if made:
-            share = stats.drafted_at[0] / decodes
+            share = min(1.0, stats.drafted_at[0] / max(1, decodes - self._holes.num))
             self._share[bucket] = share + 0.9 * (self._share.get(bucket, share) - share)
         self._since_plain = self._since_plain + 1 if made else 0
         self._hold -= self._hold > 0 and not made
@@ -162,7 +162,7 @@ class DraftPace:
             return
         took = self._times.plain_steps(bucket, ms)
         if self._arrived or stats.num_prefill_tokens:
-            self._budget.lose(took * self._prompts.share * reads)
+            self._budget.spend(took, took * (1.0 - self._prompts.share * reads))
         elif decodes:
             self._budget.spend(took, 1.0 + sum(stats.accepted_at) / decodes if reads else took)
 
@@ -171,8 +171,25 @@ class DraftPace:
     def _choose(self, bucket: int) -> Wish:
         if not bucket:
             return self._wish
-        if self._is_spent() or self._breaks.left or (self._has_holes and not self._arrived):
+        if self._is_spent() or self._breaks.left:
             return RELEASED
+        if self._holes.num:
+            return self._fill_holes(bucket)
+        return self._choose_whole(bucket)
+
+    def _fill_holes(self, bucket: int) -> Wish:
+        """The draft has not read some of those that run. Who comes is read, if guessing would pay, until it is worth guessing for them."""
+        wish = self._choose_whole(bucket)
+        if wish == RELEASED:
+            return wish
+        running = max(1, min(self._num_running + self._holes.coming, self._max_running))
+        whole = max(0, running - self._holes.num) / running
+        if wish.num_drafts and whole >= HALF:
+            return wish
+        return HELD if whole or self._holes.coming else RELEASED
+
+    def _choose_whole(self, bucket: int) -> Wish:
+        """As if the draft had read all."""
         found = self._find_out(bucket)
         if found is not None:
             return found if self._budget.allows_trying else RELEASED
@@ -188,6 +205,7 @@ class DraftPace:
         """What is to be done to know whether guessing pays. None = it is known."""
         if not self._times.knows_plain(bucket):
             return HELD if self._num_held < PATIENCE else RELEASED
+        self._num_held = 0
         if not self._acceptance.is_sure:
             return Wish(self._max)
         if self._paused.get(bucket) and self._is_tried():
@@ -202,6 +220,8 @@ class DraftPace:
     def _go_on(self, bucket: int) -> Wish:
         """In a pause, with sequences that are guessed for: what the draft has read of them is paid for, so they go on while they lose nothing."""
         best = self._most_gained(bucket, self._times.known_nearby(bucket) or [self._wish.num_drafts])
+        if self._gain(bucket, best) >= TAKE + self._prompts.cost:
+            self._note(bucket, best)
         return Wish(best) if self._gain(bucket, best) >= 1.0 else RELEASED
 
     def _is_spent(self) -> bool:
@@ -224,6 +244,7 @@ class DraftPace:
         """Whether a pause is broken off now. A draft that reads can guess only for those who come."""
         if self._trial <= 0 and self._rested >= self._rest and (self._arrived or not self._reads):
             self._trial, self._trial_steps, self._rested = TRIAL, 0, 0
+            self._share.clear()
             self._acceptance.doubt()
         return self._trial > 0
 
@@ -250,7 +271,7 @@ class DraftPace:
         return max(numbers, key=lambda k: self._gain(bucket, k))
 
     def _is_close(self, bucket: int, num_drafts: int) -> bool:
-        return batch_of(bucket) >= CROWD or self._gain(bucket, num_drafts) < CLOSE
+        return self._gain(bucket, num_drafts) < (CLOSE if batch_of(bucket) < CROWD else CLOSE_IN_CROWD)
 
     def _gain(self, bucket: int, num_drafts: int) -> float:
         """Tokens a millisecond, as a multiple of a plain step's."""

@@ -42,7 +42,8 @@ class SteadySteps:
         made, kind = len(stats.drafted_at), (len(stats.drafted_at), wish)
         before, self._kind = self._kind, kind if busy else None
         counts = ms > 0.0 and stats.num_decode_tokens and not stats.num_prefill_tokens
-        if counts and before == kind and (made or not wish.num_drafts):
+        few = made and 2 * stats.drafted_at[0] < stats.num_decode_tokens  # a step of others
+        if counts and before == kind and not few and (made or not wish.num_drafts):
             self._held = [(bucket_of(stats.num_decode_tokens), made or (READING if wish.reads else FREE), ms)]
         if not busy:
             known, self._held = known + self._held, []
@@ -76,11 +77,32 @@ class Prompts:
             self.cost = self.share * self._prompts / self._decodes
 
 
+class Holes:
+    """Sequences that decoded while the draft did not read: no guesses can be made for them any more. num: of those that run, if the oldest end first.
+    coming: requests that wait, or have just come."""
+
+    def __init__(self) -> None:
+        self.num = self.coming = 0
+        self._live = self._come = 0
+
+    def come(self, num: int) -> None:
+        """So many requests, into the next step."""
+        self._come = num
+        self.coming += num
+
+    def count(self, stats: StepStats, *, is_read: bool) -> None:
+        """After a step that was read, or was not."""
+        live = stats.num_running + stats.num_waiting
+        ended = max(0, self._live + self._come - live)
+        self.num = min(max(0, self.num - ended), stats.num_running) if is_read else stats.num_running
+        self._live, self._come, self.coming = live, 0, stats.num_waiting
+
+
 class Budget:
     """Plain steps that may be lost: by finding out what pays, and by what only seemed to. left: now."""
 
     def __init__(self) -> None:
-        self.left, self._is_closed = START, False
+        self.left, self._is_closed, self._is_trying = START, False, True
 
     @property
     def is_spent(self) -> bool:
@@ -90,17 +112,14 @@ class Budget:
 
     @property
     def allows_trying(self) -> bool:
-        """Whether there is something for what may not pay."""
-        return self.left > 0.0
+        """Whether there is something for what may not pay: once there is not, until there is ENOUGH again."""
+        self._is_trying = self.left > (0.0 if self._is_trying else ENOUGH)
+        return self._is_trying
 
     def spend(self, took: float, worth: float) -> None:
         """Of one step, in plain ones. What speculation gains is not hoarded."""
         won = min(max(worth - took, -WORST), WORST) + RATE * took
         self.left = max(self.left, min(self.left + won, MOST)) if won > 0 else self.left + won
-
-    def lose(self, steps: float) -> None:
-        """For nothing, as yet."""
-        self.left -= min(steps, WORST)
 
 
 class Breaks:
