@@ -4,7 +4,8 @@
         [--device cpu] [--dtype float32] [--engine OPTION=VALUE …] [--option aux_layers=2,5,8] [--misleading] [--json OUT]
 
 `l4 demo-model TARGET --draft-out DRAFT` makes both. The two engines answer the same questions one after the other, so that a busy machine slows both.
-Several batches and temperatures are rows of one result, in the order in which the same two engines answered them.
+Several batches and temperatures are rows of one result, in the order in which the same two engines answered them; groups: what each group took
+without and with the draft, ms, which tells a stall from a loss.
 NGRAM --misleading: questions in which whatever came before was followed by something else each time.
 --option aux_layers=…: what a draft does that reads the wrong layers; the result names the step of its warning and the pauses.
 """
@@ -77,7 +78,7 @@ def main() -> None:
     rows = []
     for temperature, batch in itertools.product(args.temperature, args.batch):
         rows.append({**compared(engines, args, batch, temperature), "device": args.device, "dtype": args.dtype})
-        print(json.dumps(rows[-1]), flush=True)
+        print(json.dumps({name: value for name, value in rows[-1].items() if name != "groups"}), flush=True)
         if args.json:
             args.json.write_text(json.dumps({**where(args.device), "rows": rows}, indent=1) + "\n")
 
@@ -123,6 +124,7 @@ def compared(engines: Mapping[str, LLM], args: argparse.Namespace, batch: int, t
         "batch": batch,
         "temperature": temperature,
         "answers_that_differ": differing,
+        "groups": [[round(1e3 * took, 1) for took in pair] for pair in zip(*seconds.values(), strict=True)],
         "warned_by_step": said.warned_by,
         "said": said.lines,
     }
