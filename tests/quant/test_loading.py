@@ -163,7 +163,7 @@ def test_what_a_verify_costs_is_predicted_from_the_bytes_that_are_kept(source: P
     options = {"dtype": "float32", "device": "cpu", "max_model_len": 200, "progress": False}
     with LLM(source.as_posix(), speculative_algorithm="NGRAM", quantization=quantization, **options) as llm:
         assert llm._built.drafts is not None
-        costs = llm._built.drafts._costs
+        costs = llm._built.drafts.costs
         sizes = {name: p.nbytes for name, p in llm._built.engine.runner.model.named_parameters()}
     routed = sum(size for name, size in sizes.items() if ".moe.experts." in name)
     if quantization:

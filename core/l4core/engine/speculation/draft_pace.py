@@ -50,7 +50,7 @@ HELD, RELEASED = Wish(0), Wish(0, reads=False)
 
 
 class DraftPace:
-    """`stamp` what goes into a step, `observe` what came out. num_pauses: times that guessing stopped being worth it."""
+    """`stamp` what goes into a step, `observe` what came out. num_pauses: times that guessing stopped being worth it.  costs: by bytes."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class DraftPace:
     ) -> None:
         """clock: seconds.  max_running: sequences of the largest batch.  fixed: guess always; a draft that is wrong is named all the same.  reads: it
         guesses only for sequences of which it has read all that the target computed.  advice: what to say of a wrong one."""
-        self.num_pauses = 0
+        self.num_pauses, self.costs = 0, costs
         self._fixed, self._reads, self._advice = fixed, reads, advice
         self._name, self._max, self._clock = name, max_drafts, clock
         self._max_running = max_running
