@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from helpers.bare_request import bare_request
 from l4core import LLM
 from l4core.engine.inbox import Inbox
 from l4core.engine.speculation.draft_pace import DraftPace
 from l4core.engine.speculation.step_times import VerifyCosts
-from l4core.request import Request, SamplingParams, StepStats
+from l4core.request import Request, StepStats
 
 SCOUT = VerifyCosts(fixed=11e9, expert=12.1e9, num_experts=16, draft=1.5e9)
 """bfloat16, 48 layers."""
@@ -175,7 +176,7 @@ def test_a_pause_is_tried_again_when_requests_come() -> None:
     machine = Machine(0.0, lambda k, _: 1.0 + 0.2 * k)
     assert machine.run(1100, 1)[-1000:] == [0] * 1000
     machine.right = 0.9
-    made = machine.run(300, 1, [request("new")])
+    made = machine.run(300, 1, [bare_request("new")])
     assert made[0] > 0
     assert made[-50:].count(MAX) >= 45
 
@@ -218,13 +219,7 @@ def test_steps_with_prompts_tell_nothing_of_time() -> None:
 
 
 def requests(num: int) -> list[Request]:
-    return [request(str(n)) for n in range(num)]
-
-
-def request(name: str) -> Request:
-    return Request(
-        request_id=name, prompt_token_ids=[1], params=SamplingParams(seed=0), eos_token_ids=(), max_total_tokens=9
-    )
+    return [bare_request(str(n)) for n in range(num)]
 
 
 def test_steps_that_bring_no_guess_are_left_in_peace() -> None:
@@ -233,7 +228,7 @@ def test_steps_that_bring_no_guess_are_left_in_peace() -> None:
     asked = [machine.barren_step() for _ in range(1000)]
     assert sum(wanted > 0 for wanted in asked[500:]) < 50
     assert machine.pace.take_pause() == "no_guesses"
-    machine.barren_step(requests=[request("new")])
+    machine.barren_step(requests=[bare_request("new")])
     assert sum(machine.barren_step() > 0 for _ in range(8)) == 8
 
 
@@ -251,7 +246,7 @@ def test_requests_do_not_bring_a_wrong_draft_back() -> None:
     machine = Machine(0.01, lambda k, _: 1.0 + 0.45 * k)
     machine.run(300, 1)
     machine.now = machine.tokens = 0
-    made = [k for n in range(60) for k in machine.run(40, 1, [request(str(n))])]
+    made = [k for n in range(60) for k in machine.run(40, 1, [bare_request(str(n))])]
     assert sum(k > 0 for k in made) < 80
     assert machine.rate > 980
 

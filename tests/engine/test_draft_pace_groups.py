@@ -15,10 +15,11 @@ from typing import Any, Protocol
 
 import pytest
 
+from helpers.bare_request import bare_request
 from l4core.engine.inbox import Inbox
 from l4core.engine.speculation.draft_pace import DraftPace
 from l4core.engine.speculation.step_times import VerifyCosts
-from l4core.request import Request, SamplingParams, StepStats
+from l4core.request import StepStats
 
 MAX = 3
 COSTS = VerifyCosts(fixed=379e6, expert=159e6, num_experts=4, draft=52e6)
@@ -154,7 +155,7 @@ class Group:
 
     def step(self) -> bool:
         """→ whether there is a next one."""
-        requests = [_request(str(n)) for n in range(self.num)] if self.is_new else []
+        requests = [bare_request(str(n)) for n in range(self.num)] if self.is_new else []
         inbox = self.pace.stamp(Inbox(requests=requests))
         guesses, reads = inbox.num_drafts or 0, bool(inbox.num_drafts or inbox.draft_reads)
         self.has_holes |= not reads
@@ -229,9 +230,3 @@ class Group:
 def _near(times: Mapping[int, Any], num: int) -> Any:
     sizes = sorted(times)
     return times[sizes[min(bisect_left(sizes, num), len(sizes) - 1)]]
-
-
-def _request(name: str) -> Request:
-    return Request(
-        request_id=name, prompt_token_ids=[1], params=SamplingParams(seed=0), eos_token_ids=(), max_total_tokens=9
-    )

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
+from helpers.bare_request import bare_request
 from l4core.engine.inbox import Inbox
 from l4core.engine.speculation.draft_pace import DraftPace
 from l4core.engine.speculation.step_times import VerifyCosts
-from l4core.request import Request, SamplingParams, StepStats
+from l4core.request import StepStats
 
 MAX = 3
 COSTS = VerifyCosts(fixed=100.0, expert=0.0, num_experts=0, draft=3.0)
@@ -38,7 +39,7 @@ class Server:
         return self.guessing
 
     def step(self, come: int) -> None:
-        inbox = self.pace.stamp(Inbox(requests=[_request()] * come))
+        inbox = self.pace.stamp(Inbox(requests=[bare_request()] * come))
         guesses, reads = inbox.num_drafts or 0, bool(inbox.num_drafts or inbox.draft_reads)
         decodes, drafted, accepted = len(self.running), [0] * MAX, [0] * MAX
         for sequence in self.running:
@@ -68,12 +69,6 @@ class Server:
         self.pace.observe(stats, busy=bool(self.running or self.waiting))
         if decodes:
             self.guessing.append(2 * made > decodes)
-
-
-def _request() -> Request:
-    return Request(
-        request_id="r", prompt_token_ids=[1], params=SamplingParams(seed=0), eos_token_ids=(), max_total_tokens=9
-    )
 
 
 @pytest.mark.parametrize("max_running", [1, 4, 32])

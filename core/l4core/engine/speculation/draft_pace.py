@@ -190,10 +190,12 @@ class DraftPace:
 
     def _choose_whole(self, bucket: int) -> Wish:
         """As if the draft had read all."""
-        found = self._find_out(bucket)
+        best, found = 0, self._find_out(bucket)
+        if found is None:
+            best = self._best(bucket)
+            found = self._try_out(bucket, best)
         if found is not None:
             return found if self._budget.allows_trying else RELEASED
-        best = self._best(bucket)
         if self._paused.get(bucket) and self._wish.num_drafts and not self._arrived:
             return self._go_on(bucket)
         self._note(bucket, best)
@@ -202,7 +204,7 @@ class DraftPace:
         return RELEASED if not best else HELD if self._hold else Wish(best)
 
     def _find_out(self, bucket: int) -> Wish | None:
-        """What is to be done to know whether guessing pays. None = it is known."""
+        """What is to be done to know what plain steps take and guesses are worth, in a pause now and then. None = it is known."""
         if not self._times.knows_plain(bucket):
             return HELD if self._num_held < PATIENCE else RELEASED
         self._num_held = 0
@@ -210,7 +212,10 @@ class DraftPace:
             return Wish(self._max)
         if self._paused.get(bucket) and self._is_tried():
             return Wish(self._untimed(bucket) or self._most_gained(bucket, range(1, self._max + 1)))
-        best = self._best(bucket)
+        return None
+
+    def _try_out(self, bucket: int, best: int) -> Wish | None:
+        """What is to be done to know whether `best` guesses pay, where nothing was decided yet. None = it is known."""
         if not best or bucket in self._paused:
             return None
         if best not in self._times.known(bucket):
