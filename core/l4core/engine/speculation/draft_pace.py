@@ -257,8 +257,9 @@ class DraftPace:
         """0 = none. What was not timed is tried where what was timed pays, or nothing was. Who comes will be in a smaller batch before long:
         where it is known not to pay there, it does not pay to begin."""
         wanted = self._wanted(bucket)
-        known = self._times.known_nearby(bucket)
-        if known and all(self._gain(bucket, k) < wanted for k in known):
+        known = self._times.known(bucket)
+        nearby = [] if known else self._times.known(bucket - 1)
+        if nearby and all(self._gain(bucket, k) < wanted for k in nearby):
             return 0
         later = self._times.known(bucket - 1) if self._arrived else []
         if later and all(self._gain(bucket - 1, k) < wanted for k in later):
