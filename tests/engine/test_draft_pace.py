@@ -125,6 +125,13 @@ def test_the_best_number_is_between() -> None:
     assert machine.rate > 1080
 
 
+def test_fewer_guesses_are_tried_before_a_pause() -> None:
+    """As many as may be bring a little less than they must; one brings a fifth more."""
+    machine = Machine(0.62, lambda k, _: 1.0 + {0: 0.0, 1: 0.33, 2: 0.7, 3: 1.12}[k])
+    assert machine.groups(20, 60, 1)[-100:].count(1) >= 90
+    assert machine.rate > 1130
+
+
 def test_a_large_batch_pauses_and_a_small_one_goes_on() -> None:
     machine = Machine(0.7, lambda k, batch: 1.0 + (0.1 if batch < 8 else 1.2) * k)
     assert machine.groups(2, 100, 1)[-50:].count(MAX) >= 45
@@ -161,7 +168,6 @@ def test_a_wrong_draft_is_named_where_guessing_is_fixed_on(caplog: pytest.LogCap
         machine.pace.observe(StepStats(num_decode_tokens=1, drafted_at=(1,), accepted_at=(0,)), busy=True)
     (warning,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert "0 % of first guesses are right" in warning.message
-    assert machine.pace.num_pauses == 0
 
 
 def test_an_ngram_drafter_is_not_told_to_be_trained(tiny: Path) -> None:

@@ -20,6 +20,7 @@ class Acceptance:
 
     def __init__(self, max_drafts: int) -> None:
         self._reached, self._right = [0.0] * max_drafts, [0.0] * max_drafts
+        self._lengths = [1.0] * (max_drafts + 1)
         self._seen = 0
 
     def add(self, drafted_at: Sequence[int], accepted_at: Sequence[int]) -> None:
@@ -32,11 +33,13 @@ class Acceptance:
             self._reached[i] = self._reached[i] * fade + reached
             self._right[i] = self._right[i] * fade + accepted
             before = accepted
+        self._count()
 
     def doubt(self) -> None:
         """What comes from now on counts more than all before."""
         scale = min(1.0, DOUBTED / max(self._reached[0], 1.0))
         self._reached, self._right = ([scale * x for x in line] for line in (self._reached, self._right))
+        self._count()
 
     @property
     def is_sure(self) -> bool:
@@ -54,10 +57,14 @@ class Acceptance:
 
     def length(self, num_drafts: int) -> float:
         """Tokens a sequence gains in a step with so many guesses, the target's own among them."""
-        return 1.0 + sum(self._share(i) for i in range(num_drafts))
+        return self._lengths[num_drafts]
 
     def text(self) -> str:
         return ", ".join(f"{i + 1}: {100 * self._share(i):.0f} %" for i in range(len(self._reached)))
+
+    def _count(self) -> None:
+        """Once a step: it is looked up for each number of guesses."""
+        self._lengths = [1.0 + sum(self._share(i) for i in range(k)) for k in range(len(self._lengths))]
 
     def _share(self, i: int) -> float:
         return math.prod(self._chance(d) for d in range(i + 1))

@@ -179,14 +179,14 @@ class DraftPace:
 
     def _fill_holes(self, bucket: int) -> Wish:
         """The draft has not read some of those that run. Who comes is read, if guessing would pay, until it is worth guessing for them."""
-        wish = self._choose_whole(bucket)
-        if wish == RELEASED:
-            return wish
         running = max(1, min(self._num_running + self._holes.coming, self._max_running))
         whole = max(0, running - self._holes.num) / running
+        if not whole and not self._holes.coming and self._paused.get(bucket):
+            return RELEASED  # as all through a pause: nothing to think about
+        wish = self._choose_whole(bucket)
         if wish.num_drafts and whole >= HALF:
             return wish
-        return HELD if whole or self._holes.coming else RELEASED
+        return HELD if wish != RELEASED and (whole or self._holes.coming) else RELEASED
 
     def _choose_whole(self, bucket: int) -> Wish:
         """As if the draft had read all."""

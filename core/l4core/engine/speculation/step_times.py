@@ -153,17 +153,22 @@ class Recent:
     def __init__(self, other: Recent | None = None) -> None:
         """other: to begin like it."""
         self._last: deque[float] = deque(() if other is None else other._last, maxlen=LAST)
+        self._median: float | None = None
         self.count = len(self._last)
 
     @property
     def value(self) -> float:
         """StatisticsError while there is none."""
-        return median(self._last)
+        if self._median is None:
+            self._median = median(self._last)
+        return self._median
 
     def add(self, value: float) -> None:
         self.count += 1
         self._last.append(value)
+        self._median = None
 
     def scale(self, factor: float) -> None:
         """All of them were measured with another yardstick."""
         self._last = deque((factor * value for value in self._last), maxlen=LAST)
+        self._median = None
