@@ -23,8 +23,8 @@ from l4core.engine.speculation.step_times import StepTimes, VerifyCosts, batch_o
 from l4core.request import NO_GUESSES, SLOWER, StepStats
 
 TAKE, KEEP = 1.10, 1.06
-"""Times the tokens of plain steps that guessing must bring before it is taken up, and to be kept up. More than 1, for what no step shows: an answer ends
-in the middle of its last guesses, and a prompt whose tokens are waited for has no step launched behind it."""
+"""Times the tokens of plain steps that guessing must bring before it is taken up, and to be kept up. More than 1 for what no step shows: an
+answer ends in the middle of its last guesses, and no step is launched behind a prompt whose token is waited for."""
 CLOSE, CLOSE_IN_CROWD, CROWD = 1.15, 1.5, 4
 """Where guessing seems to bring less, for one to three sequences and for so many, plain steps are timed without the draft too before it goes on."""
 REFRESH, HOLD = 400, 5
