@@ -168,6 +168,7 @@ def test_a_wrong_draft_is_named_where_guessing_is_fixed_on(caplog: pytest.LogCap
         machine.pace.observe(StepStats(num_decode_tokens=1, drafted_at=(1,), accepted_at=(0,)), busy=True)
     (warning,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert "0 % of first guesses are right" in warning.message
+    assert machine.pace.num_pauses == 0
 
 
 def test_an_ngram_drafter_is_not_told_to_be_trained(tiny: Path) -> None:

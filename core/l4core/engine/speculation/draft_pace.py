@@ -255,8 +255,8 @@ class DraftPace:
         return self._trial > 0
 
     def _best(self, bucket: int) -> int:
-        """0 = none. What was not timed is tried where what was timed pays, or nothing was. Who comes will be in a smaller batch before long:
-        where it is known not to pay there, it does not pay to begin."""
+        """0 = none. What was not timed is tried where it is expected to pay, unless only a smaller batch was timed and none pays by that. Who comes
+        will be in a smaller batch before long: where it is known not to pay there, it does not pay to begin."""
         wanted = self._wanted(bucket)
         known = self._times.known(bucket)
         nearby = [] if known else self._times.known(bucket - 1)
